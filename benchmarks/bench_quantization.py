@@ -1,0 +1,172 @@
+"""Measure the int8/int4 quantisers: weight error, what it does to the tiny models' answers, time for a 6B model.
+
+    python benchmarks/bench_quantization.py --parts weights,models
+    python benchmarks/bench_quantization.py --parts speed --device cuda
+
+Each part writes benchmarks/results/quantization_<part>.json and prints it as one JSON line. `weights`: squared
+relative error of rows as long as ChatGLM2-6B's. `models`: KL divergence to the unquantised model and share of tokens
+with the same first choice, on the sample's dev rows. `speed`: all layers of ChatGLM2-6B, random weights on the device.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from glm_utils.checkpoint import load_base_model, load_tokenizer
+from glm_utils.cli import UserError, run_cli
+from glm_utils.data import read_rows
+from glm_utils.family import FAMILIES, LINEAR_NAMES, PROJECT_DIR
+from glm_utils.merge import nf4_round_trip
+from glm_utils.run_record import git_commit, versions, write_json
+
+RESULTS_DIR = PROJECT_DIR / "benchmarks" / "results"
+LAYER_SHAPES = {  # ChatGLM2-6B, [out, in]
+    "query_key_value": (4608, 4096),
+    "dense": (4096, 4096),
+    "dense_h_to_4h": (27392, 4096),
+    "dense_4h_to_h": (4096, 13696),
+}
+NUM_LAYERS = 28
+METHODS = ("int4 absmax", "int4 search", "int8 absmax", "int8 search", "nf4")
+TINY_MODELS = ("models/chatglm-tiny", "models/chatglm2-tiny")
+NUM_ROWS = 64
+
+
+def function(name: str):
+    """Return a function of the remote scripts' quantization.py, the same file for both families."""
+    return get_class_from_dynamic_module(f"quantization.{name}", str(FAMILIES[1].remote_dir))
+
+
+def round_trip(weight: torch.Tensor, method: str) -> torch.Tensor:
+    """Quantise a weight [out, in] by a method of METHODS and return it decoded, in its dtype."""
+    if method == "nf4":
+        return nf4_round_trip(weight)
+    bits, how = int(method[3]), method.split()[1]
+    stored, scale = function("quantize_rows")(weight, bits, how)
+    return function("dequantize_rows")(stored, scale, bits, weight.dtype)
+
+
+def relative_error(weight: torch.Tensor, decoded: torch.Tensor) -> float:
+    """Return the squared error over the squared norm."""
+    return ((weight.float() - decoded.float()).square().sum() / weight.float().square().sum()).item()
+
+
+def measure_weights(device: str) -> dict:
+    """Return the squared relative error by distribution, row length and method."""
+    errors = {}
+    generator = torch.Generator().manual_seed(0)
+    for columns in (4096, 13696):
+        normal = torch.randn(256, columns, generator=generator)
+        chi_squared = torch.randn(3, 256, columns, generator=generator).square().sum(0)
+        for kind, weight in {"gaussian": normal, "student_t3": normal / (chi_squared / 3).sqrt()}.items():
+            weight = (0.02 * weight).half().to(device)
+            errors[f"{kind} {columns}"] = {name: relative_error(weight, round_trip(weight, name)) for name in METHODS}
+    return {"squared_relative_error": errors}
+
+
+@torch.no_grad()
+def measure_models(device: str) -> dict:
+    """Return error, KL divergence (nats a token) and same-top-token share by tiny model and method."""
+    rows = read_rows(PROJECT_DIR / "data" / "dev.jsonl")[:NUM_ROWS]
+    results = {}
+    for name in TINY_MODELS:
+        model_dir = PROJECT_DIR / name
+        tokenizer = load_tokenizer(model_dir)
+        texts = [tokenizer.encode_prompt(row.query) + tokenizer.encode_answer(row.answer) for row in rows]
+        model = load_base_model(model_dir).to(device).eval()
+        expected = [log_probabilities(model, ids) for ids in texts]
+        weights = linear_weights(model)
+        originals = [weight.data.clone() for weight in weights]
+        results[name] = {"num_tokens": sum(map(len, texts)), "num_rows": len(rows)}
+        for method in METHODS:
+            for weight, original in zip(weights, originals, strict=True):
+                weight.data = round_trip(original.half(), method).float()
+            results[name][method] = compare(model, texts, expected, weights, originals)
+    return {"models": results}
+
+
+def linear_weights(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Return the weights of the four Linear modules of every layer."""
+    return [module.weight for path, module in model.named_modules() if path.rpartition(".")[2] in LINEAR_NAMES]
+
+
+def log_probabilities(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+    """Return log probabilities of the next token at each position, fp32 [T, V]."""
+    device = next(model.parameters()).device
+    return model(input_ids=torch.tensor([ids], device=device)).logits[0].float().log_softmax(-1)
+
+
+def compare(model, texts: list[list[int]], expected: list[torch.Tensor], weights: list, originals: list) -> dict:
+    """Compare a quantised model with its original, token by token."""
+    divergence, num_same, num_tokens = 0.0, 0, 0
+    for ids, before in zip(texts, expected, strict=True):
+        after = log_probabilities(model, ids)
+        divergence += (before.exp() * (before - after)).sum().item()
+        num_same += (before.argmax(-1) == after.argmax(-1)).sum().item()
+        num_tokens += len(ids)
+    energy = sum(original.square().sum().item() for original in originals)
+    pairs = zip(weights, originals, strict=True)
+    error = sum((weight.data - original).square().sum().item() for weight, original in pairs) / energy
+    return {
+        "squared_relative_error": error,
+        "kl_nats_per_token": divergence / num_tokens,
+        "same_top_token_share": num_same / num_tokens,
+    }
+
+
+def measure_speed(device: str) -> dict:
+    """Return the seconds for quantising every layer of a 6B model whose fp16 weights lie on the device."""
+    if device == "cpu":
+        raise UserError("--parts speed needs --device cuda")
+    quantize_rows = function("quantize_rows")
+    weights = [
+        0.02 * torch.randn(shape, device=device, dtype=torch.float16)
+        for _ in range(NUM_LAYERS)
+        for shape in LAYER_SHAPES.values()
+    ]
+    result = {"num_weights": sum(weight.numel() for weight in weights)}
+    for bits in (4, 8):
+        for method in ("search", "absmax"):
+            quantize_rows(weights[0], bits, method)  # warm-up
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before, start = torch.cuda.memory_allocated(), time.perf_counter()
+            for weight in weights:
+                quantize_rows(weight, bits, method)
+            torch.cuda.synchronize()
+            result[f"int{bits} {method}"] = {
+                "seconds": time.perf_counter() - start,
+                "extra_peak_bytes": torch.cuda.max_memory_allocated() - before,
+            }
+    return result
+
+
+PARTS = {"weights": measure_weights, "models": measure_models, "speed": measure_speed}
+
+
+def bench_quantization(*, parts: str = "weights,models", device: str = "cpu") -> None:
+    """Run parts of the benchmark.
+
+    Args:
+        parts: Names joined by commas: weights, models, speed.
+        device: cpu or cuda.
+    """
+    for part in parts.split(","):
+        if part not in PARTS:
+            raise UserError(f"--parts {part}: expected some of {', '.join(PARTS)}")
+    for part in parts.split(","):
+        result = {"benchmark": f"quantization_{part}", **PARTS[part](device), "versions": versions()}
+        result["commit"] = git_commit()
+        RESULTS_DIR.mkdir(exist_ok=True)
+        write_json(RESULTS_DIR / f"quantization_{part}.json", result)
+        print(json.dumps(result, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    run_cli(bench_quantization)

@@ -1,0 +1,111 @@
+"""Make a base checkpoint of 6B size with random fp16 weights, in the published layout, and a LoRA adapter for it.
+
+    python benchmarks/random_checkpoint.py --output_path /data/random-6b --family chatglm2-6b
+
+Shapes and config come from tests/fixtures/<family>/state_dict_6b.json; the tokenizer is the small one of the tests.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from safetensors.torch import save_file
+
+from glm_utils.cli import UserError, run_cli
+from glm_utils.family import FAMILIES, PROJECT_DIR, Family
+
+SHARD_BYTES = 1_900_000_000
+NOISE_ELEMENTS = 1 << 24
+FIXTURES_DIR = PROJECT_DIR / "tests" / "fixtures"
+
+
+def find_family(name: str) -> Family:
+    """Return a family by its name."""
+    for family in FAMILIES:
+        if family.name == name:
+            return family
+    raise UserError(f"--family {name}: expected one of {', '.join(family.name for family in FAMILIES)}")
+
+
+def random_weight(shape: list[int], noise: torch.Tensor, name: str) -> torch.Tensor:
+    """Return an fp16 weight: ones for norms, else cut from one block of noise (quick, and distinct by name)."""
+    if "layernorm" in name:
+        return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
+    num_elements = torch.Size(shape).numel()
+    start = sum(map(ord, name)) * 9973 % (NOISE_ELEMENTS // 2)
+    repeats = (start + num_elements) // NOISE_ELEMENTS + 1
+    return noise.repeat(repeats)[start : start + num_elements].reshape(shape)
+
+
+def random_checkpoint(*, output_path: str, family: str = "chatglm2-6b", bin_files: bool = True) -> None:
+    """Write the checkpoint, in shards.
+
+    Args:
+        output_path: Directory to make.
+        family: chatglm-6b or chatglm2-6b.
+        bin_files: pytorch_model-*.bin as published, else safetensors.
+    """
+    record, output_dir = find_family(family), Path(output_path)
+    output_dir.mkdir(parents=True)
+    published = json.loads((FIXTURES_DIR / family / "state_dict_6b.json").read_text())
+    small_dir = FIXTURES_DIR / family / "model"
+    small = json.loads((small_dir / "config.json").read_text())
+    config = published["config"] | {key: value for key, value in small.items() if key.endswith("token_id")}
+    noise = (0.02 * torch.randn(NOISE_ELEMENTS, generator=torch.Generator().manual_seed(0))).half()
+    shards: list[list[str]] = [[]]
+    num_bytes = 0
+    for name, shape in published["shapes"].items():
+        size = 2 * torch.Size(shape).numel()
+        if shards[-1] and num_bytes + size > SHARD_BYTES:
+            shards.append([])
+            num_bytes = 0
+        shards[-1].append(name)
+        num_bytes += size
+    stem, suffix = ("pytorch_model", "bin") if bin_files else ("model", "safetensors")
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file_name = f"{stem}-{number:05d}-of-{len(shards):05d}.{suffix}"
+        part = {name: random_weight(published["shapes"][name], noise, name).half().clone() for name in names}
+        if bin_files:
+            torch.save(part, output_dir / file_name)
+        else:
+            save_file(part, output_dir / file_name, {"format": "pt"})
+        weight_map.update(dict.fromkeys(names, file_name))
+    index = {"metadata": {"total_size": 2 * published["n_params"]}, "weight_map": weight_map}
+    (output_dir / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+    (output_dir / "config.json").write_text(json.dumps(config, indent=2))
+    for file_name in ("tokenizer_config.json", record.tokenizer_file):
+        shutil.copyfile(small_dir / file_name, output_dir / file_name)
+
+
+def random_adapter(base_dir: Path, adapter_dir: Path, family: Family, targets: list[str], rank: int = 8) -> None:
+    """Write a random LoRA adapter, in peft's format.
+
+    Args:
+        base_dir: Directory of the base, named in the adapter.
+        adapter_dir: Directory to make.
+        family: The base's family.
+        targets: Names of the adapted Linear modules.
+        rank: Rank of the matrices.
+    """
+    adapter_dir.mkdir(parents=True)
+    shapes = json.loads((FIXTURES_DIR / family.name / "state_dict_6b.json").read_text())["shapes"]
+    generator = torch.Generator().manual_seed(1)
+    pairs = {}
+    for name, shape in shapes.items():
+        path = name.removesuffix(".weight")
+        if path != name and path.rpartition(".")[2] in targets:
+            pairs[f"base_model.model.{path}.lora_A.weight"] = 0.01 * torch.randn(rank, shape[1], generator=generator)
+            pairs[f"base_model.model.{path}.lora_B.weight"] = 0.01 * torch.randn(shape[0], rank, generator=generator)
+    save_file(pairs, adapter_dir / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 32, "bias": "none"}
+    config |= {"target_modules": targets, "base_model_name_or_path": str(base_dir)}
+    (adapter_dir / "adapter_config.json").write_text(json.dumps(config))
+
+
+if __name__ == "__main__":
+    run_cli(random_checkpoint)

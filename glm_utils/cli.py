@@ -1,0 +1,182 @@
+"""Command line of every stage: strict flags on top of fire, one error type for bad input, one log format.
+
+Fire runs a function first and complains about unknown flags afterwards, and it ignores annotations. So fire only
+records the raw strings here; names and types are checked against the stage's signature before anything runs.
+"""
+
+import difflib
+import functools
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
+
+import fire
+from loguru import logger
+from tqdm import tqdm
+
+LOG_FORMAT = "<green>{time:HH:mm:ss}</green> <level>{level: <7}</level> {message}"
+TRUE_WORDS = ("true", "yes", "on", "1")
+FALSE_WORDS = ("false", "no", "off", "0")
+
+
+class UserError(ValueError):
+    """Bad input of the user: printed as one message, without a traceback, with exit code 1.
+
+    The message says what was found, where (file and line), what was expected and what to do.
+    """
+
+
+def run_cli(stage: Callable, argv: Sequence[str] | None = None) -> None:
+    """Run a stage function as a command.
+
+    Args:
+        stage: Function with keyword-only, annotated arguments; its docstring is the `--help` text.
+        argv: Command line without the program's name; `sys.argv[1:]` when None.
+
+    Raises:
+        SystemExit: Code 1 after a `UserError`, 130 after Ctrl-C, 2 where fire itself refuses the command line.
+    """
+    setup_logging()
+    try:
+        stage(**parse_args(stage, sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        logger.error(str(error))
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        logger.warning("interrupted")
+        raise SystemExit(130) from None
+
+
+def setup_logging() -> None:
+    """Send loguru's messages through tqdm, so that a progress bar is not torn apart."""
+    logger.remove()
+    logger.add(
+        lambda message: tqdm.write(message, file=sys.stderr, end=""),
+        format=LOG_FORMAT,
+        colorize=sys.stderr.isatty(),
+        level="INFO",
+    )
+
+
+def parse_args(stage: Callable, argv: Sequence[str]) -> dict:
+    """Turn a command line into checked keyword arguments of a stage.
+
+    Args:
+        stage: The stage function.
+        argv: Command line without the program's name.
+
+    Returns:
+        The arguments that were given, converted to their annotated types.
+
+    Raises:
+        UserError: An unknown flag, or a value of another type than the annotation's.
+    """
+    parameters = inspect.signature(stage).parameters
+    recorded = record_args(stage, argv)
+    for name in recorded:
+        if name not in parameters:
+            raise UserError(f"unknown flag --{name}. {nearest(name, parameters, 'flags', prefix='--')}")
+    annotations = typing.get_type_hints(stage)
+    return {name: convert(value, annotations.get(name, str), f"--{name}") for name, value in recorded.items()}
+
+
+def record_args(stage: Callable, argv: Sequence[str]) -> dict[str, str]:
+    """Let fire split a command line, keeping every value the string that was typed.
+
+    Args:
+        stage: The stage function; it is not run.
+        argv: Command line without the program's name.
+
+    Returns:
+        The flags that were given, unknown ones included.
+    """
+    recorded: dict[str, str] = {}
+
+    @functools.wraps(stage)
+    def recorder(**kwargs: str) -> None:
+        recorded.update(kwargs)
+
+    if not {"-h", "--help"} & set(argv):  # the help text of the plain function promises no "additional flags"
+        signature = inspect.signature(stage)
+        unknown = inspect.Parameter("unknown", inspect.Parameter.VAR_KEYWORD)
+        recorder.__signature__ = signature.replace(parameters=[*signature.parameters.values(), unknown])
+        fire.decorators.SetParseFn(str)(recorder)
+    fire.Fire(recorder, command=list(argv), name=f"{stage.__name__}.py")
+    return recorded
+
+
+def convert(text: str, annotation: object, where: str) -> object:
+    """Convert one typed string to the annotated type.
+
+    Args:
+        text: The string as typed.
+        annotation: The parameter's annotation: str, int, float, bool, None, Literal, list[str], or a union of these.
+        where: Name used in the error.
+
+    Raises:
+        UserError: The string is no value of this type.
+    """
+    members = union_members(annotation)
+    if type(None) in members and text.lower() in ("none", "null"):
+        return None
+    for member in members:
+        value = _convert_to(text, member)
+        if value is not None:
+            return value
+    raise UserError(f"{where}={text}: expected {describe(annotation)}")
+
+
+def _convert_to(text: str, member: object) -> object | None:
+    """Convert to one type; None means that the text is no such value."""
+    if typing.get_origin(member) is typing.Literal:
+        return text if text in typing.get_args(member) else None
+    if typing.get_origin(member) is list:
+        parts = [part.strip(" \"'") for part in text.strip("[]()").split(",")]
+        return [part for part in parts if part] if "," in text or text.startswith(("[", "(")) else None
+    if member is bool:
+        word = text.lower()
+        return True if word in TRUE_WORDS else False if word in FALSE_WORDS else None
+    if member in (int, float):
+        try:
+            return member(text)
+        except ValueError:
+            return None
+    return text if member is str else None
+
+
+def union_members(annotation: object) -> tuple:
+    """Return the members of a union with str last, because every text is a str; else the annotation alone."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return tuple(sorted(typing.get_args(annotation), key=lambda member: member is str))
+    return (annotation,)
+
+
+def describe(annotation: object) -> str:
+    """Name an annotation in words a user reads in an error."""
+    words = []
+    for member in union_members(annotation):
+        if typing.get_origin(member) is typing.Literal:
+            words.append("one of " + ", ".join(map(str, typing.get_args(member))))
+        elif member is type(None):
+            words.append("None")
+        else:
+            words.append(getattr(member, "__name__", str(member)))
+    return " or ".join(words)
+
+
+def nearest(name: str, known: Iterable[str], noun: str, prefix: str = "") -> str:
+    """Say which known name is meant, or list them all.
+
+    Args:
+        name: The unknown name.
+        known: All valid names.
+        noun: What the names are, for the list.
+        prefix: Put before each name.
+    """
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if close:
+        return f"Did you mean {prefix}{close[0]}?"
+    return f"Known {noun}: " + ", ".join(prefix + item for item in known)

@@ -1,0 +1,169 @@
+"""Read instruction data: JSONL or a JSON list, three schemas, every fault named with its line.
+
+| schema      | keys of a row                                                       |
+|-------------|---------------------------------------------------------------------|
+| instruction | instruction, output, optional input, optional history [[q, a], ...] |
+| ADGEN       | content, summary                                                    |
+| chat        | messages: [{"role": "system" / "user" / "assistant", "content": ...}, ...] |
+
+Tokens are made in encoding.py.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from glm_utils.cli import UserError
+
+SCHEMAS = (
+    "instruction/output (+ optional input, history), content/summary, or messages; "
+    'e.g. {"instruction": "...", "output": "..."}'
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training example: a question with its earlier turns, and the answer that is trained.
+
+    Attributes:
+        query: The question, without the history.
+        answer: The answer.
+        history: Earlier (question, answer) turns, oldest first; they are read, not trained.
+        where: file:line, for messages.
+    """
+
+    query: str
+    answer: str
+    history: tuple[tuple[str, str], ...]
+    where: str
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read and check a data file.
+
+    Args:
+        path: JSONL (one object a line) or JSON (one list of objects), UTF-8.
+
+    Raises:
+        UserError: A missing or empty file, broken JSON, or a row that fits no schema; with line and remedy.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file. Give a JSONL or JSON file; data/README.md describes the schema")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes().count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: not UTF-8. Convert it, e.g. iconv -f gb18030 -t utf-8") from None
+    values = _iter_list(path, text) if text.lstrip().startswith("[") else _iter_lines(path, text)
+    rows = [_parse_row(value, where) for value, where in values]
+    if not rows:
+        raise UserError(
+            f"{path}: no rows in it. Expected one JSON object a line, or a JSON list of objects: {SCHEMAS}"
+        )
+    return rows
+
+
+def _iter_lines(path: Path, text: str) -> Iterator[tuple[object, str]]:
+    """Yield the values of a JSONL file with file:line; empty lines are skipped."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line), f"{path}:{number}"
+        except json.JSONDecodeError as error:
+            message = f"{path}:{number}: broken JSON, {error.msg} (column {error.colno})"
+            if line.startswith("version https://git-lfs"):
+                message = f"{path}:{number}: a Git LFS pointer, not the file. Run `git lfs pull`"
+            raise UserError(f"{message}. Every line must be one JSON object") from None
+
+
+def _iter_list(path: Path, text: str) -> Iterator[tuple[object, str]]:
+    """Yield the entries of a JSON list with file:line of their first character."""
+    decoder = json.JSONDecoder()
+    position, line, counted = text.index("[") + 1, 1, 0
+
+    def skip(position: int, characters: str) -> int:
+        while position < len(text) and text[position] in characters:
+            position += 1
+        return position
+
+    while True:
+        position = skip(position, " \t\r\n")
+        line, counted = line + text.count("\n", counted, position), position
+        if text[position : position + 1] == "]":
+            break
+        try:
+            value, end = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{error.lineno}: broken JSON, {error.msg} (column {error.colno})") from None
+        yield value, f"{path}:{line}"
+        position = skip(end, " \t\r\n")
+        if text[position : position + 1] not in (",", "]"):
+            line += text.count("\n", counted, position)
+            raise UserError(f"{path}:{line}: broken JSON, expected ',' or ']' behind a row. Is the file cut short?")
+        position += text[position] == ","
+    if text[position + 1 :].strip():
+        raise UserError(f"{path}:{line}: text behind the end of the list. Expected one list, or one object a line")
+
+
+def _parse_row(value: object, where: str) -> Row:
+    """Turn one JSON value into a Row."""
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: a row is {type(value).__name__}, expected an object with {SCHEMAS}")
+    if "messages" in value:
+        return _parse_messages(value["messages"], where)
+    keys = ("content", "summary") if "content" in value and "instruction" not in value else ("instruction", "output")
+    for key in keys:
+        if key not in value:
+            raise UserError(f"{where}: no {key!r} in the row (keys: {', '.join(value) or 'none'}). Expected {SCHEMAS}")
+    query, answer = _text(value, keys[0], where), _text(value, keys[1], where)
+    extra = _text(value, "input", where) if value.get("input") is not None and keys[0] == "instruction" else ""
+    query = "\n".join(part for part in (query, extra) if part)
+    return _make_row(query, answer, _parse_history(value.get("history"), where), where)
+
+
+def _text(value: dict, key: str, where: str) -> str:
+    """Return a string entry of a row."""
+    if not isinstance(value[key], str):
+        raise UserError(f"{where}: {key} is {type(value[key]).__name__}, expected a string")
+    return value[key]
+
+
+def _make_row(query: str, answer: str, history: tuple[tuple[str, str], ...], where: str) -> Row:
+    """Build a row, refusing one without question or answer."""
+    if not query.strip():
+        raise UserError(f"{where}: the instruction is empty. Fill it or delete the row")
+    if not answer.strip():
+        raise UserError(f"{where}: the output is empty. Fill it or delete the row")
+    return Row(query, answer, history, where)
+
+
+def _parse_history(history: object, where: str) -> tuple[tuple[str, str], ...]:
+    """Check a history of [question, answer] pairs; None or [] is none."""
+    pairs = [] if history is None else history
+    if not isinstance(pairs, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in pairs
+    ):
+        raise UserError(f"{where}: history must be a list of [question, answer] pairs of strings")
+    return tuple((question, answer) for question, answer in pairs)
+
+
+def _parse_messages(messages: object, where: str) -> Row:
+    """Turn chat messages into a row: the last answer is trained, a system text leads the first question."""
+    if not isinstance(messages, list) or not all(
+        isinstance(message, dict) and isinstance(message.get("content"), str) for message in messages
+    ):
+        raise UserError(f'{where}: messages must be a list of {{"role": ..., "content": "text"}} objects')
+    roles = [message.get("role") for message in messages]
+    contents = [message["content"] for message in messages]
+    if roles[:1] == ["system"]:
+        system, roles, contents = contents[0], roles[1:], contents[1:]
+        contents[:1] = [f"{system}\n{first}" if system else first for first in contents[:1]]
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+        raise UserError(
+            f"{where}: roles are {', '.join(map(str, roles)) or 'none'}; expected user and assistant in turn, "
+            "ending with assistant, with at most one system message in front"
+        )
+    turns = list(zip(contents[::2], contents[1::2], strict=True))
+    return _make_row(*turns[-1], tuple(turns[:-1]), where)

@@ -1,0 +1,197 @@
+"""Turn rows into token ids and batches: prompt and answer, cutting, labels, padding, and what is shown beforehand.
+
+Split from data.py, which reads files. The prompt comes from the tokenizer's one prompt builder, the same that `chat`
+uses, and text typed by users cannot become control tokens. Labels cover the answer and the end token only.
+"""
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizer
+
+from glm_utils.cli import UserError
+from glm_utils.data import Row
+
+IGNORED_LABEL = -100  # no loss at this position
+MAX_SHOWN_TOKENS = 400
+
+
+@dataclass(frozen=True)
+class EncodingLimits:
+    """What the prompt and the answer may hold.
+
+    Attributes:
+        max_input_length: Longest prompt, in tokens, special tokens included.
+        max_output_length: Longest answer, in tokens, end token included.
+        prompt_text: Put in front of every question.
+    """
+
+    max_input_length: int
+    max_output_length: int
+    prompt_text: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("max_input_length", "max_output_length"):
+            if getattr(self, name) < 2:
+                raise UserError(f"--{name}={getattr(self, name)}: at least 2 tokens are needed")
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """Encoded rows and their counts.
+
+    Attributes:
+        dataset: Columns input_ids, labels and length.
+        counts: num_rows, num_tokens, num_trained_tokens (those with a label), longest (tokens of the longest row),
+            num_cut_prompts and num_cut_answers (rows cut to the limits).
+    """
+
+    dataset: datasets.Dataset
+    counts: dict[str, int]
+
+
+def encode_rows(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizer, limits: EncodingLimits, max_length: int | None = None
+) -> EncodedRows:
+    """Encode rows for training.
+
+    Args:
+        rows: Rows from read_rows.
+        tokenizer: The base model's tokenizer.
+        limits: Longest prompt and answer, text in front of each question.
+        max_length: Longest sequence of the model, in tokens; None: no limit.
+
+    Raises:
+        UserError: A row that stays longer than the model's limit, or a limit that no prompt can keep.
+    """
+    all_ids, all_labels, cuts = [], [], []
+    for row in tqdm(rows, desc="tokens", unit="row", leave=False):
+        prompt_ids, prompt_cut = fit_prompt(row, tokenizer, limits)
+        answer_ids, answer_cut = fit_answer(row, tokenizer, limits)
+        length = len(prompt_ids) + len(answer_ids)
+        if max_length and length > max_length:
+            raise UserError(
+                f"{row.where}: {length} tokens, the model takes {max_length}. Lower --max_input_length or "
+                f"--max_output_length (now {limits.max_input_length} and {limits.max_output_length})"
+            )
+        all_ids.append(np.array(prompt_ids + answer_ids, dtype=np.int32))
+        all_labels.append(np.array([IGNORED_LABEL] * len(prompt_ids) + answer_ids, dtype=np.int32))
+        cuts.append((prompt_cut, answer_cut))
+    lengths = [len(ids) for ids in all_ids]
+    counts = {
+        "num_rows": len(rows),
+        "num_tokens": sum(lengths),
+        "num_trained_tokens": int(sum((labels != IGNORED_LABEL).sum() for labels in all_labels)),
+        "longest": max(lengths),
+        "num_cut_prompts": sum(prompt_cut for prompt_cut, _ in cuts),
+        "num_cut_answers": sum(answer_cut for _, answer_cut in cuts),
+    }
+    columns = {"input_ids": all_ids, "labels": all_labels, "length": lengths}
+    return EncodedRows(datasets.Dataset.from_dict(columns), counts)
+
+
+def fit_prompt(row: Row, tokenizer: PreTrainedTokenizer, limits: EncodingLimits) -> tuple[list[int], bool]:
+    """Encode the prompt, cut to max_input_length with template and special tokens whole.
+
+    The oldest turns of the history go first, then the right end of the question.
+
+    Args:
+        row: The row.
+        tokenizer: The base model's tokenizer.
+        limits: Longest prompt, text in front of each question.
+
+    Returns:
+        The ids and whether something was cut.
+
+    Raises:
+        UserError: Not even an empty question fits.
+    """
+    query, history = limits.prompt_text + row.query, list(row.history)
+    ids = tokenizer.encode_prompt(query, history)
+    if len(ids) <= limits.max_input_length:
+        return ids, False
+    while history and len(ids) > limits.max_input_length:
+        history.pop(0)
+        ids = tokenizer.encode_prompt(query, history)
+    if len(ids) > limits.max_input_length:
+        num_kept = bisect.bisect_right(
+            range(len(query) + 1),
+            limits.max_input_length,
+            key=lambda num_characters: len(tokenizer.encode_prompt(query[:num_characters], history)),
+        )
+        if num_kept == 0:
+            num_least = len(tokenizer.encode_prompt("", history))
+            raise UserError(
+                f"{row.where}: the prompt's template alone takes {num_least} tokens, "
+                f"--max_input_length allows {limits.max_input_length}. Raise it"
+            )
+        ids = tokenizer.encode_prompt(query[: num_kept - 1], history)
+    return ids, True
+
+
+def fit_answer(row: Row, tokenizer: PreTrainedTokenizer, limits: EncodingLimits) -> tuple[list[int], bool]:
+    """Encode the answer, cut to max_output_length with the end token kept.
+
+    Args:
+        row: The row.
+        tokenizer: The base model's tokenizer.
+        limits: Longest answer.
+
+    Returns:
+        The ids and whether something was cut.
+    """
+    ids = tokenizer.encode_answer(row.answer)
+    if len(ids) <= limits.max_output_length:
+        return ids, False
+    return [*ids[: limits.max_output_length - 1], ids[-1]], True
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pad encoded rows to one length.
+
+    Attributes:
+        pad_token_id: Id of the padding.
+        padding_side: right or left.
+    """
+
+    pad_token_id: int
+    padding_side: str
+
+    def __call__(self, features: Sequence[dict]) -> dict[str, torch.Tensor]:
+        """Return input_ids, attention_mask (1 = keep) and labels, each int64 [B, S]."""
+        width = max(len(feature["input_ids"]) for feature in features)
+        batch = {
+            "input_ids": torch.full((len(features), width), self.pad_token_id),
+            "attention_mask": torch.zeros((len(features), width), dtype=torch.long),
+            "labels": torch.full((len(features), width), IGNORED_LABEL),
+        }
+        for index, feature in enumerate(features):
+            length = len(feature["input_ids"])
+            columns = slice(0, length) if self.padding_side == "right" else slice(width - length, width)
+            batch["input_ids"][index, columns] = torch.as_tensor(feature["input_ids"], dtype=torch.long)
+            batch["attention_mask"][index, columns] = 1
+            batch["labels"][index, columns] = torch.as_tensor(feature["labels"], dtype=torch.long)
+        return batch
+
+
+def show_sample(sample: dict, tokenizer: PreTrainedTokenizer) -> str:
+    """Show one encoded row as tokens, the trained part in double brackets, the middle of long parts left out.
+
+    Args:
+        sample: A row of EncodedRows.dataset.
+        tokenizer: The base model's tokenizer.
+    """
+    tokens = tokenizer.convert_ids_to_tokens(list(sample["input_ids"]))
+    num_prompt = sum(label == IGNORED_LABEL for label in sample["labels"])
+    half = MAX_SHOWN_TOKENS // 4
+    prompt, answer = (
+        part if len(part) <= 2 * half else [*part[:half], "...", *part[-half:]]
+        for part in (tokens[:num_prompt], tokens[num_prompt:])
+    )
+    return " ".join([*prompt, "[[", *answer, "]]"])

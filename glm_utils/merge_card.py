@@ -1,0 +1,45 @@
+"""The model card of a merged model."""
+
+from pathlib import Path
+
+from glm_utils.merge import MergeJob
+
+
+def merge_card(job: MergeJob, record: dict) -> str:
+    """Write the README.md of a merged model.
+
+    Args:
+        job: The merge.
+        record: The content of its run_config.json.
+    """
+    base = Path(job.adapter.base_name).name if Path(job.adapter.base_name).is_dir() else job.adapter.base_name
+    kind = f"int{job.bits}" if job.bits else "fp16"
+    error = record["report"]["relative_weight_error"]
+    error_line = f"| squared relative weight error | {error:.3g} |\n" if error is not None else ""
+    packages = ", ".join(f"{name} {record['versions'][name]}" for name in ("torch", "transformers", "peft"))
+    return f"""---
+base_model: {base}
+library_name: transformers
+tags: [chatglm, lora, {kind}]
+---
+# {base} with a merged LoRA adapter, {kind}
+
+```python
+from transformers import AutoModel, AutoTokenizer
+
+path = "."  # this directory
+tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+model = AutoModel.from_pretrained(path, trust_remote_code=True).half().cuda().eval()
+response, history = model.chat(tokenizer, "你好", history=[])
+```
+
+| | |
+|---|---|
+| family | {job.family.title} |
+| weights of the layers | {kind} |
+| merged into | {job.merge_base} base weights |
+| LoRA updates | {len(job.adapter.pairs)} |
+{error_line}| written with | {packages} |
+
+run_config.json holds all arguments, versions and the training's settings.
+"""

@@ -1,0 +1,118 @@
+"""Load a written model directory in a fresh process, as a user would, and compare its logits with those expected.
+
+    python -m glm_utils.reload_check request.json
+
+The parent (`check_reload`) runs that command; the request names the directory, a text, the device and the result
+file. Models of more than FULL_RELOAD_MAX_BYTES on a CPU are built by AutoModel and filled module by module while they
+run, so that the check takes no more memory than the merge.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from loguru import logger
+from safetensors.torch import load_file, save_file
+
+from glm_utils.cli import UserError
+from glm_utils.family import PROJECT_DIR
+
+FULL_RELOAD_MAX_BYTES = 2_000_000_000
+RELATIVE_TOLERANCE = 1e-3  # of the largest logit: one rounding of fp16; the same machine gives 0
+
+
+def check_reload(directory: Path, text: str, input_ids: list[int], logits: torch.Tensor, device: torch.device) -> None:
+    """Reload a directory in a fresh process and refuse it when its logits or token ids differ.
+
+    Args:
+        directory: The written directory.
+        text: The probe's text.
+        input_ids: Its token ids before writing, length T.
+        logits: Its logits before writing, fp32 [T, V].
+        device: Where to run.
+
+    Raises:
+        UserError: The directory does not load, or computes something else.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        result_path, request_path = Path(scratch, "result.safetensors"), Path(scratch, "request.json")
+        request = {"directory": str(directory), "text": text, "device": str(device), "result": str(result_path)}
+        request_path.write_text(json.dumps(request), encoding="utf-8")
+        environment = {**os.environ, "HF_MODULES_CACHE": str(Path(scratch, "modules")), "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-m", "glm_utils.reload_check", str(request_path)]
+        child = subprocess.run(command, cwd=PROJECT_DIR, env=environment, capture_output=True, text=True)
+        if child.returncode:
+            raise UserError(f"the written model does not load in a fresh process:\n{child.stderr[-3000:]}")
+        result = load_file(result_path)
+    if result["input_ids"].tolist() != input_ids:
+        raise UserError(f"the written tokenizer differs: {result['input_ids'].tolist()}, expected {input_ids}")
+    difference = (result["logits"] - logits).abs().max().item()
+    largest = logits.abs().max().item()
+    if not difference <= RELATIVE_TOLERANCE * largest:  # also when it is NaN
+        raise UserError(f"the written model differs: logits by up to {difference:g}, the largest is {largest:g}")
+    logger.info(
+        f"fresh process, {result_way(directory, device)}: {logits.numel()} logits of {text!r} differ by at most "
+        f"{difference:g} (largest {largest:.3g})"
+    )
+
+
+def result_way(directory: Path, device: str | torch.device) -> str:
+    """Say how a directory is reloaded: whole or module by module."""
+    if torch.device(device).type == "cpu" and weight_bytes(directory) > FULL_RELOAD_MAX_BYTES:
+        return "AutoModel filled module by module"
+    return "AutoModel.from_pretrained"
+
+
+def weight_bytes(directory: Path) -> int:
+    """Return the size of the weight files."""
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+
+def main(request_path: Path) -> None:
+    """Answer a request in this process: write the probe's token ids and logits."""
+    from transformers import AutoTokenizer
+
+    request = json.loads(request_path.read_text(encoding="utf-8"))
+    directory, device = Path(request["directory"]), request["device"]
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
+    input_ids = tokenizer.encode_prompt(request["text"])
+    if result_way(directory, device) == "AutoModel.from_pretrained":
+        logits = whole_logits(directory, input_ids, device)
+    else:
+        logits = module_logits(directory, input_ids)
+    save_file({"input_ids": torch.tensor(input_ids), "logits": logits.contiguous()}, request["result"])
+
+
+@torch.no_grad()
+def whole_logits(directory: Path, input_ids: list[int], device: str) -> torch.Tensor:
+    """Load a directory with from_pretrained, nothing missing, and compute logits, fp32 [T, V]."""
+    from transformers import AutoModel
+
+    model, info = AutoModel.from_pretrained(
+        directory, trust_remote_code=True, output_loading_info=True, device_map={"": device}
+    )
+    if info["missing_keys"] or info["mismatched_keys"]:
+        raise SystemExit(f"missing {sorted(info['missing_keys'])[:5]}, mismatched {info['mismatched_keys']}")
+    model = model.half().eval()
+    ids = torch.tensor([input_ids], device=device)
+    return model(input_ids=ids, use_cache=False).logits[0].float().cpu()
+
+
+def module_logits(directory: Path, input_ids: list[int]) -> torch.Tensor:
+    """Build a directory's model empty and fill it module by module while it runs; logits fp32 [T, V]."""
+    from transformers import AutoConfig, AutoModel
+
+    from glm_utils.shards import CheckpointReader
+    from glm_utils.streamed import empty_model, streamed_logits
+
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=True)
+    model = empty_model(lambda: AutoModel.from_config(config, trust_remote_code=True, dtype=torch.float16))
+    return streamed_logits(model, input_ids, CheckpointReader(directory).read)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,123 @@
+"""Merge a LoRA adapter into its base model and quantise the result: adapter directory -> model directory.
+
+    python merge_lora_and_quantize.py --lora_path saved_files/chatGLM2_6B_QLoRA --output_path saved_files/merged_int4
+
+The base is found from the adapter. The output loads with AutoModel.from_pretrained(dir, trust_remote_code=True); it is
+reloaded in a fresh process and compared before the command calls it done, and appears whole or not at all. Memory: one
+weight at a time, whatever the model's size.
+"""
+
+import importlib
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: a large tensor is allocated seven times faster
+
+from loguru import logger
+
+from glm_utils.cli import UserError, run_cli
+from glm_utils.lora import read_adapter
+from glm_utils.merge import MergeJob
+from glm_utils.merge_card import merge_card
+from glm_utils.merge_job import find_base, make_job, resolve_device
+from glm_utils.output_dir import check_free_space, check_output_path, whole_directory
+from glm_utils.run_record import RUN_CONFIG_NAME, git_commit, versions, write_json
+
+STAGE = "merge_lora_and_quantize"
+QBITS = (0, 4, 8)
+EXPORTS = {  # export format -> module with check(job), write(job, directory) and verify(job, directory, reference)
+    "chatglm": "glm_utils.export_chatglm",
+    "glm": "glm_utils.export_glm",
+    "gguf": "glm_utils.export_gguf",
+}
+
+
+def merge_lora_and_quantize(
+    *,
+    lora_path: str,
+    output_path: str,
+    qbits: int = 4,
+    device: str = "auto",
+    remote_scripts_dir: str | None = None,
+    merge_base: Literal["original", "nf4"] = "original",
+    export_format: Literal["chatglm", "glm", "gguf"] = "chatglm",
+    overwrite: bool = False,
+) -> None:
+    """Merge a LoRA adapter into its base model and write it as fp16, int8 or int4.
+
+    Args:
+        lora_path: Directory of the adapter; it names its base model.
+        output_path: Directory to write: new, empty, or with --overwrite an earlier output of this command.
+        qbits: Bits of the layers' weights: 0 (fp16), 8 or 4.
+        device: Where to work: auto (a GPU when there is one), cpu or cuda:N.
+        remote_scripts_dir: Remote scripts to ship with the model. Default: this project's of the model's family.
+        merge_base: Weights the update is added to: original (fp16), or nf4 (the 4-bit weights that training saw).
+        export_format: chatglm (loads with remote code), glm (plain transformers) or gguf (llama.cpp).
+        overwrite: Replace an earlier output of this command.
+    """
+    arguments = dict(locals())
+    start_seconds = time.monotonic()
+    if qbits not in QBITS:
+        raise UserError(f"--qbits {qbits}: expected 0 (fp16), 8 or 4")
+    output_dir = Path(output_path).expanduser()
+    adapter = read_adapter(Path(lora_path).expanduser())
+    base_dir = find_base(adapter)
+    check_output_path(output_dir, overwrite, STAGE, [adapter.directory, base_dir])
+    job = make_job(adapter, base_dir, qbits, resolve_device(device), remote_scripts_dir, merge_base)
+    exporter = load_exporter(export_format)
+    check_free_space(output_dir, exporter.check(job))
+    logger.info(f"{adapter.directory} ({len(adapter.pairs)} updates) + {base_dir} on {job.device}")
+    with whole_directory(output_dir) as directory:
+        reference = timed("merged and written", exporter.write, job, directory)
+        write_records(job, directory, arguments)
+        timed("reloaded and verified", exporter.verify, job, directory, reference)
+    log_result(job, output_dir, time.monotonic() - start_seconds)
+
+
+def load_exporter(export_format: str) -> ModuleType:
+    """Import the module of an export format."""
+    name = EXPORTS[export_format]
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"--export_format {export_format}: {error.name} is not installed") from error
+
+
+def timed(words: str, function: Callable, *arguments: object) -> object:
+    """Call a function, log how long it took, and return its result."""
+    start_seconds = time.monotonic()
+    result = function(*arguments)
+    logger.info(f"{words} in {time.monotonic() - start_seconds:.1f} s")
+    return result
+
+
+def write_records(job: MergeJob, directory: Path, arguments: dict) -> None:
+    """Log what the merge did to the weights, and write run_config.json and the model card."""
+    for line in job.report.lines(job.merge_base):
+        logger.info(line)
+    record = {
+        "stage": STAGE,
+        "arguments": arguments,
+        "base": {"name": job.adapter.base_name, "family": job.family.name},
+        "adapter": {"num_updates": len(job.adapter.pairs), "run_config": job.adapter.run_config},
+        "report": job.report.record(),
+        "versions": versions(),
+        "commit": git_commit(),
+    }
+    write_json(directory / RUN_CONFIG_NAME, record)
+    (directory / "README.md").write_text(merge_card(job, record), encoding="utf-8")
+
+
+def log_result(job: MergeJob, output_dir: Path, seconds: float) -> None:
+    """Log the one line that says it is done."""
+    num_bytes = sum(path.stat().st_size for path in output_dir.iterdir())
+    kind = f"int{job.bits}" if job.bits else "fp16"
+    logger.success(f"{kind} model of {num_bytes:,} bytes in {seconds:.1f} s: {output_dir}")
+
+
+if __name__ == "__main__":
+    run_cli(merge_lora_and_quantize)

@@ -1,0 +1,509 @@
+"""ChatGLM-6B for transformers 5: a prefix language model with 2-D rotary angles and normalised residuals.
+
+Written from the published formulas; state-dict keys and config fields are the checkpoint's. Attention runs through
+transformers' attention interface (sdpa by default, eager available).
+
+Shapes: B batch, T new tokens, S all tokens, H heads, D head channels, C hidden, F ffn, V vocab.
+"""
+
+import re
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_chatglm import ChatGLMConfig
+from .generation_chatglm import ChatGLMGenerationMixin, eager_attention_forward
+from .masking_chatglm import blocked_to_keep, build_keep_mask, padding_queries
+from .quantization import QuantizedEmbedding, output_layer_of, quantize, replace_linears
+
+# sqrt(2 * 28): the published block never learns the layer count, so this holds for any number of layers.
+RESIDUAL_SCALE = 56**0.5
+
+
+class RotaryEmbedding(nn.Module):
+    """Compute the angles of the 2-D rotary embedding: one position channel for each half of a head.
+
+    The frequencies are rounded to fp16 because the model was trained with them so. The ``inv_freq`` buffer exists
+    for the checkpoint format; the formula is used instead, because ``model.to(bfloat16)`` would round the buffer.
+    """
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        self.rotary_dim = config.head_dim // 2
+        self.in_model_dtype = config.rotary_angles_in_model_dtype
+        self.register_buffer("inv_freq", self.frequencies())
+
+    def frequencies(self, device: torch.device | None = None) -> torch.Tensor:
+        """Return 10000^(-2j/r) rounded to fp16, as fp32 (r/2,)."""
+        exponents = torch.arange(0, self.rotary_dim, 2, dtype=torch.float32, device=device) / self.rotary_dim
+        return (1.0 / 10000**exponents).half().float()
+
+    @torch.no_grad()
+    def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cos and sin, each (B, 1, T, 2, r/2) in ``dtype``, for position_ids (B, 2, T)."""
+        angle_dtype = dtype if self.in_model_dtype else torch.float32
+        frequencies = self.frequencies(position_ids.device).to(angle_dtype)
+        angles = position_ids.transpose(1, 2)[:, None, :, :, None].to(angle_dtype) * frequencies
+        return angles.float().cos().to(dtype), angles.float().sin().to(dtype)
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate each half of a head by its own channel; within a half, the first quarter pairs with the second.
+
+    Args:
+        x: (B, H, T, D).
+        cos: (B, 1, T, 2, D/4).
+        sin: (B, 1, T, 2, D/4).
+
+    Returns:
+        (B, H, T, D).
+    """
+    first, second = x.unflatten(-1, (2, 2, -1)).unbind(-2)  # (B, H, T, 2, D/4) each
+    return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-2).flatten(-3)
+
+
+class SelfAttention(nn.Module):
+    """Attend with H heads; rows of the projection are grouped head by head."""
+
+    is_causal = True
+    num_key_value_groups = 1
+
+    def __init__(self, config: ChatGLMConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.scaling = self.head_dim**-0.5
+        self.rotary_emb = RotaryEmbedding(config)
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states, rotary, attention_mask, padding=None, past_key_values=None, **kwargs):
+        """Return the attention output (B, T, C) and, for eager attention, the probabilities (B, H, T, S).
+
+        Queries of padding, where ``padding`` (B, 1, T, 1) is true, are zeroed: equal scores, a uniform average, as
+        published.
+        """
+        batch, num_new, hidden_size = hidden_states.shape
+        mixed = self.query_key_value(hidden_states).view(batch, num_new, -1, 3 * self.head_dim)
+        query, key, value = mixed.transpose(1, 2).chunk(3, dim=-1)  # (B, H, T, D) each
+        query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
+        if padding is not None:
+            query = query.masked_fill(padding, 0)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, S, D)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        context, probabilities = attend(
+            self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs
+        )  # (B, T, H, D)
+        return self.dense(context.reshape(batch, num_new, hidden_size)), probabilities
+
+
+class GLU(nn.Module):
+    """Apply the feed-forward layer with tanh GELU; despite the published name there is no gate."""
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.inner_hidden_size)
+        self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return (B, T, C) for (B, T, C)."""
+        return self.dense_4h_to_h(nn.functional.gelu(self.dense_h_to_4h(hidden_states), approximate="tanh"))
+
+
+class GLMBlock(GradientCheckpointingLayer):
+    """Run one block whose residual is the normalised input: y = a LN(x) + Attn(LN(x)); x' = a LN(y) + MLP(LN(y))."""
+
+    def __init__(self, config: ChatGLMConfig, layer_idx: int):
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.attention = SelfAttention(config, layer_idx)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.mlp = GLU(config)
+
+    def forward(self, hidden_states, rotary, attention_mask, padding=None, past_key_values=None, **kwargs):
+        """Return the new states (B, T, C) and the attention probabilities or None."""
+        normed = self.input_layernorm(hidden_states)
+        attention, probabilities = self.attention(
+            normed, rotary, attention_mask, padding=padding, past_key_values=past_key_values, **kwargs
+        )
+        normed = self.post_attention_layernorm(RESIDUAL_SCALE * normed + attention)
+        return RESIDUAL_SCALE * normed + self.mlp(normed), probabilities
+
+
+def first_index(condition: torch.Tensor) -> torch.Tensor:
+    """Return the index of the first true column of each row, (B, T) -> (B,); T where there is none."""
+    return torch.where(condition.any(-1), condition.int().argmax(-1), condition.shape[-1])
+
+
+class ChatGLMPreTrainedModel(PreTrainedModel):
+    """Tell transformers how these models are loaded, initialised and run."""
+
+    config_class = ChatGLMConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GLMBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _keys_to_ignore_on_load_missing = [r"rotary_emb\.inv_freq"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, RotaryEmbedding):
+            init.copy_(module.inv_freq, module.frequencies())
+
+
+class ChatGLMModel(ChatGLMPreTrainedModel):
+    """Run the blocks and the final norm."""
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__(config)
+        if config.quantization_bit and config.quantization_embeddings:
+            self.word_embeddings = QuantizedEmbedding(config.vocab_size, config.hidden_size, config.quantization_bit)
+        else:
+            self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(GLMBlock(config, layer_idx) for layer_idx in range(config.num_layers))
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        if config.quantization_bit:
+            replace_linears(self.layers, config.quantization_bit)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the word embeddings."""
+        return self.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the word embeddings."""
+        self.word_embeddings = value
+
+    def get_position_ids(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute both position channels of whole rows.
+
+        Channel 0 counts up to bos and then stays at the position of the first gMASK (of the first MASK in a row
+        without gMASK); channel 1 is 0 before bos and counts from 1 at bos. Left padding shifts nothing: positions
+        count from the first kept token.
+
+        Args:
+            input_ids: (B, T), whole sequences.
+            attention_mask: (B, T) with 1 = keep, or None.
+
+        Returns:
+            int64 tensor (B, 2, T).
+
+        Raises:
+            ValueError: When a row has no bos, or neither gMASK nor MASK.
+        """
+        config, columns = self.config, torch.arange(input_ids.shape[1], device=input_ids.device)
+        is_gmask, is_mask = input_ids == config.gmask_token_id, input_ids == config.mask_token_id
+        bos = first_index(input_ids == config.bos_token_id)  # (B,)
+        mask = torch.where(is_gmask.any(-1), first_index(is_gmask), first_index(is_mask))
+        missing = torch.nonzero(torch.maximum(bos, mask) == input_ids.shape[1]).flatten().tolist()
+        if missing:
+            raise ValueError(
+                f"row {missing[0]} of input_ids has no bos ({config.bos_token_id}) or neither gMASK "
+                f"({config.gmask_token_id}) nor MASK ({config.mask_token_id}); ChatGLM-6B needs both. Build prompts "
+                "with the tokenizer, or pass position_ids for a continuation of cached tokens."
+            )
+        pad = torch.zeros_like(bos) if attention_mask is None else first_index(attention_mask.bool())
+        bos, mask, pad = bos[:, None], mask[:, None], pad[:, None]
+        channel_0 = torch.where(columns < bos, columns, mask) - pad
+        channel_1 = (columns - bos + 1).clamp(min=0)
+        return torch.stack((channel_0.clamp(min=0), channel_1), dim=1)
+
+    def _keep_mask(self, attention_mask, position_ids, num_new: int, past_key_values):
+        """Return the mask, bool (B, 1, T, S) with True = may attend, and the padding queries, (B, 1, T, 1) or None."""
+        device = position_ids.device
+        if attention_mask is not None and attention_mask.dim() == 4:
+            keep = blocked_to_keep(attention_mask).to(device)
+            padding = padding_queries(None, keep, num_new)
+            return keep | padding, padding
+        num_past, num_keys = 0, num_new
+        if past_key_values is not None:
+            num_past, num_keys = past_key_values.get_seq_length(), past_key_values.get_mask_sizes(num_new, 0)[0]
+        if num_new == 1 and attention_mask is None and isinstance(num_past, int) and num_keys == num_past + 1:
+            return None, None
+        if num_new > 1:
+            num_past = int(num_past)
+        context = position_ids[:, 1] == 0 if num_new > 1 and num_past == 0 else None  # (B, T)
+        keep = build_keep_mask(attention_mask, num_new, num_past, num_keys, device, context)
+        padded = attention_mask is not None and num_new > 1 and num_past == 0
+        return keep, padding_queries(attention_mask, keep, num_new) if padded else None
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Run the blocks and the final norm.
+
+        Args:
+            input_ids: (B, T).
+            attention_mask: (B, S) with 1 = keep, or the published boolean (B, 1, T, S) with True = blocked.
+            position_ids: (B, 2, T); computed from whole rows of input_ids when absent. Columns of the first pass
+                whose channel 1 is 0 are the bidirectional prefix.
+            past_key_values: A transformers cache; created when ``use_cache`` and absent.
+            inputs_embeds: (B, T, C), instead of input_ids; needs position_ids.
+            use_cache: Whether to keep keys and values; the config's value when absent.
+            output_hidden_states: Also return L+1 states (B, T, C): the inputs of the blocks, then the output of the
+                final norm.
+            output_attentions: Also return the probabilities (eager attention only).
+            **kwargs: Passed on to the attention function.
+
+        Raises:
+            ValueError: When not exactly one of input_ids and inputs_embeds is given, or positions are needed.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if position_ids is None:
+            if input_ids is None:
+                raise ValueError("inputs_embeds needs position_ids (B, 2, T): bos and gMASK are not visible in it")
+            token_mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+            position_ids = self.get_position_ids(input_ids, token_mask)
+        hidden_states = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        num_new = hidden_states.shape[1]
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if self.gradient_checkpointing and self.training:
+            use_cache = False
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        mask, padding = self._keep_mask(attention_mask, position_ids, num_new, past_key_values)
+        rotary = self.layers[0].attention.rotary_emb(position_ids, hidden_states.dtype)
+
+        all_states, all_probabilities = [], []
+        for layer in self.layers:
+            if output_hidden_states:
+                all_states.append(hidden_states)
+            hidden_states, probabilities = layer(
+                hidden_states, rotary, mask, padding=padding, past_key_values=past_key_values, **kwargs
+            )
+            if output_attentions:
+                all_probabilities.append(probabilities)
+        hidden_states = self.final_layernorm(hidden_states)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(*all_states, hidden_states) if output_hidden_states else None,
+            attentions=tuple(all_probabilities) if output_attentions else None,
+        )
+
+
+class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedModel, GenerationMixin):
+    """ChatGLM-6B with its output layer: training, generation and chat."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__(config)
+        self.transformer = ChatGLMModel(config)
+        if config.quantization_bit and config.quantization_embeddings:
+            self.lm_head = output_layer_of(self.transformer.word_embeddings)
+        else:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the output layer."""
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the output layer."""
+        self.lm_head = value
+
+    def quantize(self, bits: int, device: str | None = None) -> "ChatGLMForConditionalGeneration":
+        """Quantise the linear layers of every block in place to ``bits`` (4 or 8) and return the model."""
+        return quantize(self, bits, device=device)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Compute logits and, with labels, the loss.
+
+        Args:
+            input_ids: See ChatGLMModel.forward, also for the arguments not described here.
+            attention_mask: (B, S), 1 = keep, or the published boolean (B, 1, T, S), True = blocked.
+            position_ids: (B, 2, T).
+            past_key_values: A transformers cache.
+            inputs_embeds: (B, T, C).
+            labels: (B, T) token ids, -100 where a token does not count; shifted here.
+            use_cache: Whether to keep keys and values.
+            output_hidden_states: Whether to return the hidden states.
+            output_attentions: Whether to return the attention probabilities.
+            return_dict: False returns a tuple.
+            logits_to_keep: Number of last positions to compute logits for (0 = all), or a tensor of positions.
+            num_items_in_batch: Divisor of the summed loss; the number of counted tokens when absent.
+            **kwargs: Passed on to the attention function.
+        """
+        outputs = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])  # (B, T, V)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+            )
+        result = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return result.to_tuple() if return_dict is False else result
+
+    def _prompt_positions(self, input_ids, attention_mask, num_past: int) -> torch.Tensor:
+        return self.transformer.get_position_ids(input_ids, attention_mask)
+
+    @staticmethod
+    def _next_positions(position_ids: torch.Tensor) -> torch.Tensor:
+        """Return (B, 2, 1): channel 0 stays at the mask's position, channel 1 counts on."""
+        return position_ids[..., -1:] + position_ids.new_tensor([[0], [1]])
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
+        """Leave the (B, S) mask as it is: forward builds the full one."""
+        return attention_mask
+
+    def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
+        """Generate as GenerationMixin does, and also take the tokenizer's published 4-D mask and 2-D positions."""
+        kwargs["attention_mask"] = self._token_mask(kwargs.get("attention_mask"))
+        if kwargs.get("position_ids") is not None:
+            kwargs["prompt_position_ids"] = kwargs.pop("position_ids")
+        return super().generate(inputs, *args, **{k: v for k, v in kwargs.items() if v is not None})
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        """Keep transformers' one-channel positions away: prepare_inputs_for_generation computes both."""
+        return
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, prompt_position_ids=None, **kwargs):
+        """Add the position ids (B, 2, T) of the tokens that this pass computes."""
+        if prompt_position_ids is None:
+            positions = self.transformer.get_position_ids(input_ids, attention_mask)
+        else:
+            num_new = input_ids.shape[1] - prompt_position_ids.shape[-1]
+            steps = torch.arange(1, num_new + 1, device=input_ids.device)
+            added = prompt_position_ids[..., -1:] + torch.stack((torch.zeros_like(steps), steps))
+            positions = torch.cat((prompt_position_ids, added), dim=-1)
+        kwargs.pop("position_ids", None)
+        return super().prepare_inputs_for_generation(
+            input_ids, attention_mask=attention_mask, position_ids=positions, **kwargs
+        )
+
+    def process_response(self, response: str) -> str:
+        """Tidy a decoded answer: punctuation that touches a Chinese character becomes full-width."""
+        response = response.strip().replace("[[训练时间]]", "2023年")
+        for mark, wide in zip(",!:;?", "，！：；？", strict=True):
+            response = re.sub(rf"([\u4e00-\u9fff]){re.escape(mark)}", rf"\1{wide}", response)
+            response = re.sub(rf"{re.escape(mark)}([\u4e00-\u9fff])", rf"{wide}\1", response)
+        return response
+
+    def chat(
+        self,
+        tokenizer,
+        query: str,
+        history: list[tuple[str, str]] | None = None,
+        max_length: int = 2048,
+        num_beams: int = 1,
+        do_sample: bool = True,
+        top_p: float = 0.7,
+        temperature: float = 0.95,
+        logits_processor=None,
+        **kwargs,
+    ) -> tuple[str, list[tuple[str, str]]]:
+        """Answer a query.
+
+        Args:
+            tokenizer: The ChatGLMTokenizer of this checkpoint.
+            query: The user's text.
+            history: Earlier turns as (question, answer) pairs.
+            max_length: Limit on prompt and answer together, in tokens.
+            num_beams: Beam search width.
+            do_sample: Sample, or take the most probable token.
+            top_p: Nucleus probability.
+            temperature: Divides the logits.
+            logits_processor: Further logits processors.
+            **kwargs: Passed on to ``generate``.
+
+        Returns:
+            The answer, and the history with this turn.
+        """
+        settings = {"max_length": max_length, "num_beams": num_beams, "do_sample": do_sample, **kwargs}
+        sampling = {"top_p": top_p, "temperature": temperature} if do_sample else {}
+        return self._chat(tokenizer, query, history, logits_processor, settings | sampling)
+
+    def stream_chat(
+        self,
+        tokenizer,
+        query: str,
+        history: list[tuple[str, str]] | None = None,
+        max_length: int = 2048,
+        do_sample: bool = True,
+        top_p: float = 0.7,
+        temperature: float = 0.95,
+        logits_processor=None,
+        **kwargs,
+    ):
+        """Answer a query piece by piece.
+
+        Args:
+            tokenizer: The ChatGLMTokenizer of this checkpoint.
+            query: The user's text.
+            history: Earlier turns as (question, answer) pairs.
+            max_length: Limit on prompt and answer together, in tokens.
+            do_sample: Sample, or take the most probable token.
+            top_p: Nucleus probability.
+            temperature: Divides the logits.
+            logits_processor: Further logits processors.
+            **kwargs: Passed on to ``stream_generate``.
+
+        Yields:
+            The answer so far and the history with it, after each token.
+        """
+        history = list(history or [])
+        settings = {"max_length": max_length, "do_sample": do_sample, **kwargs}
+        settings |= {"top_p": top_p, "temperature": temperature} if do_sample else {}
+        inputs = self.build_inputs(tokenizer, query, history)
+        for response, _ in self._stream_text(tokenizer, inputs, logits_processor, settings):
+            response = self.process_response(response)
+            yield response, [*history, (query, response)]
+
+
+__all__ = ["ChatGLMForConditionalGeneration", "ChatGLMModel", "ChatGLMPreTrainedModel"]

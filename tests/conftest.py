@@ -1,0 +1,99 @@
+"""Shared fixtures: offline, one thread, and the golden models of both families."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import contextlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from loguru import logger
+
+PROJECT_DIR = Path(__file__).resolve().parent.parent
+from glm_utils import checkpoint
+from glm_utils.family import FAMILIES
+
+FIXTURES_DIR = PROJECT_DIR / "tests" / "fixtures"
+FAMILY_BY_NAME = {family.name: family for family in FAMILIES}
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_collection_modifyitems(items):
+    """Skip tests marked gpu where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(params=list(FAMILY_BY_NAME))
+def family_name(request):
+    """Name of each family in turn."""
+    return request.param
+
+
+@pytest.fixture
+def family(family_name):
+    """Record of each family in turn."""
+    return FAMILY_BY_NAME[family_name]
+
+
+@pytest.fixture
+def fixture_dir(family_name):
+    """Directory of a family's golden files."""
+    return FIXTURES_DIR / family_name
+
+
+@pytest.fixture
+def model_dir(fixture_dir):
+    """Checkpoint directory of a family's golden model, in the published layout."""
+    return fixture_dir / "model"
+
+
+@pytest.fixture
+def model_classes(family):
+    """Config, model and tokenizer class of a family."""
+    return checkpoint.load_classes(family)
+
+
+@pytest.fixture
+def tokenizer(model_dir):
+    """Tokenizer of a family's golden model."""
+    return checkpoint.load_tokenizer(model_dir)
+
+
+@pytest.fixture
+def golden_model(model_dir):
+    """A family's golden model in fp32, loaded afresh for every test."""
+    return checkpoint.load_base_model(model_dir).eval()
+
+
+@pytest.fixture
+def log_lines():
+    """Messages that loguru wrote during the test, as "LEVEL message"."""
+    lines = []
+    handler = logger.add(lambda text: lines.append(text.rstrip("\n")), format="{level} {message}", level="INFO")
+    yield lines
+    with contextlib.suppress(ValueError):  # run_cli sets logging up afresh
+        logger.remove(handler)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a file of the test: text as it is, anything else as JSON."""
+
+    def write_file(name, content):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content if isinstance(content, str) else json.dumps(content, ensure_ascii=False), "utf-8")
+        return path
+
+    return write_file

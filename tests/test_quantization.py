@@ -1,0 +1,347 @@
+"""The int8/int4 layout, the search for scales and the quantised modules, against golden vectors and by properties."""
+
+import copy
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+REMOTE_SCRIPTS = Path(__file__).resolve().parent.parent / "remote_scripts"
+FILES = [REMOTE_SCRIPTS / name / "quantization.py" for name in ("chatglm-6b", "chatglm2-6b")]
+
+
+def _load():
+    spec = importlib.util.spec_from_file_location("quantization_under_test", FILES[0])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+Q = _load()
+
+
+def _squared_error(weight, bits, method, **kwargs):
+    """Return the squared error of each row, relative to its energy."""
+    stored, scale = Q.quantize_rows(weight, bits, method, **kwargs)
+    decoded = Q.dequantize_rows(stored, scale, bits, torch.float64)
+    weight = weight.double()
+    return (weight - decoded).square().sum(1) / weight.square().sum(1).clamp(min=1e-300)
+
+
+def _rows(kind, num_rows, num_columns, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(num_rows, num_columns, generator=generator)
+    if kind == "heavy":
+        chi = torch.randn(3, num_rows, num_columns, generator=generator).square().sum(0)
+        normal = normal / (chi / 3).sqrt()
+    elif kind == "skewed":
+        normal = normal.exp() - 1
+    elif kind == "uniform":
+        normal = torch.rand(num_rows, num_columns, generator=generator) - 0.5
+    return (0.02 * normal).half()
+
+
+def test_both_directories_hold_the_same_file():
+    assert FILES[0].read_bytes() == FILES[1].read_bytes()
+
+
+# ---- the layout
+
+
+def test_nibble_table_all_256_bytes(fixture_dir):
+    table = np.load(fixture_dir / "quant_unit.npz")
+    packed = torch.from_numpy(table["nibble_table.byte"]).reshape(256, 1)
+    values = torch.from_numpy(table["nibble_table.values"])
+    assert torch.equal(Q.unpack_int4(packed), values)
+    assert torch.equal(Q.pack_int4(values), packed)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_absmax_is_the_published_quantiser(fixture_dir, bits):
+    unit = {name: torch.from_numpy(array) for name, array in np.load(fixture_dir / "quant_unit.npz").items()}
+    stored, scale = Q.quantize_rows(unit["weight_fp16"], bits, "absmax")
+    assert torch.equal(stored, unit[f"int{bits}.weight"])
+    assert torch.equal(scale, unit[f"int{bits}.weight_scale_fp16"])
+    assert torch.equal(Q.unpack(stored, bits), unit[f"int{bits}.unpacked"])
+    assert torch.equal(Q.dequantize_rows(stored, scale, bits, torch.float16), unit[f"int{bits}.dequant_fp16"])
+    assert torch.equal(Q.dequantize_rows(stored, scale, bits, torch.float32), unit[f"int{bits}.dequant_fp32"])
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (3, 6), (5, 7, 34), (0, 4)])
+def test_pack_and_unpack_are_inverse(shape):
+    codes = torch.randint(-8, 8, shape, dtype=torch.int8)
+    packed = Q.pack_int4(codes)
+    assert packed.dtype == torch.int8
+    assert packed.shape == (*shape[:-1], shape[-1] // 2)
+    assert torch.equal(Q.unpack_int4(packed), codes)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_decoding_rounds_once(bits):
+    codes = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1), dtype=torch.int8).repeat(9, 1)
+    stored = Q.pack_int4(codes) if bits == 4 else codes
+    scale = torch.randn(9).mul(0.01).half()
+    exact = codes.double() * scale.double().unsqueeze(1)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        assert torch.equal(Q.dequantize_rows(stored, scale, bits, dtype), exact.to(dtype))
+
+
+# ---- the search
+
+
+def test_search_more_than_halves_the_error_on_gaussian_rows():
+    weight = _rows("gaussian", 64, 4096)
+    absmax = _squared_error(weight, 4, "absmax").mean().item()
+    search = _squared_error(weight, 4, "search").mean().item()
+    assert absmax == pytest.approx(0.0246, abs=0.001)
+    assert search == pytest.approx(0.0116, abs=0.0002)
+
+
+def test_search_tames_heavy_tails():
+    weight = _rows("heavy", 64, 4096)
+    assert _squared_error(weight, 4, "search").mean() < 0.5 * _squared_error(weight, 4, "absmax").mean()
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "heavy", "skewed", "uniform"])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shape", [(3, 2), (130, 64), (17, 176), (5, 4098)])
+def test_search_is_never_worse_than_absmax(kind, bits, shape):
+    weight = _rows(kind, *shape)
+    absmax = _squared_error(weight, bits, "absmax", scale_dtype=torch.float16)
+    search = _squared_error(weight, bits, "search")
+    assert (search <= absmax * (1 + 1e-4) + 1e-9).all()
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "heavy"])
+def test_search_is_close_to_an_exhaustive_one(kind):
+    weight = _rows(kind, 24, 512).float()
+    best = torch.full((24, 1), torch.inf)
+    highest = weight.abs().amax(1, keepdim=True) / 7
+    for factor in torch.logspace(0, -1.3, 1500, base=10):
+        for sign in (1, -1):
+            scale = sign * factor * highest
+            error = (weight - scale * (weight / scale).round().clamp(-8, 7)).square().sum(1, keepdim=True)
+            best = torch.minimum(best, error)
+    relative = (best / weight.square().sum(1, keepdim=True)).flatten()
+    assert (_squared_error(weight, 4, "search") <= 1.02 * relative).all()
+
+
+def test_search_uses_code_minus_8_and_both_signs():
+    stored, scale = Q.quantize_rows(_rows("gaussian", 64, 4096), 4)
+    codes = Q.unpack(stored, 4)
+    assert codes.min() == -8
+    assert codes.max() == 7
+    assert (scale < 0).any()
+    assert (scale > 0).any()
+
+
+def test_a_published_decoder_reads_searched_rows():
+    weight = _rows("gaussian", 8, 64)
+    stored, scale = Q.quantize_rows(weight, 4)
+    packed = stored.numpy()
+    even, odd = packed >> 4, (packed << 4).astype(np.int8) >> 4
+    decoded = np.stack([even, odd], -1).reshape(8, 64).astype(np.float16) * scale.numpy()[:, None]
+    assert np.array_equal(decoded, Q.dequantize_rows(stored, scale, 4, torch.float16).numpy())
+
+
+def test_result_does_not_depend_on_chunks_strides_or_repetition(monkeypatch):
+    weight = _rows("heavy", 37, 66)
+    stored, scale = Q.quantize_rows(weight, 4)
+    monkeypatch.setattr(Q, "CPU_CHUNK", 100)
+    for again in (weight, weight.t().contiguous().t(), torch.cat([weight, weight], 1)[:, :66]):
+        stored_again, scale_again = Q.quantize_rows(again, 4)
+        assert torch.equal(stored, stored_again)
+        assert torch.equal(scale, scale_again)
+
+
+@pytest.mark.parametrize("method", ["search", "absmax"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_extreme_rows(method, bits):
+    least = 2.0**-24
+    weight = torch.zeros(6, 8, dtype=torch.float16)
+    weight[1, 3] = least
+    weight[2] = torch.tensor([least, -least, 3 * least, 0, 0, 0, 0, 0])
+    weight[3] = 65504
+    weight[4, ::2] = -65504
+    weight[5, 0] = 1.0
+    stored, scale = Q.quantize_rows(weight, bits, method)
+    decoded = Q.dequantize_rows(stored, scale, bits, torch.float16)
+    assert torch.isfinite(decoded).all()
+    assert scale[0] == 0
+    assert not stored[0].any()
+    assert (scale[1:] != 0).all()
+    assert decoded[1, 3] == least
+    assert torch.allclose(
+        decoded[3:].float(), weight[3:].float(), rtol=0.13 if (method, bits) == ("absmax", 4) else 0.01
+    )
+
+
+def test_scale_dtype_follows_the_weight():
+    weight = torch.randn(4, 8)
+    assert Q.quantize_rows(weight, 4)[1].dtype == torch.float32
+    assert Q.quantize_rows(weight.half(), 4)[1].dtype == torch.float16
+    assert Q.quantize_rows(weight.bfloat16(), 8, "absmax")[1].dtype == torch.float16
+    assert Q.quantize_rows(weight, 8, scale_dtype=torch.float16)[1].dtype == torch.float16
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (4, 0)])
+def test_empty_weights(shape):
+    for bits in (4, 8):
+        stored, scale = Q.quantize_rows(torch.zeros(shape, dtype=torch.float16), bits)
+        assert Q.dequantize_rows(stored, scale, bits, torch.float16).shape == shape
+
+
+@pytest.mark.parametrize(
+    ("weight", "bits", "method", "message"),
+    [
+        (torch.ones(2, 4), 3, "search", "4 or 8, not 3"),
+        (torch.ones(2, 4), "4", "search", "4 or 8, not '4'"),
+        (torch.ones(2, 4), 4, "best", "'search' or 'absmax'"),
+        (torch.ones(2, 5), 4, "search", "even, not 5"),
+        (torch.ones(4), 4, "search", "floating matrix"),
+        (torch.ones(2, 4, dtype=torch.int8), 8, "search", "floating matrix"),
+        (torch.tensor([[1.0, torch.nan]]), 8, "search", "nan"),
+        (torch.tensor([[1.0, torch.inf]]), 4, "absmax", "inf"),
+        (torch.tensor([[1.0, 1e5]]).bfloat16(), 4, "search", "float16"),
+    ],
+)
+def test_refusals_say_what_was_found(weight, bits, method, message):
+    with pytest.raises(ValueError, match=message):
+        Q.quantize_rows(weight, bits, method)
+
+
+# ---- the modules
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (2, 3, 6)])
+def test_linear_forward_and_gradients_equal_the_decoded_weight(bits, bias, shape):
+    linear = nn.Linear(6, 5, bias=bias)
+    module = Q.QuantizedLinear.from_linear(linear, bits)
+    decoded = Q.dequantize_rows(module.weight, module.weight_scale, bits, torch.float32)
+    x = torch.randn(shape, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    got, expected = module(x), nn.functional.linear(y, decoded, linear.bias)
+    upstream = torch.randn_like(got)
+    got.backward(upstream)
+    got_bias = linear.bias.grad.clone() if bias else None
+    linear.zero_grad()
+    expected.backward(upstream)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(x.grad, y.grad)
+    if bias:
+        torch.testing.assert_close(got_bias, linear.bias.grad)
+
+
+def test_backward_keeps_the_stored_weight_only():
+    module = Q.QuantizedLinear.from_linear(nn.Linear(64, 32), 4)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        module(torch.randn(3, 64, requires_grad=True))
+    assert sorted(t.dtype.itemsize * t.numel() for t in kept) == [32 * 4, 32 * 32]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_casts_and_copies(bits):
+    module = Q.QuantizedLinear.from_linear(nn.Linear(32, 16).half(), bits)
+    assert set(module.state_dict()) == {"weight", "weight_scale", "bias"}
+    x, scale, weight = torch.randn(2, 32), module.weight_scale.clone(), module.weight.clone()
+    for cast, dtype, scale_dtype in [
+        ("float", torch.float32, torch.float32),
+        ("half", torch.float16, torch.float16),
+        ("bfloat16", torch.bfloat16, torch.float16),
+        ("half", torch.float16, torch.float16),
+        ("float", torch.float32, torch.float32),
+    ]:
+        module = copy.deepcopy(getattr(module, cast)())
+        assert module(x.to(dtype)).dtype == module.bias.dtype == dtype
+        assert module.weight.dtype == torch.int8
+        assert module.weight_scale.dtype == scale_dtype
+        assert torch.equal(module.weight_scale.half(), scale)
+        assert torch.equal(module.weight, weight)
+    assert not any(parameter is module.weight for parameter in module.parameters())
+
+
+def test_autocast():
+    module = Q.QuantizedLinear.from_linear(nn.Linear(32, 16), 8)
+    x = torch.randn(2, 32, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = module(x)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert x.grad.dtype == torch.float32
+    torch.testing.assert_close(y.float(), module(x), atol=0.05, rtol=0.05)
+
+
+def test_embedding_decodes_rows_and_shares_them_with_the_output_layer():
+    source = nn.Embedding(10, 8).half()
+    module = Q.QuantizedEmbedding.from_embedding(source, 4)
+    ids = torch.tensor([[1, 9], [0, 1]])
+    decoded = Q.dequantize_rows(module.weight, module.weight_scale, 4, torch.float16)
+    assert torch.equal(module(ids), decoded[ids])
+    assert set(module.state_dict()) == {"weight", "weight_scale"}
+    for dtype in (torch.float32, torch.bfloat16):
+        assert module.to(dtype)(ids).dtype == dtype
+    head = Q.output_layer_of(module.half())
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(head(x), x @ Q.dequantize_rows(head.weight, head.weight_scale, 4, torch.float32).T)
+    assert torch.equal(head.weight, module.weight)
+
+
+class _Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query_key_value = nn.Linear(8, 24)
+        self.dense = nn.Linear(8, 8, bias=False)
+        self.mlp = nn.ModuleDict({"dense_h_to_4h": nn.Linear(8, 32), "dense_4h_to_h": nn.Linear(32, 8)})
+        self.other = nn.Linear(8, 8)
+
+
+class _Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([_Layer(), _Layer()])
+        self.lm_head = nn.Linear(8, 10)
+
+
+def test_quantize_replaces_four_linears_a_layer_and_nothing_else():
+    model = _Model()
+    assert Q.quantize(model, 4) is model
+    replaced = [name for name, module in model.named_modules() if isinstance(module, Q.QuantizedLinear)]
+    assert len(replaced) == 8
+    assert type(model.lm_head) is type(model.layers[0].other) is nn.Linear
+    assert Q.quantize(model, 4) is model
+    with pytest.raises(ValueError, match="4.*-bit weights"):
+        Q.quantize(model, 8)
+
+
+def test_replaced_empty_modules_load_a_quantised_state_dict_strictly():
+    model, empty = Q.quantize(_Model().half(), 8), _Model().half()
+    assert Q.replace_linears(empty.layers, 8) == 8
+    empty.load_state_dict(model.state_dict(), strict=True)
+    x = torch.randn(2, 8).half()
+    assert torch.equal(empty.layers[1].query_key_value(x), model.layers[1].query_key_value(x))
+    with torch.device("meta"):
+        on_meta = _Model()
+        Q.replace_linears(on_meta.layers, 4)
+    assert on_meta.layers[0].dense.weight.is_meta
+    assert on_meta.layers[0].dense.weight.shape == (8, 4)
+
+
+def test_quantize_names_the_weight_it_refuses():
+    model = _Model()
+    with torch.no_grad():
+        model.layers[1].dense.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="layers.1.dense: cannot quantise a weight of nan"):
+        Q.quantize(model, 4)
+    with pytest.raises(ValueError, match="found none of the Linear modules"):
+        Q.quantize(nn.Sequential(nn.Linear(2, 2)), 4)
+    wrapped = _Model()
+    wrapped.layers[0].dense = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="layers.0.dense, a torch.nn.modules.container.Sequential"):
+        Q.quantize(wrapped, 4)
+    assert not any(isinstance(module, Q.QuantizedLinear) for module in wrapped.modules())

@@ -1,0 +1,415 @@
+"""train_qlora.py from end to end on the golden models: output, resume, and every refusal before training."""
+
+import inspect
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Trainer
+
+import train_qlora as stage
+from glm_utils.checkpoint import load_adapter, load_base_model, load_tokenizer, load_tokenizer_class
+from glm_utils.cli import UserError, run_cli
+from glm_utils.family import FAMILIES, PROJECT_DIR
+
+COLORS, CLOTHES = "白黑红蓝绿", ("上衣", "裤子", "裙子")
+ROWS = [
+    {"content": f"类型#{kind}*颜色#{color}色", "summary": f"{color}色的{kind}，百搭又时尚。"}
+    for kind in CLOTHES
+    for color in COLORS
+]
+ARGS = {
+    "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 8,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 4,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_steps": 2,
+    "warmup_steps": 0.25,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
+
+@pytest.fixture
+def train_path(write, tmp_path, monkeypatch):
+    """A data file; the working directory is the test's own."""
+    monkeypatch.chdir(tmp_path)
+    return write("train.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS))
+
+
+@pytest.fixture
+def train(write, train_path, model_dir, tmp_path):
+    """Run the stage on the test's data; JSON keys in `args`, flags as keywords. Returns the output directory."""
+
+    def run(name="out", args=None, **flags):
+        values = {**ARGS, "output_dir": str(tmp_path / name), **(args or {})}
+        path = write("args.json", {key: value for key, value in values.items() if value is not None})
+        flags = {"train_args_json": str(path), "train_data_path": str(train_path), **flags}
+        stage.train_qlora(**{"model_name_or_path": str(model_dir), **flags})
+        return tmp_path / name
+
+    return run
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    monkeypatch.setattr(Trainer, "train", lambda *args, **kwargs: pytest.fail("training started"))
+
+
+def adapter_state(path):
+    return load_file(path / "adapter_model.safetensors")
+
+
+def assert_same_bits(first, second):
+    first, second = adapter_state(first), adapter_state(second)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+# ---- the whole run
+
+
+def test_whole_run(train, write, family, model_dir, log_lines):
+    eval_path = write("dev.json", ROWS[:4])
+    args = {"eval_strategy": "steps", "eval_steps": 2, "report_to": "tensorboard"}
+    out = train(args=args, eval_data_path=str(eval_path), lora_dropout=0.0)
+    tokenizer_files = {"tokenizer_config.json", family.tokenizer_file}
+    results = {"train_results.json", "eval_results.json", "all_results.json", "trainer_state.json"}
+    adapter = {"adapter_config.json", "adapter_model.safetensors", "README.md", "run_config.json"}
+    found = {path.name for path in out.iterdir()} - {"chat_template.jinja", "special_tokens_map.json"}
+    assert found == tokenizer_files | results | adapter | {"checkpoint-2", "checkpoint-4", "runs"}
+    assert list(out.glob("runs/*/events.out.tfevents.*"))
+
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(model_dir)
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (4, 32, ["query_key_value"])
+    metrics = json.loads((out / "all_results.json").read_text())
+    assert {"train_loss", "eval_loss", "train_runtime", "epoch"} <= metrics.keys()
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    eval_losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    assert eval_losses[-1] < eval_losses[0]
+    assert metrics["eval_loss"] == pytest.approx(eval_losses[-1])
+    saved_tokenizer = load_tokenizer_class(family).from_pretrained(out)
+    assert saved_tokenizer.encode_prompt("你好") == load_tokenizer(model_dir).encode_prompt("你好")
+    check_model(out, model_dir)
+    check_record(out, family)
+    check_log(log_lines)
+
+
+def check_model(out, model_dir):
+    ids = torch.tensor([load_tokenizer(model_dir).encode_prompt("类型#上衣*颜色#白色")])
+    base = load_base_model(model_dir).eval()
+    with torch.no_grad():
+        before = base(input_ids=ids).logits.clone()
+        after = load_adapter(base, out).eval()(input_ids=ids).logits
+    assert not torch.allclose(before, after, atol=1e-3)
+    state = adapter_state(out)
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    assert all("query_key_value" in key for key in state)
+
+
+def check_record(out, family):
+    record = json.loads((out / "run_config.json").read_text())
+    assert record["stage"] == "train_qlora"
+    assert record["base"]["family"] == family.name
+    assert record["arguments"]["lora_dropout"] == 0.0
+    assert record["arguments"]["max_input_length"] == 512
+    assert record["training_args"]["max_steps"] == 4
+    assert record["data"]["train"]["num_rows"] == len(ROWS)
+    assert {"torch", "transformers", "peft", "bitsandbytes", "python", "device"} <= record["versions"].keys()
+    assert "commit" in record
+    assert (out / "checkpoint-2" / "run_config.json").read_text() == (out / "run_config.json").read_text()
+    card = (out / "README.md").read_text()
+    metrics = json.loads((out / "all_results.json").read_text())
+    for text in ("base_model:", "train.jsonl, 15 rows", "lora_rank | 4", "learning_rate | 0.01"):
+        assert text in card
+    assert f"eval_loss | {metrics['eval_loss']:.4f}" in card
+    assert f"train_loss | {metrics['train_loss']:.4f}" in card
+
+
+def check_log(log_lines):
+    text = "\n".join(log_lines)
+    assert re.search(r"sample 0, trained in \[\[ \]\]: .*\[\[ .*百.*\]\]", text)
+    assert re.search(r"train: num_rows 15, num_tokens [\d,]+, num_trained_tokens \d+, longest \d+", text)
+    assert re.search(r"step 2/4: loss .* left", text)
+    assert "SUCCESS adapter written to" in text
+
+
+def test_rank_4_at_6b_size_stays_a_few_megabytes(family):
+    shapes = json.loads((PROJECT_DIR / "tests/fixtures" / family.name / "state_dict_6b.json").read_text())
+    shapes = shapes.get("keys", shapes.get("shapes", shapes))
+    items = shapes.items() if isinstance(shapes, dict) else [(entry["key"], entry["shape"]) for entry in shapes]
+    linear = [shape for key, shape in items if key.endswith("query_key_value.weight")]
+    assert len(linear) == 28
+    assert sum(4 * 4 * (num_out + num_in) for num_out, num_in in linear) < 8e6  # rank 4, fp32, bytes
+
+
+@pytest.mark.parametrize("compute_dtype", ["fp32", "bf16"])
+def test_all_linear_with_both_dtypes(train, family, compute_dtype):
+    out = train(args={"max_steps": 1, "save_strategy": "no"}, compute_dtype=compute_dtype, lora_targets="all-linear")
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert sorted(config["target_modules"]) == sorted(family.linear_names)
+    state = adapter_state(out)
+    assert {key.split(".lora_")[0].rsplit(".", 1)[1] for key in state} == set(family.linear_names)
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+def test_fp16_compute_on_a_cpu_warns_and_works(train, log_lines):
+    train(args={"max_steps": 1, "save_strategy": "no"}, compute_dtype="fp16")
+    assert any("slower than bf16 or fp32 on a CPU" in line for line in log_lines)
+
+
+def test_prompt_text_reaches_the_ids_and_the_record(train, log_lines):
+    out = train(args={"max_steps": 1, "save_strategy": "no"}, prompt_text="百搭")
+    assert json.loads((out / "run_config.json").read_text())["identity"]["prompt_text"] == "百搭"
+    sample = next(line for line in log_lines if "sample 0" in line)
+    prompt, trained = sample.removeprefix("INFO sample 0, trained in [[ ]]: ").split("[[")
+    assert "百 搭" in prompt.replace("百搭", "百 搭")
+    assert prompt.replace(" ", "").index("百搭") < prompt.replace(" ", "").index("类型")
+
+
+def test_gradient_accumulation_gives_the_whole_batch_its_gradient(train):
+    args = {"max_steps": 1, "save_strategy": "no", "optim": "sgd", "max_grad_norm": 1e9, "warmup_steps": 0}
+    outs = []
+    for batch_size, num_parts in ((8, 1), (2, 4)):
+        sizes = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": num_parts}
+        outs.append(train(f"parts-{num_parts}", args={**args, **sizes}, lora_dropout=0.0))
+    first, second = map(adapter_state, outs)
+    moved = [key for key in first if "lora_B" in key]
+    assert all(first[key].abs().max() > 0 for key in moved)
+    assert all(torch.allclose(first[key], second[key], rtol=1e-3, atol=1e-7) for key in first)
+
+
+def test_checkpointing_changes_nothing_but_memory(train):
+    args = {"max_steps": 2, "save_strategy": "no"}
+    on = train("on", args={**args, "gradient_checkpointing": True})
+    off = train("off", args={**args, "gradient_checkpointing": False})
+    first, second = adapter_state(on), adapter_state(off)
+    assert all(torch.allclose(first[key], second[key], atol=1e-6) for key in first)
+
+
+def test_the_seed_decides_everything(train):
+    args = {"max_steps": 2, "save_strategy": "no"}
+    first, again, other = train("a", args=args, seed=7), train("b", args={**args, "seed": 7}), train("c", args=args)
+    assert_same_bits(first, again)
+    assert not torch.equal(*(next(iter(adapter_state(path).values())) for path in (first, other)))
+
+
+# ---- shipped and old TrainingArguments
+
+
+@pytest.mark.parametrize("name", ["shipped", "2023"])
+def test_shipped_and_old_files_run(train_path, write, family, model_dir, name, tmp_path, monkeypatch):
+    shipped = PROJECT_DIR / (family.train_args_json if name == "shipped" else "tests/fixtures/train_args_2023.json")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR")
+    eval_path = write("dev.jsonl", json.dumps(ROWS[0]))
+    stage.train_qlora(
+        train_args_json=str(shipped),
+        model_name_or_path=str(model_dir),
+        train_data_path=str(train_path),
+        eval_data_path=str(eval_path),
+    )
+    (out,) = (tmp_path / "saved_files").iterdir()
+    assert (out / "adapter_model.safetensors").is_file()
+    logs = "logs/events.out*" if name == "2023" else "runs/*/events.out*"
+    assert list(out.glob(logs))
+
+
+# ---- resume
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [True, False])
+def test_a_resumed_run_ends_with_the_same_bits(train, write, gradient_checkpointing):
+    """7 steps of 2 x 2 rows over 15: the checkpoint lies inside the second epoch; dropout and evaluation are on."""
+    args = {"max_steps": 7, "save_steps": 5, "eval_strategy": "steps", "eval_steps": 2}
+    args["gradient_checkpointing"] = gradient_checkpointing
+    eval_path = str(write("dev.jsonl", json.dumps(ROWS[0])))
+    whole = train("whole", args=args, eval_data_path=eval_path, lora_dropout=0.1)
+    shutil.copytree(whole / "checkpoint-5", whole.parent / "cut" / "checkpoint-5")
+    assert not torch.equal(*(next(iter(adapter_state(path).values())) for path in (whole, whole / "checkpoint-5")))
+    resumed = train("cut", args=args, eval_data_path=eval_path, lora_dropout=0.1, resume_from_checkpoint="latest")
+    assert_same_bits(whole, resumed)
+    assert logged_losses(whole) == logged_losses(resumed)
+
+
+def logged_losses(out):
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+
+
+@pytest.fixture
+def checkpoint(train):
+    return train(args={"max_steps": 2, "save_steps": 1}) / "checkpoint-1"
+
+
+@pytest.mark.parametrize("form", ["path", "output_dir", "true"])
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+def test_ways_to_name_the_checkpoint(train, checkpoint, monkeypatch, form):
+    given = {}
+    monkeypatch.setattr(stage, "run_trainer", lambda trainer, path: given.update(path=path) or {})
+    monkeypatch.setattr(stage, "save_adapter", lambda *args: None)
+    out = checkpoint.parent
+    value = {"path": str(checkpoint), "output_dir": str(out), "true": True}[form]
+    train(args={"max_steps": 2, "save_steps": 1}, resume_from_checkpoint=value)
+    assert given["path"] == (checkpoint if form == "path" else out / "checkpoint-2")
+
+
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+@pytest.mark.parametrize(
+    ("args", "flags", "message"),
+    [
+        ({}, {"lora_rank": 8}, "lora_rank is 4 in the checkpoint and 8 now"),
+        ({}, {"lora_alpha": 16}, "lora_alpha is 32 in the checkpoint and 16 now"),
+        ({}, {"lora_targets": "all-linear"}, "lora_targets is"),
+        ({}, {"seed": 1}, "seed is 42 in the checkpoint and 1 now"),
+        ({}, {"prompt_text": "a"}, "prompt_text is"),
+        ({}, {"max_input_length": 100}, "max_input_length is 512 in the checkpoint and 100 now"),
+        ({"per_device_train_batch_size": 1}, {}, "per_device_train_batch_size is 2 in the checkpoint and 1 now"),
+    ],
+)
+def test_resume_into_another_run_is_refused(train, checkpoint, no_training, args, flags, message):
+    with pytest.raises(UserError) as error_info:
+        train(args=args, resume_from_checkpoint=str(checkpoint), **flags)
+    assert str(error_info.value).startswith(str(checkpoint))
+    assert message in str(error_info.value)
+
+
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+def test_resume_on_other_data_or_another_base_is_refused(train, checkpoint, write, no_training, tmp_path):
+    other = write("other.jsonl", json.dumps(ROWS[0]))
+    with pytest.raises(UserError, match="train_data_sha256"):
+        train(resume_from_checkpoint=str(checkpoint), train_data_path=str(other))
+    model_dir = PROJECT_DIR / "tests/fixtures/chatglm-6b/model"
+    with pytest.raises(UserError, match="base_fingerprint"):
+        train(resume_from_checkpoint=str(checkpoint), model_name_or_path=str(model_dir))
+
+
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+def test_resume_compares_the_adapter_where_no_record_is(train, checkpoint, no_training):
+    (checkpoint / "run_config.json").unlink()
+    with pytest.raises(UserError, match="lora_rank is 4 in the checkpoint and 8 now"):
+        train(resume_from_checkpoint=str(checkpoint), lora_rank=8)
+
+
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+def test_a_path_without_a_complete_checkpoint_is_an_error(train, checkpoint, no_training, tmp_path):
+    for value in (str(tmp_path), str(tmp_path / "nothing"), "latest", True):
+        with pytest.raises(UserError, match="no checkpoint-N in"):
+            train("fresh", resume_from_checkpoint=value)
+    (checkpoint / "optimizer.pt").unlink()
+    with pytest.raises(UserError, match=r"no complete checkpoint, optimizer.pt missing"):
+        train(resume_from_checkpoint=str(checkpoint))
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+def test_an_earlier_run_is_kept_unless_the_file_says_otherwise(train, checkpoint, log_lines, monkeypatch):
+    out = checkpoint.parent
+    before = sorted(path.name for path in out.iterdir())
+    with pytest.raises(UserError, match=r"holds an earlier run.*--resume_from_checkpoint latest"):
+        train(args={"max_steps": 1})
+    assert sorted(path.name for path in out.iterdir()) == before
+    train(args={"max_steps": 1, "overwrite_output_dir": True})
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+@pytest.mark.parametrize(
+    ("args", "flags", "message"),
+    [
+        ({}, {"train_data_path": "none.jsonl"}, "none.jsonl: no such file"),
+        ({}, {"train_args_json": "none.json"}, "none.json: no such file"),
+        ({}, {"model_name_or_path": "/none"}, "/none: no such directory"),
+        ({}, {"lora_targets": "q_proj"}, "no module 'q_proj'"),
+        ({}, {"lora_rank": 0}, "--lora_rank=0"),
+        ({}, {"lora_alpha": -1}, "--lora_alpha=-1"),
+        ({}, {"lora_dropout": 1.0}, "--lora_dropout=1.0"),
+        ({}, {"max_input_length": 0}, "--max_input_length=0"),
+        ({}, {"max_output_length": 1}, "--max_output_length=1"),
+        ({"eval_strategy": "steps"}, {}, "Give --eval_data_path"),
+        ({"fp16": True}, {}, "fp16 needs a GPU"),
+        ({"bf16": True}, {"compute_dtype": "fp16"}, "--compute_dtype fp16 contradicts bf16"),
+        ({"learning_rte": 1}, {}, "Did you mean learning_rate?"),
+        ({"learning_rate": "fast"}, {}, 'learning_rate is "fast", expected float'),
+        ({"output_dir": "train.jsonl"}, {}, "output_dir is a file"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a GPU allows differs")
+def test_refusals_come_before_training(train, no_training, args, flags, message, tmp_path):
+    with pytest.raises(UserError) as error_info:
+        train(args=args, **flags)
+    assert message in str(error_info.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+def test_bf16_on_a_gpu_without_it_is_refused(train, no_training, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Old GPU")
+    for args, flags in (({}, {"compute_dtype": "bf16"}), ({"bf16": True}, {})):
+        with pytest.raises(UserError, match="Old GPU has no bf16. Use fp16 or fp32"):
+            train(args=args, **flags)
+
+
+def test_a_quantised_base_is_refused(train, no_training, model_dir, family, tmp_path):
+    shutil.copytree(model_dir, tmp_path / "int4")
+    config = json.loads((model_dir / "config.json").read_text())
+    (tmp_path / "int4" / "config.json").write_text(json.dumps({**config, "quantization_bit": 4}))
+    with pytest.raises(UserError, match="quantised already.*give the fp16 checkpoint"):
+        train(model_name_or_path=str(tmp_path / "int4"))
+
+
+def test_an_adapter_as_base_is_refused(train, no_training, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "x"}')
+    with pytest.raises(UserError, match="a LoRA adapter, not a base model"):
+        train(model_name_or_path=str(tmp_path / "adapter"))
+
+
+def test_flags_are_the_issues():
+    parameters = inspect.signature(stage.train_qlora).parameters
+    expected = "train_args_json model_name_or_path train_data_path eval_data_path seed max_input_length "
+    expected += "max_output_length lora_rank lora_alpha lora_dropout resume_from_checkpoint prompt_text compute_dtype "
+    assert " ".join(parameters) == expected + "lora_targets"
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    assert defaults["model_name_or_path"] == FAMILIES[1].hub_ids[0] == "THUDM/chatglm2-6b"
+    assert (defaults["max_input_length"], defaults["max_output_length"]) == (512, 1536)
+    assert (defaults["lora_rank"], defaults["lora_alpha"], defaults["lora_dropout"]) == (4, 32, 0.05)
+    assert (defaults["compute_dtype"], defaults["lora_targets"]) == ("fp32", "query_key_value")
+
+
+def test_a_misspelt_flag_ends_the_command(capsys, no_training):
+    with pytest.raises(SystemExit) as exit_info:
+        run_cli(stage.train_qlora, ["--lora_rnak=8"])
+    assert exit_info.value.code == 1
+    assert "Did you mean --lora_rank?" in capsys.readouterr().err
+
+
+def test_bad_input_as_a_command(write, tmp_path):
+    """One real process: exit code, one message, no traceback."""
+    data = write("train.jsonl", '{"instruction": "a", "output": "b"}\n{"instruction": "a"}\n')
+    command = [sys.executable, "train_qlora.py", "--train_data_path", str(data)]
+    result = subprocess.run(command, cwd=PROJECT_DIR, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert f"{data}:2: no 'output' in the row" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_adapters_are_peft_adapters(train, model_dir):
+    out = train(args={"max_steps": 1, "save_strategy": "no"})
+    model = peft.PeftModel.from_pretrained(load_base_model(model_dir), str(out))
+    assert model.peft_config["default"].r == 4
