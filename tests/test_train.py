@@ -95,6 +95,7 @@ def test_whole_run(train, write, family, model_dir, log_lines):
     assert {"train_loss", "eval_loss", "train_runtime", "epoch"} <= metrics.keys()
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
     eval_losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    assert len(eval_losses) == 2  # the last one is not made twice
     assert eval_losses[-1] < eval_losses[0]
     assert metrics["eval_loss"] == pytest.approx(eval_losses[-1])
     saved_tokenizer = load_tokenizer_class(family).from_pretrained(out)
