@@ -2,6 +2,8 @@
 
 import inspect
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -130,9 +132,8 @@ def test_sampling_order(golden_model, fixture_dir):
     golden = tensors(fixture_dir, "generation.npz")
     scores = golden["sampling.in"]
     config = golden_model.generation_config
-    config.update(do_sample=True, top_p=golden["sampling.top_p"].item(), temperature=golden["sampling.temperature"].item())
-    import sys
-
+    top_p, temperature = golden["sampling.top_p"].item(), golden["sampling.temperature"].item()
+    config.update(do_sample=True, top_p=top_p, temperature=temperature)
     module = sys.modules[type(golden_model).__mro__[1].__module__]
     processors = module._sampling_processors(config)
     assert [type(p) for p in processors] == [TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper]
@@ -227,23 +228,15 @@ def test_cached_turns(golden_model, tokenizer, fixture_dir, family_name):
     )
     assert response in json.dumps(expected, ensure_ascii=False)
     assert cache.get_seq_length() == past_len
-    golden = chat_golden(fixture_dir)
-    for case in golden["prompts"]:
-        if "build_stream_inputs" not in case:
-            continue
-        full = history_of(golden, case["rounds"])
-        mask_length = len(case["build_stream_inputs"]["attention_mask"][0])
-        ids = case["build_stream_inputs"]["input_ids"]
-
-        class Past:
-            """A cache of the golden length."""
-
-            @staticmethod
-            def get_seq_length():
-                return mask_length - len(ids[0])
-
-        inputs = golden_model.build_stream_inputs(tokenizer, case["query"], full, Past)
-        assert {name: value.tolist() for name, value in inputs.items()} == case["build_stream_inputs"]
+    cases = [case for case in chat_golden(fixture_dir)["prompts"] if "build_stream_inputs" in case]
+    assert cases
+    for case in cases:
+        expected = case["build_stream_inputs"]
+        num_past = len(expected["attention_mask"][0]) - len(expected["input_ids"][0])
+        past = SimpleNamespace(get_seq_length=lambda num_past=num_past: num_past)
+        turns = history_of(chat_golden(fixture_dir), case["rounds"])
+        inputs = golden_model.build_stream_inputs(tokenizer, case["query"], turns, past)
+        assert {name: value.tolist() for name, value in inputs.items()} == expected
     *_, (second, history, cache) = golden_model.stream_chat(
         tokenizer, "再写", history, cache, max_length=120, do_sample=False, return_past_key_values=True
     )
@@ -278,10 +271,9 @@ def test_positions_and_masks_of_odd_rows(model_classes, fixture_dir, golden_mode
         assert not (fixture_dir / "mask_position_cases.json").exists()
         return
     cases = json.loads((fixture_dir / "mask_position_cases.json").read_text())
-    cases = cases["cases"] if isinstance(cases, dict) else cases
     assert len(cases) >= 4
     for case in cases:
-        ids = torch.tensor([case["ids"]])
+        ids = torch.tensor([case["input_ids"]]).reshape(1, -1)
         positions = golden_model.transformer.get_position_ids(ids)
         assert positions[0].tolist() == np.array(case["model_position_ids"]).reshape(2, -1).tolist()
         keep, _ = golden_model.transformer._keep_mask(None, positions, ids.shape[1], None)

@@ -2,15 +2,21 @@
 
 import copy
 import importlib.util
-from pathlib import Path
+import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-REMOTE_SCRIPTS = Path(__file__).resolve().parent.parent / "remote_scripts"
-FILES = [REMOTE_SCRIPTS / name / "quantization.py" for name in ("chatglm-6b", "chatglm2-6b")]
+from glm_utils.checkpoint import load_base_model
+from glm_utils.family import FAMILIES, PROJECT_DIR
+
+FILES = [family.remote_dir / "quantization.py" for family in FAMILIES]
+FIXTURES_DIR = PROJECT_DIR / "tests" / "fixtures"
 
 
 def _load():
@@ -345,3 +351,102 @@ def test_quantize_names_the_weight_it_refuses():
     with pytest.raises(ValueError, match="layers.0.dense, a torch.nn.modules.container.Sequential"):
         Q.quantize(wrapped, 4)
     assert not any(isinstance(module, Q.QuantizedLinear) for module in wrapped.modules())
+
+
+# ---- whole models, against golden logits
+
+
+@pytest.fixture
+def quantised_dir(model_dir, tmp_path):
+    """Build a checkpoint in the published quantised layout."""
+
+    def build(bits):
+        for path in model_dir.iterdir():
+            if path.suffix != ".safetensors" and path.name != "config.json":
+                shutil.copyfile(path, tmp_path / path.name)
+        shutil.copyfile(model_dir / f"config_int{bits}.json", tmp_path / "config.json")
+        weights = load_file(model_dir / "model.safetensors") | load_file(model_dir / f"model_int{bits}.safetensors")
+        save_file(weights, tmp_path / "model.safetensors")
+        return tmp_path
+
+    return build
+
+
+def _golden(fixture_dir, bits, what):
+    return torch.from_numpy(np.load(fixture_dir / "quant_model.npz")[f"int{bits}.{what}"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [8, 4])
+def test_published_quantised_checkpoints_load(fixture_dir, quantised_dir, bits):
+    model = load_base_model(quantised_dir(bits)).eval()
+    logits = model(input_ids=_golden(fixture_dir, bits, "input_ids_fp32product")).logits
+    torch.testing.assert_close(logits, _golden(fixture_dir, bits, "logits_fp32product"), atol=1e-4, rtol=0)
+    prompt = _golden(fixture_dir, bits, "input_ids_fp16product")
+    generated = model.generate(input_ids=prompt, max_new_tokens=16, do_sample=False)
+    assert generated[0, prompt.shape[1] :].tolist() == _golden(fixture_dir, bits, "greedy16_fp32product").tolist()
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            assert module.weight.dtype == torch.int8
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [8, 4])
+def test_fp16_product(fixture_dir, quantised_dir, bits):
+    model = load_base_model(quantised_dir(bits)).eval()
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if hasattr(child, "weight_scale"):
+                linear = nn.Linear(child.in_features, child.out_features, child.bias is not None)
+                decoded = Q.dequantize_rows(child.weight, child.weight_scale, bits, torch.float16)
+                linear.weight.data = decoded.float()
+                linear.bias = child.bias
+                setattr(parent, name, linear)
+    logits = model(input_ids=_golden(fixture_dir, bits, "input_ids_fp16product")).logits
+    torch.testing.assert_close(logits, _golden(fixture_dir, bits, "logits_fp16product"), atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [8, 4])
+def test_half_precision_run_of_a_quantised_checkpoint(fixture_dir, quantised_dir, bits):
+    model = load_base_model(quantised_dir(bits), compute_dtype="fp16").eval()
+    logits = model(input_ids=_golden(fixture_dir, bits, "input_ids_fp32product")).logits
+    assert logits.dtype == torch.float16
+    golden = _golden(fixture_dir, bits, "logits_fp32product")
+    torch.testing.assert_close(logits.float(), golden, atol=0.05, rtol=0.02)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_embeddings_of_chatglm_6b(bits, tmp_path):
+    fixture_dir = FIXTURES_DIR / "chatglm-6b"
+    model = load_base_model(fixture_dir / "model").eval()
+    script_dir = str(FILES[0].parent)
+    quantize = get_class_from_dynamic_module("quantization.quantize", script_dir)
+    quantize(model, bits, method="absmax", quantize_embeddings=True)
+    ids, golden = _golden(fixture_dir, bits, "input_ids_fp16product"), "logits_quant_embeddings_fp32scale"
+    torch.testing.assert_close(model(input_ids=ids).logits, _golden(fixture_dir, bits, golden), atol=1e-4, rtol=0)
+    model.save_pretrained(tmp_path)
+    expected = json.loads((fixture_dir / "qe_state_keys.json").read_text())
+    if bits == 4:
+        state = load_file(tmp_path / "model.safetensors")
+        assert {key: [str(state[key].dtype), list(state[key].shape)] for key in expected} == expected
+    reloaded, info = type(model).from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert torch.equal(reloaded.eval()(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [8, 4])
+def test_model_quantize_as_published(golden_model, fixture_dir, bits):
+    ids = _golden(fixture_dir, bits, "input_ids_fp16product")
+    before = golden_model(input_ids=ids).logits
+    assert golden_model.half().quantize(bits) is golden_model
+    assert golden_model.config.quantization_bit == bits
+    after = golden_model.float()(input_ids=ids).logits
+    agreement = nn.functional.cosine_similarity(before, after, dim=-1).min()
+    assert agreement > (0.999 if bits == 8 else 0.9)
+    with pytest.raises(ValueError, match="bit weights"):
+        golden_model.quantize(12 - bits)
+    with pytest.raises(ValueError, match="4 or 8, not 3"):
+        golden_model.quantize(3)
