@@ -54,7 +54,7 @@ def bench_merge(
         raise UserError(f"--work_dir {root}: exists. Give a new directory")
     try:
         base_dir, adapter_dir = root / "base", root / "adapter"
-        maker = str(PROJECT_DIR / "benchmarks" / "random_checkpoint.py")  # apart: a child's peak starts at its parent's
+        maker = str(PROJECT_DIR / "benchmarks" / "random_checkpoint.py")  # apart: its peak is not ours
         subprocess.run([sys.executable, maker, "--output_path", str(base_dir), "--family", family], check=True)
         targets = list(LINEAR_NAMES) if all_linear else ["query_key_value"]
         random_adapter(base_dir, adapter_dir, find_family(family), targets)
