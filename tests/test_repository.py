@@ -20,7 +20,8 @@ REMOTE_PACKAGES = {"torch", "transformers", "sentencepiece"}
 def imports_of(path):
     """Return (module, level, guarded) of every import in a file."""
     tree = ast.parse(path.read_text("utf-8"))
-    guarded = {id(node) for block in ast.walk(tree) if isinstance(block, (ast.Try, ast.If)) for node in ast.walk(block)}
+    blocks = [block for block in ast.walk(tree) if isinstance(block, (ast.Try, ast.If))]
+    guarded = {id(node) for block in blocks for node in ast.walk(block)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, 0, id(node) in guarded) for alias in node.names)
