@@ -258,6 +258,34 @@ def test_keys_and_shapes_at_6b(model_classes, fixture_dir):
     assert sum(parameter.numel() for parameter in model.parameters()) == golden["n_params"]
 
 
+def test_parameter_shapes(golden_model, fixture_dir):
+    """The small model has the published parameters, no more and no fewer."""
+    golden = json.loads((fixture_dir / "param_shapes.json").read_text())
+    assert {name: list(value.shape) for name, value in golden_model.named_parameters()} == golden
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_forward_equals_dequantised_weights(golden_model, fixture_dir, bits):
+    """A quantised model computes what a model with its dequantised weights computes, exactly as published on CPU."""
+    path = fixture_dir / "official_cpu_vs_dequant_max_abs.json"
+    allowed = json.loads(path.read_text())[str(bits)] if path.exists() else 0.0
+    ids = tensors(fixture_dir, "single_short.npz")["input_ids"]
+    golden_model.quantize(bits)
+    module = sys.modules[type(next(m for m in golden_model.modules() if hasattr(m, "weight_scale"))).__module__]
+    with torch.no_grad():
+        quantised = golden_model(ids).logits
+        for parent in list(golden_model.modules()):
+            for name, child in list(parent.named_children()):
+                if hasattr(child, "weight_scale"):
+                    linear = torch.nn.Linear(child.in_features, child.out_features, child.bias is not None)
+                    weight = module.dequantize_rows(child.weight, child.weight_scale, bits, torch.float32)
+                    linear.weight.copy_(weight)
+                    if child.bias is not None:
+                        linear.bias.copy_(child.bias)
+                    setattr(parent, name, linear)
+        assert (golden_model(ids).logits - quantised).abs().max().item() <= allowed
+
+
 def test_buffers_are_right_after_a_meta_load(golden_model, fixture_dir, model_classes):
     """inv_freq survives loading through the meta device."""
     fresh = model_classes.model(golden_model.config)
