@@ -84,7 +84,8 @@ def load_exporter(export_format: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise UserError(f"--export_format {export_format}: {error.name} is not installed") from error
+        reason = "not part of this version; use chatglm" if error.name == name else f"{error.name} is not installed"
+        raise UserError(f"--export_format {export_format}: {reason}") from error
 
 
 def timed(words: str, function: Callable, *arguments: object) -> object:

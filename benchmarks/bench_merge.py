@@ -69,7 +69,8 @@ def bench_merge(
             merge["merge_to_copy"] = merge["merge_seconds"] / copy_seconds
             result[f"qbits {bits}"] = merge
             print(json.dumps({bits: merge}), file=sys.stderr)
-        result |= {"threads": torch.get_num_threads(), "versions": versions(), "commit": git_commit()}
+        result |= {"run_on": device, "num_threads": torch.get_num_threads()}
+        result |= {"versions": versions(), "commit": git_commit()}
         RESULTS_DIR.mkdir(exist_ok=True)
         name = f"merge_{family}_{device.split(':')[0]}{'_all_linear' if all_linear else ''}.json"
         write_json(RESULTS_DIR / name, result)

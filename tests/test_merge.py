@@ -149,7 +149,7 @@ def test_nf4_base_is_what_training_saw(base_dir, adapter, merge, log_lines):
         num_linears += 1
     assert num_linears == 12
     text = "\n".join(log_lines)
-    assert "NF4 error |W - NF4(W)| / |W|: dense_4h_to_h 0.0" in text
+    assert "NF4 error |W - NF4(W)| / |W|: dense_4h_to_h" in text
     assert "update |scale B A| / |W|: query_key_value" in text
     assert "NF4 is the base nearer to training" in text
     assert "Merged into: the NF4 weights" in text
@@ -198,6 +198,8 @@ def test_shards_hold_at_most_their_limit(tmp_path):
     tensors = {f"t{i}": torch.randn(3, 7 + i).half() for i in range(6)} | {"codes": torch.ones(3, 5, dtype=torch.int8)}
     specs = {name: shards.TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     writer = shards.ShardWriter(tmp_path, specs, max_shard_bytes=130)
+    with pytest.raises(RuntimeError, match="t0: made .* announced"):
+        writer.write("t0", torch.zeros(1))
     for name in reversed(tensors):
         writer.write(name, tensors[name])
     writer.close()
@@ -208,8 +210,6 @@ def test_shards_hold_at_most_their_limit(tmp_path):
         part = load_file(tmp_path / file_name)
         assert sum(tensor.nbytes for tensor in part.values()) <= 130
         assert all(torch.equal(part[name], tensors[name]) for name in part)
-    with pytest.raises(RuntimeError, match="announced"):
-        shards.ShardWriter(tmp_path / "x", {}) if False else writer.write("t0", torch.zeros(1))
 
 
 # ---- the written directory
@@ -272,6 +272,7 @@ def test_logits_in_memory_are_those_of_the_merged_model(base_dir, adapter, merge
     torch.testing.assert_close(references[0].logits, expected, atol=0.05, rtol=0.02)
 
 
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
 def test_a_directory_that_computes_something_else_is_refused(adapter, merge, monkeypatch, tmp_path):
     write = export_chatglm.write
 
@@ -475,7 +476,7 @@ def test_disk_that_fills_up(adapter, merge, monkeypatch, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
 
 
-@pytest.mark.parametrize("where", ["weights", "rename"])
+@pytest.mark.parametrize(("family_name", "where"), [("chatglm-6b", "weights"), ("chatglm2-6b", "rename")])
 def test_a_kill_leaves_nothing_that_loads(adapter, merge, tmp_path, where, log_lines):
     adapter_dir, out = adapter(), tmp_path / "merged"
     patch = {
@@ -526,3 +527,12 @@ def test_flags_and_unknown_flags(capsys):
         with pytest.raises(SystemExit):
             run_cli(stage.merge_lora_and_quantize, ["--lora_path=a", "--output_path=b", f"{flag}={value}"])
         assert f"{flag}={value}: expected" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [0, 8, 4])
+def test_gpu_merges_as_the_cpu_does(adapter, merge, bits):
+    adapter_dir = adapter()
+    on_cpu = load_file(merge(adapter_dir, "cpu") / "model.safetensors")
+    on_gpu = load_file(merge(adapter_dir, "gpu", qbits=bits, device="cuda:0", verify=True) / "model.safetensors")
+    assert bits or all(torch.equal(on_cpu[name], on_gpu[name]) for name in on_cpu)

@@ -450,3 +450,29 @@ def test_model_quantize_as_published(golden_model, fixture_dir, bits):
         golden_model.quantize(12 - bits)
     with pytest.raises(ValueError, match="4 or 8, not 3"):
         golden_model.quantize(3)
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("method", ["search", "absmax"])
+def test_gpu_quantises_as_the_cpu_does(bits, method):
+    weight = _rows("heavy", 64, 4098)
+    stored, scale = (tensor.cpu() for tensor in Q.quantize_rows(weight.cuda(), bits, method))
+    decoded = Q.dequantize_rows(stored, scale, bits, torch.float32)
+    on_gpu = (decoded - weight.float()).square().sum() / weight.float().square().sum()
+    on_cpu = _squared_error(weight, bits, method) * weight.double().square().sum(1)
+    assert on_gpu.item() == pytest.approx((on_cpu.sum() / weight.double().square().sum()).item(), rel=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [8, 4])
+def test_published_quantised_checkpoints_run_on_a_gpu(fixture_dir, quantised_dir, bits):
+    model = load_base_model(quantised_dir(bits), device_map={"": "cuda:0"}).eval()
+    logits = model(input_ids=_golden(fixture_dir, bits, "input_ids_fp32product").cuda()).logits.cpu()
+    torch.testing.assert_close(logits, _golden(fixture_dir, bits, "logits_fp32product"), atol=1e-4, rtol=0)
+    logits = model.half()(input_ids=_golden(fixture_dir, bits, "input_ids_fp32product").cuda()).logits.float().cpu()
+    torch.testing.assert_close(logits, _golden(fixture_dir, bits, "logits_fp32product"), atol=0.05, rtol=0.02)
