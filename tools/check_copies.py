@@ -1,10 +1,10 @@
 """Check that what the two families share is the same in both directories, and repair it on request.
 
-python tools/check_copies.py [--fix]
+    python tools/check_copies.py [--fix] [--scripts_dir remote_scripts]
 
 Files listed in IDENTICAL_FILES must be byte-identical. In other files of the same name, a part between
 `# region NAME` and `# endregion` must be identical to the region of that name in the other file. --fix copies from
-chatglm-6b to chatglm2-6b.
+chatglm-6b to chatglm2-6b. Exit code 1 when a difference is left.
 """
 
 import argparse
@@ -14,56 +14,81 @@ from pathlib import Path
 
 SOURCE, TARGET = "chatglm-6b", "chatglm2-6b"
 IDENTICAL_FILES = ("generation_chatglm.py", "masking_chatglm.py", "quantization.py")
-REGION = re.compile(r"^# region (?P<name>.+?)\n.*?^# endregion$", re.DOTALL | re.MULTILINE)
+SCRIPTS_DIR = Path(__file__).resolve().parent.parent / "remote_scripts"
+REGION = re.compile(rb"^[ \t]*# region (?P<name>[^\r\n]+?)[ \t]*\r?\n.*?^[ \t]*# endregion\b[^\n]*", re.DOTALL | re.MULTILINE)
+MARKER = re.compile(rb"^[ \t]*# (?:end)?region\b", re.MULTILINE)
 
 
-def regions(text: str) -> dict[str, str]:
-    """Return the named regions of a file, marker lines included."""
-    return {match["name"]: match[0] for match in REGION.finditer(text)}
+def regions(content: bytes) -> dict[str, bytes]:
+    """Return the named regions of a file, marker lines included.
+
+    Raises:
+        ValueError: A region without an end, one inside another, or two of one name.
+    """
+    found = list(REGION.finditer(content))
+    named = {match["name"].decode("utf-8"): match[0] for match in found}
+    if len(MARKER.findall(content)) != 2 * len(named):
+        raise ValueError("region markers do not pair up: expected `# region NAME` ... `# endregion`, each NAME once")
+    return named
 
 
-def check_copies(scripts_dir: Path, fix: bool = False) -> list[str]:
-    """Compare the two families.
+def compare(source: Path, target: Path) -> tuple[list[str], bytes | None]:
+    """Compare one file of both families.
 
     Args:
-        scripts_dir: The directory that holds one directory for each family.
-        fix: Copy the first family's version over the second's.
+        source: The first family's file.
+        target: The second family's.
 
     Returns:
-        One message for each difference that was found (and repaired when ``fix``).
+        One message for each difference, and the content that repairs the target; None where a person has to.
     """
-    messages = []
-    for source in sorted((scripts_dir / SOURCE).glob("*.py")):
-        target = scripts_dir / TARGET / source.name
-        source_text = source.read_text("utf-8")
-        target_text = target.read_text("utf-8") if target.exists() else ""
-        repaired = target_text
-        if source.name in IDENTICAL_FILES:
-            if source_text != target_text:
-                messages.append(f"{target}: differs from {source}; they are one file in two places")
-                repaired = source_text
-        else:
-            theirs = regions(target_text)
-            for name, region in regions(source_text).items():
-                if name not in theirs:
-                    messages.append(f"{target}: has no region {name!r}, which {source} has")
-                elif theirs[name] != region:
-                    messages.append(f"{target}: region {name!r} differs from {source}")
-                    repaired = repaired.replace(theirs[name], region)
-        if fix and repaired != target_text:
-            target.write_text(repaired, "utf-8")
-    return messages
+    for path, other in ((source, target), (target, source)):
+        if not path.is_file() and source.name in IDENTICAL_FILES:
+            return [f"{path}: missing; it is the same file as {other}"], source.read_bytes() if source.is_file() else None
+    if not (source.is_file() and target.is_file()):
+        return [], None  # a file that only one family has
+    ours, theirs = source.read_bytes(), target.read_bytes()
+    if source.name in IDENTICAL_FILES:
+        return ([f"{target}: differs from {source}; they are one file in two places"] if ours != theirs else []), ours
+    messages, repaired, wanted, present = [], theirs, {}, {}
+    for path, content, named in ((source, ours, wanted), (target, theirs, present)):
+        try:
+            named.update(regions(content))
+        except ValueError as error:
+            messages.append(f"{path}: {error}")
+    if messages:
+        return messages, None
+    for name in wanted.keys() ^ present.keys():
+        path, other = (target, source) if name in wanted else (source, target)
+        messages.append(f"{path}: has no region {name!r}, which {other} has; put the markers where it belongs")
+    unrepairable = bool(messages)
+    for name in wanted.keys() & present.keys():
+        if wanted[name] != present[name]:
+            messages.append(f"{target}: region {name!r} differs from {source}")
+            repaired = repaired.replace(present[name], wanted[name])
+    return messages, None if unrepairable else repaired
 
 
 def main() -> None:
     """Print the differences; exit with 1 when there are any that were not repaired."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fix", action="store_true")
-    fix = parser.parse_args().fix
-    messages = check_copies(Path(__file__).resolve().parent.parent / "remote_scripts", fix)
-    for message in messages:
-        print(("repaired: " if fix else "") + message)
-    sys.exit(bool(messages) and not fix)
+    parser.add_argument("--fix", action="store_true", help=f"copy from {SOURCE} to {TARGET}")
+    parser.add_argument("--scripts_dir", type=Path, default=SCRIPTS_DIR, help="holds one directory for each family")
+    options = parser.parse_args()
+    names = {path.name for family in (SOURCE, TARGET) for path in (options.scripts_dir / family).glob("*.py")}
+    num_left = 0
+    for name in sorted(names | set(IDENTICAL_FILES)):
+        target = options.scripts_dir / TARGET / name
+        messages, repaired = compare(options.scripts_dir / SOURCE / name, target)
+        fixed = bool(messages) and options.fix and repaired is not None
+        if fixed:
+            target.write_bytes(repaired)
+        num_left += 0 if fixed else len(messages)
+        for message in messages:
+            print(("repaired: " if fixed else "") + message)
+    if num_left:
+        print(f"{num_left} differences left; `python tools/check_copies.py --fix` copies from {SOURCE} to {TARGET}")
+    sys.exit(bool(num_left))
 
 
 if __name__ == "__main__":
