@@ -15,7 +15,9 @@ from pathlib import Path
 SOURCE, TARGET = "chatglm-6b", "chatglm2-6b"
 IDENTICAL_FILES = ("generation_chatglm.py", "masking_chatglm.py", "quantization.py")
 SCRIPTS_DIR = Path(__file__).resolve().parent.parent / "remote_scripts"
-REGION = re.compile(rb"^[ \t]*# region (?P<name>[^\r\n]+?)[ \t]*\r?\n.*?^[ \t]*# endregion\b[^\n]*", re.DOTALL | re.MULTILINE)
+REGION = re.compile(
+    rb"^[ \t]*# region (?P<name>[^\r\n]+?)[ \t]*\r?\n.*?^[ \t]*# endregion\b[^\n]*", re.DOTALL | re.MULTILINE
+)
 MARKER = re.compile(rb"^[ \t]*# (?:end)?region\b", re.MULTILINE)
 
 
@@ -44,7 +46,8 @@ def compare(source: Path, target: Path) -> tuple[list[str], bytes | None]:
     """
     for path, other in ((source, target), (target, source)):
         if not path.is_file() and source.name in IDENTICAL_FILES:
-            return [f"{path}: missing; it is the same file as {other}"], source.read_bytes() if source.is_file() else None
+            content = source.read_bytes() if source.is_file() else None
+            return [f"{path}: missing; it is the same file as {other}"], content
     if not (source.is_file() and target.is_file()):
         return [], None  # a file that only one family has
     ours, theirs = source.read_bytes(), target.read_bytes()
