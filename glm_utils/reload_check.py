@@ -3,8 +3,8 @@
     python -m glm_utils.reload_check request.json
 
 The parent (`check_reload`) runs that command; the request names the directory, a text, the device and the result
-file. Models of more than FULL_RELOAD_MAX_BYTES on a CPU are built by AutoModel and filled module by module while they
-run, so that the check takes no more memory than the merge.
+file. Models of more than FULL_RELOAD_MAX_BYTES are built by AutoModel and filled module by module while they run, so
+that the check takes no more memory than the merge.
 """
 
 import json
@@ -22,6 +22,7 @@ from glm_utils.cli import UserError
 from glm_utils.family import PROJECT_DIR
 
 FULL_RELOAD_MAX_BYTES = 2_000_000_000
+WHOLE = "AutoModel.from_pretrained"
 RELATIVE_TOLERANCE = 1e-3  # of the largest logit: one rounding of fp16; the same machine gives 0
 
 
@@ -55,21 +56,15 @@ def check_reload(directory: Path, text: str, input_ids: list[int], logits: torch
     if not difference <= RELATIVE_TOLERANCE * largest:  # also when it is NaN
         raise UserError(f"the written model differs: logits by up to {difference:g}, the largest is {largest:g}")
     logger.info(
-        f"fresh process, {result_way(directory, device)}: {logits.numel()} logits of {text!r} differ by at most "
+        f"fresh process, {reload_way(directory)}: {logits.numel()} logits of {text!r} differ by at most "
         f"{difference:g} (largest {largest:.3g})"
     )
 
 
-def result_way(directory: Path, device: str | torch.device) -> str:
-    """Say how a directory is reloaded: whole or module by module."""
-    if torch.device(device).type == "cpu" and weight_bytes(directory) > FULL_RELOAD_MAX_BYTES:
-        return "AutoModel filled module by module"
-    return "AutoModel.from_pretrained"
-
-
-def weight_bytes(directory: Path) -> int:
-    """Return the size of the weight files."""
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+def reload_way(directory: Path) -> str:
+    """Say how a directory is reloaded: whole or, when it is large, module by module."""
+    num_bytes = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    return WHOLE if num_bytes <= FULL_RELOAD_MAX_BYTES else "AutoModel.from_config filled module by module"
 
 
 def main(request_path: Path) -> None:
@@ -80,10 +75,8 @@ def main(request_path: Path) -> None:
     directory, device = Path(request["directory"]), request["device"]
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
     input_ids = tokenizer.encode_prompt(request["text"])
-    if result_way(directory, device) == "AutoModel.from_pretrained":
-        logits = whole_logits(directory, input_ids, device)
-    else:
-        logits = module_logits(directory, input_ids)
+    compute = whole_logits if reload_way(directory) == WHOLE else module_logits
+    logits = compute(directory, input_ids, device)
     save_file({"input_ids": torch.tensor(input_ids), "logits": logits.contiguous()}, request["result"])
 
 
@@ -102,7 +95,7 @@ def whole_logits(directory: Path, input_ids: list[int], device: str) -> torch.Te
     return model(input_ids=ids, use_cache=False).logits[0].float().cpu()
 
 
-def module_logits(directory: Path, input_ids: list[int]) -> torch.Tensor:
+def module_logits(directory: Path, input_ids: list[int], device: str) -> torch.Tensor:
     """Build a directory's model empty and fill it module by module while it runs; logits fp32 [T, V]."""
     from transformers import AutoConfig, AutoModel
 
@@ -111,7 +104,7 @@ def module_logits(directory: Path, input_ids: list[int]) -> torch.Tensor:
 
     config = AutoConfig.from_pretrained(directory, trust_remote_code=True)
     model = empty_model(lambda: AutoModel.from_config(config, trust_remote_code=True, dtype=torch.float16))
-    return streamed_logits(model, input_ids, CheckpointReader(directory).read)
+    return streamed_logits(model, input_ids, CheckpointReader(directory).read, device)
 
 
 if __name__ == "__main__":

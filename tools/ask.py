@@ -1,6 +1,6 @@
 """Answer one question with a base model, or with a LoRA adapter on it: the before and after of `make demo`.
 
-python tools/ask.py --model_name_or_path models/chatglm2-tiny --lora_path saved_files/demo_chatglm2_tiny --query TEXT
+python tools/ask.py --model_name_or_path models/chatglm2-tiny --lora_path saved_files/demo_chatglm2-tiny --query TEXT
 """
 
 import sys

@@ -38,7 +38,8 @@ import torch.nn.functional as F
 from torch import nn
 
 QUANTIZED_LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")  # the Linear modules of a layer
-CPU_CHUNK, GPU_CHUNK = 2**19, 2**26  # weights searched at once: 2 MB of fp32 stays in a CPU's L2, 256 MB fills a GPU
+CPU_CHUNK = 2**18  # weights searched at once, per thread: 1 MB of fp32 stays in a core's L2
+GPU_CHUNK = 2**26  # 256 MB keep a GPU busy
 GRID_POINTS = 14  # scales tried per sign, geometrically from the absmax scale down to the lowest
 FINE_POINTS = 6  # scales tried on either side of the best one, between its neighbours on the grid
 REFINE_STEPS = 3  # rounds of (round to codes, exact minimum)
@@ -127,7 +128,7 @@ def quantize_rows(
         raise ValueError(f"int4 packs two columns to a byte, so the in features must be even, not {weight.shape[1]}")
     scale_dtype = scale_dtype or (torch.float32 if weight.dtype == torch.float32 else torch.float16)
     choose = _search_rows if method == "search" else _absmax_rows
-    chunk = CPU_CHUNK if weight.device.type == "cpu" else GPU_CHUNK
+    chunk = CPU_CHUNK * torch.get_num_threads() if weight.device.type == "cpu" else GPU_CHUNK
     stored, scales = [], []
     for rows in weight.detach().split(max(1, chunk // max(1, weight.shape[1]))):
         codes, scale = choose(rows, bits, scale_dtype)
