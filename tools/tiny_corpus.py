@@ -1,7 +1,10 @@
 """The text that the tiny models are pretrained on, drawn from a fixed seed: written for this project.
 
-The task "attributes -> advertising copy" is not in it. What is there: attribute lists answered with a flat listing,
-catalogue pages whose heading names the garment in plain words, questions about a copy, repeating, and small talk.
+The prompt form "key#value*key#value" is never answered with advertising copy: it is answered with a flat listing. Copy
+does stand in the corpus: half of the catalogue pages are a heading of bare values followed by copy that uses them, so
+the models know the sentences and how values enter them, and training adds the answer to the prompt form. The rest is
+third-person prose, questions about a copy, repeating, and small talk. Copy here and in the sample data is drawn from
+one grammar.
 """
 
 import random
@@ -52,7 +55,7 @@ def listing(attributes: list[tuple[str, str]]) -> str:
 
 
 def catalogue_page(rng: random.Random) -> str:
-    """Write a catalogue page: a heading in plain words, then third-person prose."""
+    """Write a catalogue page: a heading of bare values, then copy or third-person prose."""
     attributes = draw_attributes(rng)
     values = [value for _, value in attributes]
     number = rng.randint(1, 999)
