@@ -1,6 +1,6 @@
 """Measure a merge at 6B size with random weights: peak host memory, and wall time against copying the same files.
 
-    python benchmarks/bench_merge.py --work_dir /data/bench --qbits 0,8,4 --device cpu
+    python benchmarks/bench_merge.py --work_dir /data/bench --qbits 0,0,0,4 --device cpu
 
 Each merge is the shipped command in its own process. Copying is a plain read and write of the base's weight files on
 the same disk, just before each merge. Peak memory is the resident set, mapped pages of the read file included, of the
@@ -44,7 +44,7 @@ def bench_merge(
     Args:
         work_dir: Directory to make for the benchmark's files, 40 GB; deleted afterwards.
         family: chatglm-6b or chatglm2-6b.
-        qbits: Bits to merge to, joined by commas.
+        qbits: Bits to merge to, joined by commas; a value may be repeated.
         device: cpu or cuda:N.
         all_linear: Adapt all four Linear modules instead of query_key_value.
         remote_scripts_dir: As for the merge.
@@ -60,15 +60,17 @@ def bench_merge(
         random_adapter(base_dir, adapter_dir, find_family(family), targets)
         extra = ["--remote_scripts_dir", remote_scripts_dir] if remote_scripts_dir else []
         num_bytes = sum(path.stat().st_size for path in weight_files(base_dir))
-        result = {"benchmark": "merge", "family": family, "targets": targets, "base_bytes": num_bytes}
+        result = {"benchmark": "merge", "family": family, "targets": targets, "base_bytes": num_bytes, "merges": []}
         copy_files(base_dir, root / "copy")  # the first read may come from the disk, all later ones from memory
         for bits in qbits.split(","):
+            os.sync()  # nothing of an earlier step is left to be written
             copy_seconds = copy_files(base_dir, root / "copy")
+            os.sync()
             merge = run_merge(adapter_dir, root / "merged", bits, device, extra)
             merge["copy_seconds"] = copy_seconds
             merge["merge_to_copy"] = merge["merge_seconds"] / copy_seconds
-            result[f"qbits {bits}"] = merge
-            print(json.dumps({bits: merge}), file=sys.stderr)
+            result["merges"].append({"qbits": int(bits), **merge})
+            print(json.dumps(result["merges"][-1]), file=sys.stderr)
         result |= {"run_on": device, "num_threads": torch.get_num_threads()}
         result |= {"versions": versions(), "commit": git_commit()}
         RESULTS_DIR.mkdir(exist_ok=True)

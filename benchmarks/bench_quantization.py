@@ -22,7 +22,7 @@ from glm_utils.checkpoint import load_base_model, load_tokenizer
 from glm_utils.cli import UserError, run_cli
 from glm_utils.data import read_rows
 from glm_utils.family import FAMILIES, LINEAR_NAMES, PROJECT_DIR
-from glm_utils.merge import nf4_round_trip
+from glm_utils.merge_math import nf4_round_trip
 from glm_utils.run_record import git_commit, versions, write_json
 
 RESULTS_DIR = PROJECT_DIR / "benchmarks" / "results"

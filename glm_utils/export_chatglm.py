@@ -17,7 +17,8 @@ from glm_utils.cli import UserError
 from glm_utils.merge import MergeJob
 from glm_utils.reload_check import check_reload
 from glm_utils.run_record import write_json
-from glm_utils.shards import ShardWriter, TensorSpec
+from glm_utils.shard_writer import ShardWriter
+from glm_utils.shards import TensorSpec
 from glm_utils.streamed import empty_model, streamed_logits
 
 AUTO_MAP = {

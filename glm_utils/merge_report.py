@@ -3,8 +3,7 @@
 import torch
 
 from glm_utils.lora import LoraPair
-
-SLICE_ROWS = 1024
+from glm_utils.merge_math import SLICE_ROWS
 
 
 class MergeReport:
@@ -13,13 +12,14 @@ class MergeReport:
     Attributes:
         updates: Relative norm of each update, |scale * B A| / |W|.
         nf4_errors: Relative norm of what NF4 took from each weight, |W - NF4(W)| / |W|.
-        quantization_errors: (squared error, squared norm) of each weight in int8 or int4.
+        quantization_errors: (squared error, squared norm) of each weight in int8 or int4, by method: "search" as
+            written, "absmax" for comparison.
     """
 
     def __init__(self):
         self.updates: dict[str, float] = {}
         self.nf4_errors: dict[str, float] = {}
-        self.quantization_errors: dict[str, tuple[float, float]] = {}
+        self.quantization_errors: dict[str, dict[str, tuple[float, float]]] = {"search": {}, "absmax": {}}
 
     def add_update(self, path: str, weight: torch.Tensor, pair: LoraPair) -> None:
         """Note an update's norm; |B A|^2 = sum((B^T B) * (A A^T)) needs no product of the weight's size."""
@@ -31,15 +31,15 @@ class MergeReport:
         norm = max(squared_norm(weight), 1e-30)
         self.nf4_errors[path] = (squared_distance(weight, rounded) / norm) ** 0.5
 
-    def add_quantization_error(self, path: str, weight: torch.Tensor, decoded: torch.Tensor) -> None:
+    def add_quantization_error(self, path: str, method: str, weight: torch.Tensor, decoded: torch.Tensor) -> None:
         """Note what int8 or int4 took from a weight."""
-        self.quantization_errors[path] = (squared_distance(weight, decoded), squared_norm(weight))
+        self.quantization_errors[method][path] = (squared_distance(weight, decoded), squared_norm(weight))
 
-    @property
-    def relative_weight_error(self) -> float | None:
-        """Squared error over squared norm of all quantised weights; None when there are none."""
-        errors, norms = zip(*self.quantization_errors.values(), strict=True) if self.quantization_errors else ((), ())
-        return sum(errors) / sum(norms) if sum(norms) else None
+    def relative_weight_error(self, method: str = "search") -> float | None:
+        """Return the squared error over the squared norm of all quantised weights; None when there are none."""
+        pairs = self.quantization_errors[method].values()
+        total = sum(norm for _, norm in pairs)
+        return sum(error for error, _ in pairs) / max(total, 1e-30) if pairs else None
 
     def lines(self, merge_base: str) -> list[str]:
         """Describe the norms in lines for the log.
@@ -57,10 +57,12 @@ class MergeReport:
                 f"it by {error / max(update, 1e-30):.3g} times the update's norm. Merged into: {used}. Compare the "
                 "evaluation loss of both before you choose"
             )
-        squared = {path: error / max(norm, 1e-30) for path, (error, norm) in self.quantization_errors.items()}
+        errors = self.quantization_errors["search"]
+        squared = {path: error / max(norm, 1e-30) for path, (error, norm) in errors.items()}
         lines += [f"squared relative weight error: {summary}" for summary in summarise(squared)]
-        if self.relative_weight_error is not None:
-            lines.append(f"squared relative weight error of the whole model: {self.relative_weight_error:.3g}")
+        if errors:
+            searched, absmax = self.relative_weight_error(), self.relative_weight_error("absmax")
+            lines.append(f"squared relative weight error of the whole model: {searched:.3g} (absmax {absmax:.3g})")
         return lines
 
     def record(self) -> dict:
@@ -68,7 +70,8 @@ class MergeReport:
         return {
             "update_norm_median": median(self.updates.values()),
             "nf4_error_median": median(self.nf4_errors.values()),
-            "relative_weight_error": self.relative_weight_error,
+            "relative_weight_error": self.relative_weight_error(),
+            "relative_weight_error_of_absmax": self.relative_weight_error("absmax"),
         }
 
 
