@@ -129,7 +129,8 @@ def load_base_model(
         dtype: Dtype of the weights that are not quantised; None: compute_dtype.
 
     Raises:
-        UserError: Files that are missing, broken or no base model of a known family.
+        UserError: Files that are missing, broken or no base model of a known family, or weights that are not exactly
+            those of the configuration.
     """
     family = detect_family(check_checkpoint(checkpoint_dir), checkpoint_dir / "config.json")
     compute_dtype = DTYPES.get(compute_dtype, compute_dtype)
@@ -142,11 +143,45 @@ def load_base_model(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute_dtype,
         )
-    model = load_classes(family).model.from_pretrained(
-        checkpoint_dir, dtype=dtype, device_map=device_map, quantization_config=quantization_config
+    model, loading_info = load_classes(family).model.from_pretrained(
+        checkpoint_dir,
+        dtype=dtype,
+        device_map=device_map,
+        quantization_config=quantization_config,
+        ignore_mismatched_sizes=True,  # reported below, with a remedy
+        output_loading_info=True,
     )
+    check_loaded_weights(checkpoint_dir, model, loading_info)
     keep_4bit_layout(model)
     return model
+
+
+def check_loaded_weights(checkpoint_dir: Path, model: PreTrainedModel, loading_info: dict) -> None:
+    """Refuse a model whose weights are not exactly those of its configuration: transformers only warns.
+
+    Args:
+        checkpoint_dir: The model's directory, for the message.
+        model: The loaded model. Transformers takes 4-bit weights of any shape without a word, so they are compared.
+        loading_info: What `from_pretrained(output_loading_info=True)` returns.
+
+    Raises:
+        UserError: Weights that are missing, left over or of another shape.
+    """
+    found = {kind: [str(key) for key in loading_info[f"{kind}_keys"]] for kind in ("missing", "mismatched", "unexpected")}
+    found["mismatched"] += [
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, bitsandbytes.nn.Linear4bit)
+        and (state := module.weight.quant_state) is not None
+        and tuple(state.shape) != (module.out_features, module.in_features)
+    ]
+    for kind, keys in found.items():
+        names = sorted(key for key in keys if not key.endswith("inv_freq"))
+        if names:
+            raise UserError(
+                f"{checkpoint_dir}: {len(names)} {kind} weights, e.g. {names[0]}. The weights must be those of "
+                "config.json; download both again, from the same revision"
+            )
 
 
 def keep_4bit_layout(model: torch.nn.Module) -> None:

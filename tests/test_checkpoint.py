@@ -212,6 +212,36 @@ def test_published_shards_load_as_safetensors_do(base_dir):
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+@pytest.mark.parametrize("kind", ["missing", "mismatched", "unexpected"])
+def test_weights_that_are_not_those_of_the_config_are_refused(base_dir, kind, load_in_4bit):
+    """Transformers only warns; a missing weight then gives NaN logits and a left-over one a wrong model."""
+    state = load_file(base_dir / "model.safetensors")
+    name = next(key for key in state if key.endswith("layers.1.mlp.dense_4h_to_h.weight"))
+    if kind == "missing":
+        del state[name]
+    elif kind == "mismatched":
+        state[name] = state[name][:-32].contiguous()
+    else:
+        name = name.replace("layers.1.", "layers.9.")
+        state[name] = torch.zeros(2, 2)
+    save_file(state, base_dir / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=f"1 {kind} weights, e.g. .*{name}"):
+        load_base_model(base_dir, load_in_4bit=load_in_4bit)
+
+
+def test_the_rotary_buffer_may_be_absent(base_dir):
+    """Checkpoints that other tools wrote often lack inv_freq, which is computed anyway."""
+    state = load_file(base_dir / "model.safetensors")
+    kept = {key: value for key, value in state.items() if not key.endswith("inv_freq")}
+    assert len(kept) < len(state)
+    whole = load_base_model(base_dir)
+    save_file(kept, base_dir / "model.safetensors", {"format": "pt"})
+    bare = load_base_model(base_dir)
+    for (name, a), b in zip(whole.state_dict().items(), bare.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
 def test_code_beside_a_checkpoint_is_never_run(base_dir):
     trap = "raise RuntimeError('code of the checkpoint was executed')\n"
     names = ("configuration_chatglm", "modeling_chatglm", "tokenization_chatglm", "quantization")
