@@ -167,12 +167,13 @@ def check_loaded_weights(checkpoint_dir: Path, model: PreTrainedModel, loading_i
     Raises:
         UserError: Weights that are missing, left over or of another shape.
     """
-    found = {kind: [str(key) for key in loading_info[f"{kind}_keys"]] for kind in ("missing", "mismatched", "unexpected")}
+    kinds = ("missing", "mismatched", "unexpected")
+    found = {kind: [str(key) for key in loading_info[f"{kind}_keys"]] for kind in kinds}
     found["mismatched"] += [
         f"{name}.weight"
         for name, module in model.named_modules()
         if isinstance(module, bitsandbytes.nn.Linear4bit)
-        and (state := module.weight.quant_state) is not None
+        and (state := getattr(module.weight, "quant_state", None)) is not None
         and tuple(state.shape) != (module.out_features, module.in_features)
     ]
     for kind, keys in found.items():
