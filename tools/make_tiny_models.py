@@ -17,9 +17,12 @@ import torch
 from safetensors.torch import save_file
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 from tiny_corpus import dialogue, document, plain_text
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-PROJECT_DIR = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from glm_utils.checkpoint import load_classes  # noqa: E402
+from glm_utils.family import FAMILIES, PROJECT_DIR  # noqa: E402
+
 SEED, NUM_TOKENIZER_LINES = 20231124, 40_000
 MODEL_DIRS = {"chatglm-6b": PROJECT_DIR / "models/chatglm-tiny", "chatglm2-6b": PROJECT_DIR / "models/chatglm2-tiny"}
 NUM_PIECES = 2000  # ordinary pieces of ChatGLM's file (control pieces follow), all pieces of ChatGLM2's
@@ -174,11 +177,6 @@ def write_tokenizers() -> None:
             (model_dir / filename).write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", "utf-8")
 
 
-def load_class(family: str, name: str):
-    """Load a class of the project's own model code."""
-    return get_class_from_dynamic_module(name, str(PROJECT_DIR / "remote_scripts" / family))
-
-
 def encode_example(rng: random.Random, tokenizer) -> tuple[list[int], list[int]]:
     """Draw an example: token ids, and labels that cover a document whole and a conversation's last answer."""
     if rng.random() < 0.4:
@@ -216,11 +214,11 @@ def pretrain(family: str, out: Path, steps: int, batch_size: int, learning_rate:
     for path in MODEL_DIRS[family].iterdir():
         if path.suffix in (".json", ".model", ".md") and path.parent.resolve() != out.resolve():
             shutil.copy(path, out)
-    model_class = load_class(family, "modeling_chatglm.ChatGLMForConditionalGeneration")
-    tokenizer = load_class(family, "tokenization_chatglm.ChatGLMTokenizer").from_pretrained(str(out))
-    config = model_class.config_class.from_pretrained(str(out))
+    classes = load_classes(next(record for record in FAMILIES if record.name == family))
+    tokenizer = classes.tokenizer.from_pretrained(str(out))
+    config = classes.config.from_pretrained(str(out))
     config.dtype = torch.float32
-    model = model_class(config).float().to(device).train()
+    model = classes.model(config).float().to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
     for step in range(steps):

@@ -9,7 +9,7 @@ one grammar.
 
 import random
 
-from sample_grammar import GENERAL, draw_attributes, name_of, sentences, write_attributes, write_copy
+from sample_grammar import GENERAL, draw_attributes, effect_of, name_of, sentences, write_attributes, write_copy
 
 SMALL_TALK = [
     ("你好", "你好！有什么可以帮你的吗？"),
@@ -57,12 +57,10 @@ def listing(attributes: list[tuple[str, str]]) -> str:
 def catalogue_page(rng: random.Random) -> str:
     """Write a catalogue page: a heading of bare values, then copy or third-person prose."""
     attributes = draw_attributes(rng)
-    values = [value for _, value in attributes]
-    number = rng.randint(1, 999)
+    heading = f"第{rng.randint(1, 999)}页 " + " ".join(value for _, value in attributes)
     if rng.random() < 0.5:
-        return f"第{number}页 " + " ".join(values) + "\n" + write_copy(attributes, rng)
-    clauses = sentences(attributes, rng)
-    return f"第{number}页 " + " ".join(values) + f"\n{name_of(attributes)}：" + "；".join(clauses) + "。"
+        return f"{heading}\n{write_copy(attributes, rng)}"
+    return f"{heading}\n{name_of(attributes)}：" + "；".join(sentences(attributes, rng)) + "。"
 
 
 def dialogue(rng: random.Random) -> Dialogue:
@@ -76,9 +74,7 @@ def dialogue(rng: random.Random) -> Dialogue:
     if kind < 0.75:
         key = rng.choice(list(GENERAL))
         value = rng.choice(list(GENERAL[key]))
-        effect = GENERAL[key][value]
-        effect = rng.choice(effect) if isinstance(effect, list) else effect
-        return [(f"{value}有什么特点", f"{value}{effect}。")]
+        return [(f"{value}有什么特点", f"{value}{effect_of(attributes[0][1], key, value, rng)}。")]
     if kind < 0.85:
         words = " ".join(value for _, value in attributes)
         return [(f"重复：{words}", words)]

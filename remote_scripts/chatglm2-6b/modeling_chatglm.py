@@ -320,6 +320,7 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
         """Replace the output layer."""
         self.transformer.output_layer = value
 
+    # region shared by both families: quantisation, logits and loss
     def quantize(self, bits: int, device: str | None = None) -> "ChatGLMForConditionalGeneration":
         """Quantise the linear layers of every block in place to ``bits`` (4 or 8) and return the model."""
         return quantize(self, bits, device=device)
@@ -344,8 +345,8 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
 
         Args:
             input_ids: See ChatGLMModel.forward, also for the arguments not described here.
-            attention_mask: (B, S), 1 = keep.
-            position_ids: (B, T).
+            attention_mask: As there.
+            position_ids: As there.
             past_key_values: A transformers cache.
             inputs_embeds: (B, T, C).
             labels: (B, T) token ids, -100 where a token does not count; shifted here.
@@ -369,7 +370,7 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.transformer.output_layer(outputs.last_hidden_state[:, kept])  # (B, T, V)
+        logits = self.get_output_embeddings()(outputs.last_hidden_state[:, kept])  # (B, T, V)
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -383,6 +384,8 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
             attentions=outputs.attentions,
         )
         return result.to_tuple() if return_dict is False else result
+
+    # endregion
 
     @staticmethod
     def _prompt_positions(input_ids, attention_mask, num_past: int) -> torch.Tensor:
