@@ -7,6 +7,7 @@ Shapes: B batch, T new tokens, S all tokens, H query heads, G key/value heads, D
 """
 
 import copy
+import logging
 
 import torch
 from transformers import (
@@ -18,6 +19,24 @@ from transformers import (
     TopPLogitsWarper,
 )
 from transformers.cache_utils import DynamicCache
+
+from .decoding_chatglm import DecodeGraph, Unsupported, capture
+
+logger = logging.getLogger(__name__)
+
+# What _stream_steps handles; chat leaves anything else to generate.
+STREAM_SETTINGS = {
+    "do_sample",
+    "eos_token_id",
+    "logits_processor",
+    "max_length",
+    "max_new_tokens",
+    "pad_token_id",
+    "repetition_penalty",
+    "temperature",
+    "top_k",
+    "top_p",
+}
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -50,6 +69,12 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     return torch.matmul(dropped, value).transpose(1, 2).contiguous(), probabilities
 
 
+INVALID_LOGITS = (
+    "the model returned NaN or infinite logits at token {} of the sequence. Usual causes: weights that were damaged "
+    "or only partly loaded, or fp16 overflow; run in bf16 or fp32, and check the checkpoint."
+)
+
+
 class InvalidScoreLogitsProcessor(LogitsProcessor):
     """Refuse NaN and infinite logits instead of hiding them."""
 
@@ -60,11 +85,7 @@ class InvalidScoreLogitsProcessor(LogitsProcessor):
             FloatingPointError: When a score is NaN or infinite.
         """
         if not torch.isfinite(scores).all():
-            raise FloatingPointError(
-                f"the model returned NaN or infinite logits at token {input_ids.shape[1]} of the sequence. Usual "
-                "causes: weights that were damaged or only partly loaded, or fp16 overflow; run in bf16 or fp32, "
-                "and check the checkpoint."
-            )
+            raise FloatingPointError(INVALID_LOGITS.format(input_ids.shape[1]))
         return scores
 
 
@@ -84,6 +105,143 @@ class UnusedTokenLogitsProcessor(LogitsProcessor):
             return scores
         unused = torch.arange(scores.shape[-1], device=scores.device) >= self.num_tokens
         return scores.masked_fill(unused, float("-inf"))
+
+
+class TokenSampler:
+    """Pick the next token of every row and keep the tokens so far.
+
+    `pick` works on the GPU alone, so that it can be captured; whoever calls or replays it adds 1 to `num_ids`.
+
+    Args:
+        input_ids: The prompt, (B, T).
+        num_new: The most tokens to pick.
+        processors: Logits processors, in order.
+        config: GenerationConfig with do_sample, eos_token_id and pad_token_id.
+    """
+
+    # What may be captured in a CUDA graph: a function of the scores alone.
+    SCORE_PROCESSORS = (UnusedTokenLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+
+    def __init__(self, input_ids: torch.Tensor, num_new: int, processors: LogitsProcessorList, config):
+        batch, self.num_ids = input_ids.shape
+        device = input_ids.device
+        self.do_sample, self.pad = config.do_sample, config.pad_token_id or 0
+        self.processors = processors
+        self.all_ids = torch.cat((input_ids, input_ids.new_zeros(batch, num_new)), dim=1)
+        self.column = torch.tensor([self.num_ids], device=device)
+        self.eos = torch.tensor(_as_list(config.eos_token_id), dtype=torch.long, device=device)
+        self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.token = None
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """The tokens so far, (B, T + n)."""
+        return self.all_ids[:, : self.num_ids]
+
+    def pick(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the next token of every row, (B, 1), for logits (B, V)."""
+        scores = self.processors(self.ids, logits.float())
+        token = torch.multinomial(scores.softmax(-1), 1) if self.do_sample else scores.argmax(-1, keepdim=True)
+        self.token = token.masked_fill(self.finished[:, None], self.pad)
+        self.all_ids.index_copy_(1, self.column, self.token)
+        self.column += 1
+        self.finished |= (self.token == self.eos).any(-1)
+        return self.token
+
+
+class GraphSteps:
+    """Decode with a DecodeGraph; the host reads a token while the GPU computes the next.
+
+    Args:
+        graph: Filled with the prompt.
+        sampler: Has picked the first token.
+    """
+
+    def __init__(self, graph: DecodeGraph, sampler: TokenSampler):
+        self.graph, self.sampler = graph, sampler
+        # Checking the logits would wait for the GPU in each step: here the host reads the verdict with the token.
+        kept = [item for item in sampler.processors if not isinstance(item, InvalidScoreLogitsProcessor)]
+        self.checks = len(kept) < len(sampler.processors)
+        sampler.processors = LogitsProcessorList(kept)
+        self.can_capture = all(type(item) in TokenSampler.SCORE_PROCESSORS for item in kept)
+        self.replay_pick, self.captured_for = None, None
+        batch, device = graph.token.shape[0], graph.token.device
+        self.is_finite = torch.ones((), dtype=torch.bool, device=device)
+        self.status = torch.empty(batch + 2, dtype=torch.long, device=device)  # tokens, all finished, all finite
+        graph.token.copy_(sampler.token)
+
+    def run(self, num_new: int, on_host: bool):
+        """Yield the ids so far, (B, T + n), after each of up to num_new tokens.
+
+        Without an end token nothing waits for the GPU. With one, or when the ids are wanted on the host, step n + 1
+        is launched before token n is read.
+
+        Args:
+            num_new: The most tokens to add.
+            on_host: Yield CPU tensors.
+
+        Raises:
+            FloatingPointError: NaN or infinite logits, where the processors check that.
+        """
+        if not on_host and not len(self.sampler.eos):
+            for _ in range(num_new):
+                self._launch()
+                yield self.sampler.ids
+            self._check(bool(self.is_finite), self.sampler.num_ids)
+            return
+        ids = self.sampler.ids.cpu() if on_host else None
+        sent = None
+        for step in range(num_new + 1):
+            received, sent = sent, None
+            if step < num_new:
+                self._launch()
+                sent = self._send()
+            if received is None:
+                continue
+            status, arrived, num_ids = received
+            arrived.synchronize()
+            *tokens, finished, is_finite = status.tolist()
+            self._check(is_finite, num_ids)
+            ids = torch.cat((ids, torch.tensor(tokens)[:, None]), dim=1) if on_host else None
+            yield ids if on_host else self.sampler.all_ids[:, :num_ids]
+            if finished:
+                return
+
+    def _launch(self) -> None:
+        """Compute the next logits and pick the next token."""
+        if self.graph.length == self.graph.slots:
+            self.graph = self.graph.grown()
+        self.graph.step()
+        if self.captured_for is self.graph:
+            self.replay_pick()
+        else:
+            self._pick()
+            if self.can_capture:
+                self.replay_pick, self.captured_for = capture(self._pick), self.graph
+        self.sampler.num_ids += 1
+
+    def _pick(self) -> None:
+        logits = self.graph.logits
+        if self.checks:
+            self.is_finite &= torch.isfinite(logits.float().sum())
+        token = self.sampler.pick(logits)
+        self.graph.token.copy_(token)
+        self.status[:-2] = token[:, 0]
+        self.status[-2] = self.sampler.finished.all()
+        self.status[-1] = self.is_finite
+
+    def _send(self) -> tuple[torch.Tensor, torch.cuda.Event, int]:
+        """Start copying the newest status to the host."""
+        status = torch.empty(self.status.shape, dtype=torch.long, pin_memory=True)
+        status.copy_(self.status, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return status, arrived, self.sampler.num_ids
+
+    @staticmethod
+    def _check(is_finite: bool, num_ids: int) -> None:
+        if not is_finite:
+            raise FloatingPointError(INVALID_LOGITS.format(num_ids))
 
 
 class ChatGLMGenerationMixin:
@@ -106,9 +264,11 @@ class ChatGLMGenerationMixin:
     def _chat(self, tokenizer, query, history, logits_processor, settings):
         history = list(history or [])
         inputs = self.build_inputs(tokenizer, query, history)
-        output = self.generate(
-            **inputs, logits_processor=self._chat_processors(tokenizer, logits_processor), **settings
-        )
+        settings["logits_processor"] = self._chat_processors(tokenizer, logits_processor)
+        if settings.pop("use_cuda_graph", True) and self.device.type == "cuda" and set(settings) <= STREAM_SETTINGS:
+            *_, (output, _) = self._stream_steps(**inputs, on_host=True, **settings)
+        else:
+            output = self.generate(**inputs, **settings)
         response = self.process_response(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :].tolist()))
         return response, [*history, (query, response)]
 
@@ -116,11 +276,14 @@ class ChatGLMGenerationMixin:
         """Yield (decoded answer so far, cache) after each token."""
         num_prompt = inputs["input_ids"].shape[1]
         processors = self._chat_processors(tokenizer, logits_processor)
-        for ids, cache in self._stream_steps(**inputs, logits_processor=processors, **settings):
+        for ids, cache in self._stream_steps(**inputs, logits_processor=processors, on_host=True, **settings):
             yield tokenizer.decode(ids[0, num_prompt:].tolist()), cache
 
     def stream_generate(self, input_ids: torch.Tensor, **kwargs):
         """Generate token by token.
+
+        On CUDA the tokens after the first come from a captured graph where decoding_chatglm.py covers the model;
+        ``use_cuda_graph=False`` prevents that. Without an end token (``eos_token_id=[]``) nothing waits for the GPU.
 
         Args:
             input_ids: (B, T).
@@ -141,15 +304,21 @@ class ChatGLMGenerationMixin:
         past_key_values=None,
         logits_processor=None,
         generation_config=None,
+        use_cuda_graph=True,
+        on_host=False,
         **settings,
     ):
-        """Yield (ids so far, cache) after each new token; see stream_generate."""
+        """Yield (ids so far, cache) after each new token; see stream_generate.
+
+        ``on_host`` asks for ids on the CPU. The cache is that of the prompt alone once a CUDA graph has taken over.
+        """
         config = copy.deepcopy(generation_config or self.generation_config)
         unknown = config.update(**settings)
         if unknown:
             raise ValueError(f"unknown generation settings {sorted(unknown)}: pass those of GenerationConfig")
         if (config.num_beams or 1) > 1:
             raise ValueError("beam search cannot be streamed: use chat or generate, or num_beams=1")
+        use_cuda_graph = use_cuda_graph and past_key_values is None
         cache = DynamicCache(config=self.config) if past_key_values is None else past_key_values
         num_past, num_prompt = int(cache.get_seq_length()), input_ids.shape[1]
         num_new = config.max_new_tokens or (config.max_length or 0) - num_past - num_prompt
@@ -159,13 +328,12 @@ class ChatGLMGenerationMixin:
                 "nothing to generate: raise max_length or shorten the history"
             )
         processors = LogitsProcessorList([*(logits_processor or []), *_sampling_processors(config)])
-        eos = torch.tensor(_as_list(config.eos_token_id), dtype=torch.long, device=input_ids.device)
-        finished = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        sampler = TokenSampler(input_ids, num_new, processors, config)
         attention_mask = self._token_mask(attention_mask)
         if position_ids is None:
             position_ids = self._prompt_positions(input_ids, attention_mask, num_past)
-        ids, step_ids = input_ids, input_ids
-        for _ in range(num_new):
+        step_ids = input_ids
+        for num_left in reversed(range(num_new)):
             logits = self(
                 input_ids=step_ids,
                 attention_mask=attention_mask,
@@ -174,17 +342,26 @@ class ChatGLMGenerationMixin:
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]
-            scores = processors(ids, logits.float())  # (B, V)
-            token = torch.multinomial(scores.softmax(-1), 1) if config.do_sample else scores.argmax(-1, keepdim=True)
-            token = token.masked_fill(finished[:, None], config.pad_token_id or 0)
-            ids, step_ids = torch.cat((ids, token), dim=1), token
-            finished = finished | torch.isin(token[:, 0], eos)
-            yield ids, cache
-            if finished.all():
+            step_ids = sampler.pick(logits)
+            sampler.num_ids += 1
+            yield sampler.ids.cpu() if on_host else sampler.ids, cache
+            if not num_left or sampler.finished.all():
+                return
+            if use_cuda_graph and (graph := self._decode_graph(cache, attention_mask, position_ids, num_left)):
+                for ids in GraphSteps(graph, sampler).run(num_left, on_host):
+                    yield ids, cache
                 return
             position_ids = self._next_positions(position_ids)
             if attention_mask is not None:
-                attention_mask = torch.cat((attention_mask, attention_mask.new_ones(ids.shape[0], 1)), dim=1)
+                attention_mask = torch.cat((attention_mask, attention_mask.new_ones(len(step_ids), 1)), dim=1)
+
+    def _decode_graph(self, cache, attention_mask, position_ids, num_new: int) -> DecodeGraph | None:
+        """Return the decode graph behind a prompt, or None where there is none for this model."""
+        try:
+            return DecodeGraph.of(self, cache, attention_mask, position_ids, num_new)
+        except Unsupported as reason:
+            logger.info("decoding through the model's forward: %s", reason)
+            return None
 
     @staticmethod
     def _token_mask(attention_mask):

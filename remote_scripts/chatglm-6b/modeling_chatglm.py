@@ -18,6 +18,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_chatglm import ChatGLMConfig
+from .cuda_kernels import MAX_ROWS  # noqa: F401 - transformers copies the siblings that this file names
+from .cuda_source import SOURCE  # noqa: F401
+from .decoding_chatglm import Block, DecodeParts
 from .generation_chatglm import ChatGLMGenerationMixin, eager_attention_forward
 from .masking_chatglm import blocked_to_keep, build_keep_mask, padding_queries
 from .quantization import QuantizedEmbedding, output_layer_of, quantize, replace_linears
@@ -391,6 +394,38 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
         return result.to_tuple() if return_dict is False else result
 
     # endregion
+
+    def decode_parts(self) -> DecodeParts:
+        """Describe the model to the CUDA decode path."""
+
+        def rotary(num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+            positions = torch.arange(num_positions, device=self.device).expand(1, 2, -1)
+            tables = self.transformer.layers[0].attention.rotary_emb(positions, self.dtype)
+            return tuple(table[0, 0, :, 0] for table in tables)
+
+        return DecodeParts(
+            embedding=self.get_input_embeddings(),
+            blocks=[
+                Block(
+                    layer.input_layernorm,
+                    layer.attention.query_key_value,
+                    layer.attention.dense,
+                    layer.post_attention_layernorm,
+                    layer.mlp.dense_h_to_4h,
+                    layer.mlp.dense_4h_to_h,
+                )
+                for layer in self.transformer.layers
+            ],
+            final_norm=self.transformer.final_layernorm,
+            head=self.get_output_embeddings(),
+            rotary=rotary,
+            heads=self.config.num_attention_heads,
+            groups=self.config.num_attention_heads,
+            channels=self.config.head_dim,
+            activation="gelu",
+            residual_scale=RESIDUAL_SCALE,
+            two_d=True,
+        )
 
     def _prompt_positions(self, input_ids, attention_mask, num_past: int) -> torch.Tensor:
         return self.transformer.get_position_ids(input_ids, attention_mask)

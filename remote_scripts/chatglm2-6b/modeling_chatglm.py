@@ -17,6 +17,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_chatglm import ChatGLMConfig
+from .cuda_kernels import MAX_ROWS  # noqa: F401 - transformers copies the siblings that this file names
+from .cuda_source import SOURCE  # noqa: F401
+from .decoding_chatglm import Block, DecodeParts
 from .generation_chatglm import ChatGLMGenerationMixin, eager_attention_forward
 from .masking_chatglm import blocked_to_keep, build_keep_mask
 from .quantization import quantize, replace_linears
@@ -387,6 +390,37 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
 
     # endregion
 
+    def decode_parts(self) -> DecodeParts:
+        """Describe the model to the CUDA decode path."""
+
+        def rotary(num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+            positions = torch.arange(num_positions, device=self.device)[None]
+            return tuple(table[0, 0] for table in self.transformer.rotary_pos_emb(positions, self.dtype))
+
+        return DecodeParts(
+            embedding=self.get_input_embeddings(),
+            blocks=[
+                Block(
+                    layer.input_layernorm,
+                    layer.self_attention.query_key_value,
+                    layer.self_attention.dense,
+                    layer.post_attention_layernorm,
+                    layer.mlp.dense_h_to_4h,
+                    layer.mlp.dense_4h_to_h,
+                )
+                for layer in self.transformer.encoder.layers
+            ],
+            final_norm=self.transformer.encoder.final_layernorm,
+            head=self.get_output_embeddings(),
+            rotary=rotary,
+            heads=self.config.num_attention_heads,
+            groups=self.config.num_key_value_heads,
+            channels=self.config.kv_channels,
+            activation="swiglu",
+            residual_scale=None,
+            two_d=False,
+        )
+
     @staticmethod
     def _prompt_positions(input_ids, attention_mask, num_past: int) -> torch.Tensor:
         """Return (B, T): padding at 0, the first real token at 0; behind ``num_past`` cached tokens."""
@@ -485,6 +519,8 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
         else:
             inputs = self.build_stream_inputs(tokenizer, query, history, past_key_values)
             settings["past_key_values"] = past_key_values
+        if return_past_key_values:
+            settings["use_cuda_graph"] = False  # its cache stays behind in the graph's buffers
         for response, cache in self._stream_text(tokenizer, inputs, logits_processor, settings):
             if not response or response.endswith("\ufffd"):
                 continue

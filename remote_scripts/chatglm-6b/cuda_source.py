@@ -1,0 +1,475 @@
+r"""CUDA C++ kernels of the decode path, compiled at run time (this file is byte-identical in both directories).
+
+Why not Triton
+    At batch 1 a matrix product reads every weight once, so its limit is memory. A 4-bit weight must then be decoded
+    and multiplied in about two instructions, which needs packed half2 arithmetic straight into tensor-core operands
+    in registers; Triton cannot place a decoded tile there without a trip through shared memory. NVRTC comes with
+    PyTorch's CUDA builds: no nvcc, no headers, no prebuilt binary. The Triton kernels in quantization.py serve
+    whatever these do not.
+
+matvec: y[M, N] = f(x[M, K] @ W[N, K].T), M <= 16
+    One block owns 16 rows of W, its warps share K. A lane loads 16 bytes of row g and of row g + 8 and feeds them to
+    mma.m16n8k16 as the A operand; x is the B operand with M padded to 8 or 16 columns. The sum over K does not
+    depend on the order of K as long as A and B agree, so weights are used in the order in which they lie in memory:
+    no shuffles. Per 8 int4 weights: 4 lop3, 4 fma, half an mma.
+    Weights: fp16/bf16; int8 and int4 rows (quantization.py); NF4 in blocks of 64 (bitsandbytes).
+    The epilogue applies row scale, bias and LoRA update, then stores, adds a residual, or applies SwiGLU or GELU.
+
+attend: one new token against the cache (B, G, S, D), split over S, combined by the last block to finish; it rotates
+    the new query and key and stores key and value on the way.
+
+norm: RMSNorm or LayerNorm of rows.
+
+Every kernel prefetches what does not depend on its predecessor (the weights) before it waits for it
+("programmatic dependent launch", compute capability 9.0 and later; elsewhere launches follow each other).
+
+Shapes: M rows (batch), N out, K in, B batch, H query heads, G key/value heads, D head channels, S cache slots.
+"""
+
+SOURCE = r"""
+#ifndef WARPS  // kernels other than matvec are compiled without its tuning
+#define WARPS 8
+#define DEPTH 4
+#define MIN_BLOCKS 2
+#endif
+typedef unsigned int u32; typedef unsigned short u16; typedef unsigned char u8;
+enum { FLOAT, INT8, INT4, NF4 };
+enum { STORE, RESIDUAL, SWIGLU, GELU };
+
+__device__ __forceinline__ void wait_for_predecessor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_successor_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Numbers: BF 0 = fp16, 1 = bf16; u32 holds a pair, the first element in the low half.
+template <int BF> __device__ __forceinline__ float to_float(u16 x) {
+  if (BF) return __uint_as_float((u32)x << 16);
+  float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x)); return y;
+}
+template <int BF> __device__ __forceinline__ u16 from_float(float x) {
+  u16 y;
+  if (BF) asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x)); else asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+  return y;
+}
+template <int BF> __device__ __forceinline__ float rounded(float x) { return to_float<BF>(from_float<BF>(x)); }
+template <int BF> __device__ __forceinline__ u32 pair(float lo, float hi) {
+  u32 y;
+  if (BF) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(hi), "f"(lo));
+  else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(hi), "f"(lo));
+  return y;
+}
+template <int BF> __device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
+  u32 y;
+  if (BF) asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+  else asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+  return y;
+}
+__device__ __forceinline__ u32 prmt(u32 a, u32 b, u32 selector) {
+  u32 y; asm("prmt.b32 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(selector)); return y;
+}
+template <int MASK, int OR> __device__ __forceinline__ u32 and_or(u32 x) {
+  u32 y; asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(y) : "r"(x), "n"(MASK), "n"(OR)); return y;
+}
+template <int BF> __device__ __forceinline__ void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+#define MMA(TYPE) asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 " \
+    "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
+    : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1))
+  if (BF) MMA("bf16"); else MMA("f16");
+}
+__device__ __forceinline__ uint4 load_weights(const void* p) {  // read once: past L1, first out of L2
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
+
+// One 32-bit word of a row -> pairs of weights, in the order of `arrange`.
+template <int FMT, int BF> struct Decoder;
+template <int BF> struct Decoder<FLOAT, BF> {
+  static const int BITS = 16, PAIRS = 1;
+  static __device__ __forceinline__ void decode(u32 w, u32* out) { out[0] = w; }
+};
+template <int BF> struct Decoder<INT8, BF> {
+  static const int BITS = 8, PAIRS = 2;
+  static __device__ __forceinline__ void decode(u32 w, u32* out) {
+    u32 v = w ^ 0x80808080u;  // code + 128, 0..255
+    if (BF) {  // 2^23 + v in fp32, then exact in bf16: a code has 8 bits
+      float f[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) f[i] = __uint_as_float(prmt(v, 0x4B000000u, 0x7650 + i)) - 8388736.0f;
+      out[0] = pair<BF>(f[0], f[1]); out[1] = pair<BF>(f[2], f[3]);
+    } else {   // 1024 + v by writing the exponent, minus 1152
+      out[0] = fma2<BF>(prmt(v, 0x64646464u, 0x4140), 0x3C003C00u, 0xE480E480u);
+      out[1] = fma2<BF>(prmt(v, 0x64646464u, 0x4342), 0x3C003C00u, 0xE480E480u);
+    }
+  }
+};
+template <int BF> struct Decoder<INT4, BF> {  // byte j: column 2j high, 2j+1 low -> pairs (1,5) (0,4) (3,7) (2,6)
+  static const int BITS = 4, PAIRS = 4;
+  static __device__ __forceinline__ void decode(u32 w, u32* out) {
+    u32 v = w ^ 0x88888888u;  // code + 8, 0..15
+    if (BF) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        out[i] = fma2<BF>(and_or<0x000F000F, 0x43004300>(v >> (4 * i)), 0x3F803F80u, 0xC308C308u);  // 128 + v - 136
+    } else {
+      u32 u = v >> 8;
+      out[0] = fma2<BF>(and_or<0x000F000F, 0x64006400>(v), 0x3C003C00u, 0xE408E408u);   // 1024 + v - 1032
+      out[1] = fma2<BF>(and_or<0x00F000F0, 0x64006400>(v), 0x2C002C00u, 0xD480D480u);   // (1024 + 16 v) / 16 - 72
+      out[2] = fma2<BF>(and_or<0x000F000F, 0x64006400>(u), 0x3C003C00u, 0xE408E408u);
+      out[3] = fma2<BF>(and_or<0x00F000F0, 0x64006400>(u), 0x2C002C00u, 0xD480D480u);
+    }
+  }
+};
+template <int BF> struct Decoder<NF4, BF> { static const int BITS = 4, PAIRS = 4; };  // through a table, see matvec
+// Eight activations as four pairs, in the order in which the decoder yields weights.
+template <int FMT> __device__ __forceinline__ void arrange(uint4 x, u32* out) {
+  if (FMT == INT4) {
+    out[0] = prmt(x.x, x.z, 0x7632); out[1] = prmt(x.x, x.z, 0x5410);
+    out[2] = prmt(x.y, x.w, 0x7632); out[3] = prmt(x.y, x.w, 0x5410);
+  } else { out[0] = x.x; out[1] = x.y; out[2] = x.z; out[3] = x.w; }
+}
+
+struct MatvecArgs {
+  const u16* x; const void* weight; const u16* scale; const u16* bias; const u16* residual;
+  const u16* lora_b; const float* lora_t;   // [N, R] with the LoRA scale in it, [M, R]
+  void* out;
+  int m, n, k, lora_rank, float_out; float alpha;
+};
+
+template <int BF>
+__device__ __forceinline__ float finish(const MatvecArgs& a, int row, int m, float sum, bool scaled) {
+  if (scaled) sum *= to_float<0>(a.scale[row]);  // scales are fp16
+  if (a.bias) sum += to_float<BF>(a.bias[row]);
+  for (int r = 0; r < a.lora_rank; ++r)
+    sum += to_float<BF>(a.lora_b[(size_t)row * a.lora_rank + r]) * a.lora_t[m * a.lora_rank + r];
+  return sum;
+}
+
+template <int FMT, int BF, int MT, int EPI>
+__global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) matvec(MatvecArgs a) {
+  const int VALUES = 128 / Decoder<FMT, BF>::BITS;         // weights in 16 bytes
+  __shared__ float sums[2][WARPS][16][8 * MT + 1];         // two sets: the next tile starts while this one is stored
+  extern __shared__ u32 table[];                           // NF4: byte -> pair of values, one copy per lane
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int row_chunks = a.k / VALUES, steps = (row_chunks + 3) / 4;
+  const size_t row_bytes = (size_t)row_chunks * 16;
+  const int tile_rows = EPI == SWIGLU ? 8 : 16, outs = EPI == SWIGLU ? a.n / 2 : a.n;
+  const int tiles = (outs + tile_rows - 1) / tile_rows;
+  if (FMT == NF4) {  // scale points to 16 code values (fp16), then to the block maxima
+    for (int i = warp; i < 256; i += WARPS) table[i * 32 + lane] = a.scale[i >> 4] | (u32)a.scale[i & 15] << 16;
+    __syncthreads();
+  }
+  // The rows g and g + 8 of a tile; SwiGLU pairs a gate row with its up row. Rows past the end are read, not stored.
+#define ROW0(TILE) min((TILE) * tile_rows + g, outs - 1)
+#define ROW1(TILE) (EPI == SWIGLU ? outs + ROW0(TILE) : min((TILE) * tile_rows + g + 8, outs - 1))
+  uint4 ring0[DEPTH], ring1[DEPTH];
+  auto load = [&](int tile, int chunk, int d) {
+    ring0[d] = ring1[d] = make_uint4(0, 0, 0, 0);
+    if (chunk >= row_chunks || tile >= tiles) return;
+    ring0[d] = load_weights((const char*)a.weight + row_bytes * ROW0(tile) + chunk * 16);
+    ring1[d] = load_weights((const char*)a.weight + row_bytes * ROW1(tile) + chunk * 16);
+  };
+#pragma unroll
+  for (int d = 0; d < DEPTH; ++d) load(blockIdx.x, (warp + d * WARPS) * 4 + t, d);
+  wait_for_predecessor();
+  int parity = 0;
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, parity ^= 1) {
+    float acc[MT][4] = {};
+    for (int base = warp; base < steps; base += WARPS * DEPTH) {
+#pragma unroll
+      for (int d = 0; d < DEPTH; ++d) {
+        if (base + d * WARPS >= steps) break;
+        const int chunk = (base + d * WARPS) * 4 + t;
+        const uint4 q0 = ring0[d], q1 = ring1[d];
+        if (base + (d + DEPTH) * WARPS < steps) load(tile, chunk + DEPTH * WARPS * 4, d);
+        else load(tile + gridDim.x, (warp + d * WARPS) * 4 + t, d);
+        u32 scale0, scale1; float max0, max1;
+        if (FMT == NF4) {
+          const u16* maxima = a.scale + 16;
+          u16 m0 = 0, m1 = 0;
+          if (chunk < row_chunks) {
+            m0 = maxima[(size_t)ROW0(tile) * (a.k / 64) + chunk / 2];
+            m1 = maxima[(size_t)ROW1(tile) * (a.k / 64) + chunk / 2];
+          }
+          scale0 = m0 | (u32)m0 << 16; scale1 = m1 | (u32)m1 << 16;
+          max0 = to_float<0>(m0); max1 = to_float<0>(m1);
+        }
+        const u32 words0[4] = {q0.x, q0.y, q0.z, q0.w}, words1[4] = {q1.x, q1.y, q1.z, q1.w};
+#pragma unroll
+        for (int group = 0; group < VALUES / 8; ++group) {  // eight weights of each row
+          u32 x[MT][4];
+#pragma unroll
+          for (int mt = 0; mt < MT; ++mt) {
+            uint4 v = make_uint4(0, 0, 0, 0);
+            if (g + 8 * mt < a.m && chunk < row_chunks)
+              v = *(const uint4*)(a.x + (size_t)(g + 8 * mt) * a.k + (size_t)chunk * VALUES + group * 8);
+            arrange<FMT>(v, x[mt]);
+          }
+          u32 p0[4], p1[4];
+          const int WORDS = 4 / Decoder<FMT, BF>::PAIRS;   // words that hold eight weights
+#pragma unroll
+          for (int i = 0; i < WORDS; ++i) {
+            const u32 a0 = words0[group * WORDS + i], a1 = words1[group * WORDS + i];
+            if constexpr (FMT == NF4) {
+#pragma unroll
+              for (int j = 0; j < 4; ++j) {
+                p0[j] = table[((a0 >> (8 * j)) & 255) * 32 + lane];
+                p1[j] = table[((a1 >> (8 * j)) & 255) * 32 + lane];
+                if (BF) {
+                  p0[j] = pair<1>(to_float<0>(p0[j]) * max0, to_float<0>(p0[j] >> 16) * max0);
+                  p1[j] = pair<1>(to_float<0>(p1[j]) * max1, to_float<0>(p1[j] >> 16) * max1);
+                } else { p0[j] = fma2<0>(p0[j], scale0, 0); p1[j] = fma2<0>(p1[j], scale1, 0); }
+              }
+            } else {
+              Decoder<FMT, BF>::decode(a0, p0 + i * Decoder<FMT, BF>::PAIRS);
+              Decoder<FMT, BF>::decode(a1, p1 + i * Decoder<FMT, BF>::PAIRS);
+            }
+          }
+#pragma unroll
+          for (int mt = 0; mt < MT; ++mt) {
+            mma<BF>(acc[mt], p0[0], p1[0], p0[1], p1[1], x[mt][0], x[mt][1]);
+            mma<BF>(acc[mt], p0[2], p1[2], p0[3], p1[3], x[mt][2], x[mt][3]);
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[parity][warp][g + (i / 2) * 8][mt * 8 + t * 2 + i % 2] = acc[mt][i];
+    __syncthreads();
+    if (tile + gridDim.x >= tiles) let_successor_start();
+    for (int i = threadIdx.x; i < tile_rows * a.m; i += WARPS * 32) {
+      const int r = i % tile_rows, m = i / tile_rows, row = tile * tile_rows + r;
+      if (row >= outs) continue;
+      float sum = 0, up = 0;
+#pragma unroll
+      for (int w = 0; w < WARPS; ++w) {
+        sum += sums[parity][w][r][m];
+        if (EPI == SWIGLU) up += sums[parity][w][r + 8][m];
+      }
+      const bool scaled = FMT == INT8 || FMT == INT4;
+      float y = finish<BF>(a, row, m, sum, scaled);
+      const size_t at = (size_t)m * outs + row;
+      if (EPI == SWIGLU) {
+        y = rounded<BF>(y); up = rounded<BF>(finish<BF>(a, outs + row, m, up, scaled));
+        y = rounded<BF>(y / (1 + __expf(-y))) * up;
+      } else if (EPI == GELU) {
+        y = rounded<BF>(y); y = 0.5f * y * (1 + tanhf(0.7978845608028654f * (y + 0.044715f * y * y * y)));
+      } else if (EPI == RESIDUAL) {
+        y = rounded<BF>(a.alpha * to_float<BF>(a.residual[at])) + rounded<BF>(y);
+      }
+      if (a.float_out) ((float*)a.out)[at] = y; else ((u16*)a.out)[at] = from_float<BF>(y);
+    }
+  }
+}
+
+template <int WIDTH> __device__ __forceinline__ float block_sum(float x, float* shared) {
+#pragma unroll
+  for (int d = 16; d; d /= 2) x += __shfl_xor_sync(~0u, x, d);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = 0;
+#pragma unroll
+  for (int w = 0; w < WIDTH / 32; ++w) x += shared[w];
+  __syncthreads();
+  return x;
+}
+
+// RMSNorm (bias null) or LayerNorm of rows of k elements; a block per row.
+template <int BF, int LAYER> __global__ void __launch_bounds__(512)
+norm(const u16* x, const u16* weight, const u16* bias, u16* out, int k, float eps) {
+  __shared__ float shared[16];
+  wait_for_predecessor();
+  let_successor_start();
+  const u16* row = x + (size_t)blockIdx.x * k;
+  float mean = 0, total = 0;
+  if (LAYER) {
+    for (int i = threadIdx.x; i < k; i += 512) total += to_float<BF>(row[i]);
+    mean = block_sum<512>(total, shared) / k;
+    total = 0;
+  }
+  for (int i = threadIdx.x; i < k; i += 512) { float v = to_float<BF>(row[i]) - mean; total += v * v; }
+  const float factor = rsqrtf(block_sum<512>(total, shared) / k + eps);
+  for (int i = threadIdx.x; i < k; i += 512) {
+    float y = (to_float<BF>(row[i]) - mean) * factor * to_float<BF>(weight[i]);
+    if (LAYER) y += to_float<BF>(bias[i]);
+    out[(size_t)blockIdx.x * k + i] = from_float<BF>(y);
+  }
+}
+
+struct AttendArgs {
+  const u16* qkv; u16* keys; u16* values; const u16* cos; const u16* sin;
+  const int* positions;   // [B, 2], the token's position channels
+  const int* starts;      // [B], first slot that is no padding
+  const int* length;      // [1], slots that are filled, this token's excepted
+  float* partial; u32* counters; u16* out;
+  int heads, groups, slots; float scaling;
+};
+
+// TWO_D 0: ChatGLM2, qkv blocked, interleaved pairs of the first half of a head. 1: ChatGLM-6B, qkv per head,
+// half-split pairs in both halves, one position channel each. Tables: [positions, D / 4].
+template <int BF, int D, int TWO_D> __device__ __forceinline__ float rotated(
+    const AttendArgs& a, const u16* head, int channel, const int* position) {
+  float x = to_float<BF>(head[channel]);
+  int angle, other, sign, at;
+  if (TWO_D) {
+    const int half = channel / (D / 2), i = channel % (D / 2);
+    angle = i % (D / 4); sign = i < D / 4 ? -1 : 1; other = channel - sign * (D / 4); at = position[half];
+  } else {
+    if (channel >= D / 2) return x;
+    angle = channel / 2; sign = channel % 2 ? 1 : -1; other = channel ^ 1; at = position[0];
+  }
+  const size_t entry = (size_t)at * (D / 4) + angle;
+  return rounded<BF>(x * to_float<BF>(a.cos[entry]) + sign * to_float<BF>(head[other]) * to_float<BF>(a.sin[entry]));
+}
+
+template <int BF, int D, int TWO_D> __global__ void __launch_bounds__(128) attend(AttendArgs a) {
+  __shared__ __align__(16) u16 query[16][D];
+  __shared__ float context[4][16][D + 1];
+  __shared__ float maxima[4][16], totals[4][16];
+  __shared__ bool is_last;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int group = blockIdx.y, b = blockIdx.z, per_group = a.heads / a.groups;
+  wait_for_predecessor();
+  let_successor_start();
+  const int slot = a.length[0], start = a.starts[b], num_keys = slot + 1 - start;
+  int per_split = (num_keys + gridDim.x - 1) / gridDim.x;
+  per_split = max((per_split + 15) / 16 * 16, MIN_KEYS);
+  const int splits = (num_keys + per_split - 1) / per_split, split = blockIdx.x;
+  if (split >= splits) return;
+  const int begin = start + split * per_split, end = min(begin + per_split, slot + 1);
+  const int width = TWO_D ? a.heads * 3 * D : (a.heads + 2 * a.groups) * D;
+  const u16* token = a.qkv + (size_t)b * width;
+  const size_t cache = ((size_t)b * a.groups + group) * a.slots;
+  for (int i = threadIdx.x; i < 16 * D; i += 128) {
+    const int head = i / D, channel = i % D, h = group * per_group + head;
+    u16 q = 0;
+    if (head < per_group)
+      q = from_float<BF>(rotated<BF, D, TWO_D>(a, token + (TWO_D ? h * 3 * D : h * D), channel, a.positions + b * 2));
+    query[head][channel] = q;
+  }
+  if (end == slot + 1) {  // this block stores the new key and value
+    const u16* key = token + (TWO_D ? (group * 3 + 1) * D : (a.heads + group) * D);
+    const u16* value = token + (TWO_D ? (group * 3 + 2) * D : (a.heads + a.groups + group) * D);
+    for (int i = threadIdx.x; i < D; i += 128) {
+      a.keys[(cache + slot) * D + i] = from_float<BF>(rotated<BF, D, TWO_D>(a, key, i, a.positions + b * 2));
+      a.values[(cache + slot) * D + i] = value[i];
+    }
+  }
+  __syncthreads();
+  u32 q0[D / 8], q1[D / 8];  // heads g and g + 8, channels t * D / 4 ...
+#pragma unroll
+  for (int i = 0; i < D / 8; ++i) {
+    q0[i] = ((const u32*)query[g])[t * D / 8 + i]; q1[i] = ((const u32*)query[g + 8])[t * D / 8 + i];
+  }
+  float acc[D / 8][4] = {}, top0 = -1e30f, top1 = -1e30f, sum0 = 0, sum1 = 0;
+  for (int first = begin + warp * 16; first < end; first += 64) {
+    float score[2][4] = {};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint4* k = (const uint4*)(a.keys + (cache + min(first + half * 8 + g, slot)) * D + t * (D / 4));
+#pragma unroll
+      for (int i = 0; i < D / 32; ++i) {
+        const uint4 v = k[i];
+        mma<BF>(score[half], q0[4 * i], q1[4 * i], q0[4 * i + 1], q1[4 * i + 1], v.x, v.y);
+        mma<BF>(score[half], q0[4 * i + 2], q1[4 * i + 2], q0[4 * i + 3], q1[4 * i + 3], v.z, v.w);
+      }
+    }
+    float new0 = top0, new1 = top1;
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const bool seen = first + half * 8 + t * 2 + i % 2 < end;
+        score[half][i] = seen ? score[half][i] * a.scaling : -__int_as_float(0x7F800000);
+        if (i < 2) new0 = fmaxf(new0, score[half][i]); else new1 = fmaxf(new1, score[half][i]);
+      }
+#pragma unroll
+    for (int d = 1; d < 4; d *= 2) {
+      new0 = fmaxf(new0, __shfl_xor_sync(~0u, new0, d)); new1 = fmaxf(new1, __shfl_xor_sync(~0u, new1, d));
+    }
+    const float fade0 = __expf(top0 - new0), fade1 = __expf(top1 - new1);
+    top0 = new0; top1 = new1; sum0 *= fade0; sum1 *= fade1;
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        score[half][i] = __expf(score[half][i] - (i < 2 ? top0 : top1));
+        if (i < 2) sum0 += score[half][i]; else sum1 += score[half][i];
+      }
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j) { acc[j][0] *= fade0; acc[j][1] *= fade0; acc[j][2] *= fade1; acc[j][3] *= fade1; }
+    const u32 p0 = pair<BF>(score[0][0], score[0][1]), p1 = pair<BF>(score[0][2], score[0][3]);
+    const u32 p2 = pair<BF>(score[1][0], score[1][1]), p3 = pair<BF>(score[1][2], score[1][3]);
+    const u16* value = a.values + cache * D + g * (D / 8);
+    const u32* v[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v[i] = (const u32*)(value + (size_t)min(first + t * 2 + i % 2 + i / 2 * 8, slot) * D);
+#pragma unroll
+    for (int j = 0; j < D / 64; ++j) {
+      uint4 r[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) r[i] = ((const uint4*)v[i])[j];
+#define PV(FIELD, TILE) \
+  mma<BF>(acc[TILE], p0, p1, p2, p3, prmt(r[0].FIELD, r[1].FIELD, 0x5410), prmt(r[2].FIELD, r[3].FIELD, 0x5410)); \
+  mma<BF>(acc[TILE + 1], p0, p1, p2, p3, prmt(r[0].FIELD, r[1].FIELD, 0x7632), prmt(r[2].FIELD, r[3].FIELD, 0x7632));
+      PV(x, j * 8) PV(y, j * 8 + 2) PV(z, j * 8 + 4) PV(w, j * 8 + 6)
+    }
+  }
+#pragma unroll
+  for (int d = 1; d < 4; d *= 2) { sum0 += __shfl_xor_sync(~0u, sum0, d); sum1 += __shfl_xor_sync(~0u, sum1, d); }
+  if (t == 0) {
+    maxima[warp][g] = top0; maxima[warp][g + 8] = top1; totals[warp][g] = sum0; totals[warp][g + 8] = sum1;
+  }
+#pragma unroll
+  for (int j = 0; j < D / 8; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) context[warp][g + i / 2 * 8][(t * 2 + i % 2) * (D / 8) + j] = acc[j][i];
+  __syncthreads();
+  float* mine = a.partial + (((size_t)b * a.groups + group) * gridDim.x + split) * 16 * (D + 2);
+  for (int i = threadIdx.x; i < per_group * D; i += 128) {
+    const int head = i / D, channel = i % D;
+    float top = maxima[0][head], total = 0, sum = 0;
+    for (int w = 1; w < 4; ++w) top = fmaxf(top, maxima[w][head]);
+    for (int w = 0; w < 4; ++w) {
+      const float weight = __expf(maxima[w][head] - top);
+      total += weight * totals[w][head]; sum += weight * context[w][head][channel];
+    }
+    if (splits == 1) {
+      a.out[(size_t)b * a.heads * D + (group * per_group + head) * D + channel] = from_float<BF>(sum / total);
+    } else {
+      mine[head * (D + 2) + channel] = sum;
+      if (channel == 0) { mine[head * (D + 2) + D] = top; mine[head * (D + 2) + D + 1] = total; }
+    }
+  }
+  if (splits == 1) return;
+  __threadfence();
+  __syncthreads();
+  u32* counter = a.counters + b * a.groups + group;
+  if (threadIdx.x == 0) is_last = atomicAdd(counter, 1u) == (u32)splits - 1;
+  __syncthreads();
+  if (!is_last) return;
+  __threadfence();
+  if (threadIdx.x == 0) *counter = 0;
+  const float* all = a.partial + ((size_t)b * a.groups + group) * gridDim.x * 16 * (D + 2);
+  for (int i = threadIdx.x; i < per_group * D; i += 128) {
+    const int head = i / D, channel = i % D;
+    float top = -1e30f, total = 0, sum = 0;
+    for (int s = 0; s < splits; ++s) top = fmaxf(top, __ldcg(all + (s * 16 + head) * (D + 2) + D));
+    for (int s = 0; s < splits; ++s) {
+      const float* p = all + (s * 16 + head) * (D + 2);
+      const float weight = __expf(__ldcg(p + D) - top);
+      total += weight * __ldcg(p + D + 1); sum += weight * __ldcg(p + channel);
+    }
+    a.out[(size_t)b * a.heads * D + (group * per_group + head) * D + channel] = from_float<BF>(sum / total);
+  }
+}
+"""

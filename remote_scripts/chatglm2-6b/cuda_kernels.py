@@ -1,0 +1,381 @@
+"""Compile and launch the CUDA C++ kernels of cuda_source.py (this file is byte-identical in both directories).
+
+Shapes: M rows (batch), N out, K in, R LoRA rank, B batch, H query heads, G key/value heads, D head channels,
+S cache slots, C hidden.
+"""
+
+import ctypes
+import functools
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from .cuda_source import SOURCE
+
+FORMATS = {"float": 0, "int8": 1, "int4": 2, "nf4": 3}
+EPILOGUES = {"store": 0, "residual": 1, "swiglu": 2, "gelu": 3}
+MAX_ROWS = 16
+MIN_KEYS_PER_SPLIT = 64
+MIN_CAPABILITY = (8, 0)  # mma.m16n8k16 and bf16
+PDL_CAPABILITY = (9, 0)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How matvec is compiled and launched for a format.
+
+    Attributes:
+        warps: Warps of a block; they share K.
+        depth: 16-byte loads in flight per row and lane.
+        min_blocks: Blocks per multiprocessor that the registers must allow.
+        blocks_per_sm: Blocks launched per multiprocessor, each taking several tiles; 0: one block a tile.
+    """
+
+    warps: int
+    depth: int
+    min_blocks: int
+    blocks_per_sm: int
+
+    def defines(self) -> tuple[str, ...]:
+        """Return the macros of the compilation."""
+        return (f"WARPS={self.warps}", f"DEPTH={self.depth}", f"MIN_BLOCKS={self.min_blocks}", *NORM_DEFINES)
+
+
+NORM_DEFINES = (f"MIN_KEYS={MIN_KEYS_PER_SPLIT}",)
+
+
+def tuning(kind: str, num_rows: int, num_tiles: int, num_sms: int) -> Tuning:
+    """Choose the tuning of a product: more warps per tile where tiles are few.
+
+    Args:
+        kind: The weight's format.
+        num_rows: M.
+        num_tiles: Tiles of 16 rows of the weight.
+        num_sms: Multiprocessors of the GPU.
+    """
+    if num_tiles <= 3 * num_sms:
+        return Tuning(16, 2, 1, 1 if kind == "nf4" else 0)
+    return Tuning(8, 4, 2, 2)
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute of the CUDA driver API, with an integer value."""
+
+    _fields_ = [("id", ctypes.c_uint), ("pad", ctypes.c_uint), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig of the CUDA driver API."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("num_attributes", ctypes.c_uint),
+    ]
+
+
+PROGRAMMATIC_LAUNCH = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+NF4_TABLE_BYTES = 256 * 32 * 4
+
+
+@functools.cache
+def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
+    """Open the CUDA driver and NVRTC, which PyTorch's CUDA builds bring.
+
+    Raises:
+        OSError: One of them is not there.
+    """
+    major = (torch.version.cuda or "0").split(".")[0]
+    on_windows = sys.platform == "win32"
+    driver = ctypes.CDLL("nvcuda.dll" if on_windows else "libcuda.so.1")
+    return driver, ctypes.CDLL(f"nvrtc64_{major}0_0.dll" if on_windows else f"libnvrtc.so.{major}")
+
+
+def available(device: torch.device) -> bool:
+    """Say whether the kernels can run on a device: a CUDA build of PyTorch, NVRTC, compute capability 8.0."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False
+    if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        return False
+    try:
+        _libraries()
+    except OSError:
+        return False
+    return True
+
+
+def _check(status: int, call: str) -> None:
+    if status:
+        raise RuntimeError(f"{call} failed with status {status}; use_cuda_graph=False avoids these kernels")
+
+
+def compile_cubin(nvrtc: ctypes.CDLL, name: str, arch: str, defines: tuple[str, ...] = ()) -> tuple[bytes, bytes]:
+    """Compile one instance of a kernel.
+
+    Args:
+        nvrtc: The library.
+        name: A template instance, e.g. matvec<2, 0, 1, 0>.
+        arch: sm_90 and the like.
+        defines: Macros, NAME=VALUE.
+
+    Returns:
+        The cubin and the kernel's mangled name.
+
+    Raises:
+        RuntimeError: With the compiler's log.
+    """
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    _check(
+        nvrtc.nvrtcCreateProgram(ctypes.byref(program), SOURCE.encode(), b"chatglm.cu", 0, None, None), "nvrtcCreate"
+    )
+    _check(nvrtc.nvrtcAddNameExpression(program, name.encode()), "nvrtcAddNameExpression")
+    options = [f"-arch={arch}", "-std=c++17", *(f"-D{define}" for define in defines)]
+    encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+    if nvrtc.nvrtcCompileProgram(program, len(options), encoded):
+        nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(f"{name} does not compile for {arch}:\n{log.value.decode()}")
+    _check(nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)), "nvrtcGetCUBINSize")
+    cubin, mangled = ctypes.create_string_buffer(size.value), ctypes.c_char_p()
+    _check(nvrtc.nvrtcGetCUBIN(program, cubin), "nvrtcGetCUBIN")
+    _check(nvrtc.nvrtcGetLoweredName(program, name.encode(), ctypes.byref(mangled)), "nvrtcGetLoweredName")
+    result = cubin.raw, bytes(mangled.value)
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    return result
+
+
+class _Kernel:
+    """A compiled kernel on one device.
+
+    Args:
+        name: A template instance, e.g. matvec<2, 0, 1, 0>.
+        device: Where it runs.
+        defines: Macros of the compilation.
+    """
+
+    def __init__(self, name: str, device: torch.device, defines: tuple[str, ...]):
+
+        self.driver, nvrtc = _libraries()
+        major, minor = torch.cuda.get_device_capability(device)
+        self.overlaps = (major, minor) >= PDL_CAPABILITY
+        cubin, mangled = compile_cubin(nvrtc, name, f"sm_{major}{minor}", defines)
+        self.function, module = ctypes.c_void_p(), ctypes.c_void_p()
+        with torch.cuda.device(device):
+            torch.cuda.current_stream()  # makes the context current
+            _check(self.driver.cuModuleLoadData(ctypes.byref(module), cubin), "cuModuleLoadData")
+            status = self.driver.cuModuleGetFunction(ctypes.byref(self.function), module, mangled)
+            _check(status, "cuModuleGetFunction")
+            status = self.driver.cuFuncSetAttribute(self.function, MAX_DYNAMIC_SHARED_BYTES, NF4_TABLE_BYTES)
+            _check(status, "cuFuncSetAttribute")
+
+    def launch(self, grid: tuple[int, int, int], num_threads: int, *arguments, shared_bytes: int = 0) -> None:
+        """Launch on the current stream; arguments are ctypes values."""
+        attribute = _Attribute(id=PROGRAMMATIC_LAUNCH, value=1)
+        config = _LaunchConfig(
+            grid=(ctypes.c_uint * 3)(*grid),
+            block=(ctypes.c_uint * 3)(num_threads, 1, 1),
+            shared_bytes=shared_bytes,
+            stream=torch.cuda.current_stream().cuda_stream,
+            attributes=ctypes.pointer(attribute),
+            num_attributes=int(self.overlaps),
+        )
+        pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
+        _check(self.driver.cuLaunchKernelEx(ctypes.byref(config), self.function, pointers, None), "cuLaunchKernelEx")
+
+
+@functools.cache
+def _kernel(name: str, device: torch.device, defines: tuple[str, ...]) -> _Kernel:
+    return _Kernel(name, device, defines)
+
+
+class _MatvecArgs(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "scale", "bias", "residual", "lora_b", "lora_t", "out")),
+        *((name, ctypes.c_int) for name in ("m", "n", "k", "lora_rank", "float_out")),
+        ("alpha", ctypes.c_float),
+    ]
+
+
+class _AttendArgs(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "qkv",
+                "keys",
+                "values",
+                "cos",
+                "sin",
+                "positions",
+                "starts",
+                "length",
+                "partial",
+                "counters",
+                "out",
+            )
+        ),
+        *((name, ctypes.c_int) for name in ("heads", "groups", "slots")),
+        ("scaling", ctypes.c_float),
+    ]
+
+
+@dataclass
+class Weight:
+    """A Linear in the form in which matvec reads it.
+
+    Attributes:
+        kind: A key of FORMATS.
+        data: The stored weight: [N, K] in the activations' dtype, int8 [N, K], int4 [N, K/2] or NF4, two to a byte.
+        shape: (N, K).
+        scale: int8 and int4: fp16 [N]. NF4: fp16, the 16 code values, then the N * K / 64 block maxima.
+        bias: [N] in the activations' dtype, or None.
+        lora_a: [R, K] in the activations' dtype, or None.
+        lora_b: [N, R], times the LoRA scale.
+    """
+
+    kind: str
+    data: torch.Tensor
+    shape: tuple[int, int]
+    scale: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    lora_a: torch.Tensor | None = None
+    lora_b: torch.Tensor | None = None
+
+
+def fits(kind: str, shape: tuple[int, int]) -> bool:
+    """Say whether matvec can read a weight of this format and shape: rows of whole 16-byte words."""
+    return shape[1] % {"float": 8, "int8": 16, "int4": 32, "nf4": 64}[kind] == 0
+
+
+def matvec(
+    x: torch.Tensor,
+    weight: Weight,
+    out: torch.Tensor,
+    epilogue: str = "store",
+    residual: torch.Tensor | None = None,
+    alpha: float = 1.0,
+    lora_t: torch.Tensor | None = None,
+) -> None:
+    """Multiply by a weight.
+
+    Args:
+        x: [M, K], fp16 or bf16, contiguous, M up to MAX_ROWS.
+        weight: The weight; `fits` says which.
+        out: [M, N], or [M, N/2] after swiglu; the dtype of x, or fp32. Overwritten.
+        epilogue: store; residual: alpha * residual + y; swiglu: silu(first half) * second half; gelu (tanh).
+        residual: [M, N].
+        alpha: Factor on the residual.
+        lora_t: fp32 [M, R], room for x @ A.T; needed by a weight with LoRA.
+    """
+    (rows, columns), bf16 = weight.shape, int(x.dtype == torch.bfloat16)
+    if weight.lora_a is not None:
+        matvec(x, Weight("float", weight.lora_a, tuple(weight.lora_a.shape)), lora_t)
+    arguments = _MatvecArgs(
+        x=x.data_ptr(),
+        weight=weight.data.data_ptr(),
+        scale=_pointer(weight.scale),
+        bias=_pointer(weight.bias),
+        residual=_pointer(residual),
+        lora_b=_pointer(weight.lora_b),
+        lora_t=_pointer(lora_t),
+        out=out.data_ptr(),
+        m=x.shape[0],
+        n=rows,
+        k=columns,
+        lora_rank=0 if weight.lora_b is None else weight.lora_b.shape[1],
+        float_out=int(out.dtype == torch.float32),
+        alpha=alpha,
+    )
+    row_tiles = 1 if x.shape[0] <= 8 else 2
+    name = f"matvec<{FORMATS[weight.kind]}, {bf16}, {row_tiles}, {EPILOGUES[epilogue]}>"
+    num_blocks, num_sms = -(-rows // 16), _num_sms(x.device)
+    chosen = tuning(weight.kind, x.shape[0], num_blocks, num_sms)
+    if chosen.blocks_per_sm:
+        num_blocks = min(num_blocks, chosen.blocks_per_sm * num_sms)
+    shared_bytes = NF4_TABLE_BYTES if weight.kind == "nf4" else 0
+    kernel = _kernel(name, x.device, chosen.defines())
+    kernel.launch((num_blocks, 1, 1), chosen.warps * 32, arguments, shared_bytes=shared_bytes)
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, out: torch.Tensor) -> None:
+    """Normalise rows [M, C]: RMSNorm, or LayerNorm when there is a bias; out is overwritten."""
+    kernel = _kernel(f"norm<{int(x.dtype == torch.bfloat16)}, {int(bias is not None)}>", x.device, NORM_DEFINES)
+    pointers = (ctypes.c_void_p(_pointer(tensor)) for tensor in (x, weight, bias, out))
+    kernel.launch((x.shape[0], 1, 1), 512, *pointers, ctypes.c_int(x.shape[1]), ctypes.c_float(eps))
+
+
+def attend(
+    qkv: torch.Tensor,
+    cache: tuple[torch.Tensor, torch.Tensor],
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    positions: torch.Tensor,
+    starts: torch.Tensor,
+    length: torch.Tensor,
+    scratch: tuple[torch.Tensor, torch.Tensor],
+    out: torch.Tensor,
+    two_d: bool,
+) -> None:
+    """Attend with one new token per row, and store its key and value in slot `length` of the cache.
+
+    Args:
+        qkv: The fused projection: (B, (H + 2 G) D) blocked, or with two_d (B, H 3 D) head by head.
+        cache: Keys and values, each (B, G, S, D); unused slots must be finite.
+        rotary: cos and sin of every position, each (positions, D / 4), in the dtype of qkv.
+        positions: int32 (B, 2), the token's position channels; the second is used with two_d.
+        starts: int32 (B,), the first slot that is no padding.
+        length: int32 (1,), the number of filled slots.
+        scratch: fp32 room of `attend_scratch`, and its zeroed counters.
+        out: (B, H D); overwritten.
+        two_d: ChatGLM-6B's rotary embedding and layout.
+    """
+    keys, values = cache
+    batch, groups, slots, channels = keys.shape
+    heads = out.shape[1] // channels
+    arguments = _AttendArgs(
+        qkv=qkv.data_ptr(),
+        keys=keys.data_ptr(),
+        values=values.data_ptr(),
+        cos=rotary[0].data_ptr(),
+        sin=rotary[1].data_ptr(),
+        positions=positions.data_ptr(),
+        starts=starts.data_ptr(),
+        length=length.data_ptr(),
+        partial=scratch[0].data_ptr(),
+        counters=scratch[1].data_ptr(),
+        out=out.data_ptr(),
+        heads=heads,
+        groups=groups,
+        slots=slots,
+        scaling=channels**-0.5,
+    )
+    name = f"attend<{int(qkv.dtype == torch.bfloat16)}, {channels}, {int(two_d)}>"
+    grid = (_num_splits(batch, groups, slots, qkv.device), groups, batch)
+    _kernel(name, qkv.device, NORM_DEFINES).launch(grid, 128, arguments)
+
+
+def attend_scratch(batch: int, groups: int, slots: int, channels: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the buffers that `attend` combines its splits in; calls on one stream may share them."""
+    splits = _num_splits(batch, groups, slots, device)
+    partial = torch.empty(batch * groups * splits * 16 * (channels + 2), dtype=torch.float32, device=device)
+    return partial, torch.zeros(batch * groups, dtype=torch.int32, device=device)
+
+
+def _num_splits(batch: int, groups: int, slots: int, device) -> int:
+    """Split the cache until the GPU is full twice, but not into pieces below MIN_KEYS_PER_SPLIT."""
+    full = -(-2 * _num_sms(device) // (batch * groups))
+    return max(1, min(full, -(-slots // MIN_KEYS_PER_SPLIT)))
+
+
+@functools.cache
+def _num_sms(device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

@@ -1,0 +1,375 @@
+"""Decode one token per row with hand-fused CUDA kernels in a CUDA graph (byte-identical in both directories).
+
+After the prompt has gone through the model, each new token is the same sequence of launches: embedding, per layer
+norm, qkv, attention, dense, norm, two MLP products, then the output layer. Launched one by one the host is the limit;
+here they are captured once per batch size and cache size, in well under a second, and replayed. Token, positions and
+cache length live on the GPU and advance inside the graph, so that nothing waits for the host.
+
+Covered: CUDA from compute capability 8.0, fp16 and bf16 models, fp16/bf16, int8, int4 and NF4 (bitsandbytes) weights,
+LoRA adapters that are not merged, up to 16 rows, left padding. For anything else `DecodeGraph.of` says why not, and
+generation goes on through the model's forward.
+
+Shapes: B rows, T prompt tokens, S cache slots, L layers, H query heads, G key/value heads, D head channels, C hidden,
+V vocabulary rows, R LoRA rank.
+"""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from .cuda_kernels import MAX_ROWS, Weight, attend, attend_scratch, available, fits, matvec, norm
+from .quantization import QuantizedLinear
+
+MIN_SLOTS = 256
+HEAD_CHANNELS = (64, 128)
+MAX_HEADS_PER_GROUP = 16
+
+
+class Unsupported(Exception):
+    """The decode path does not cover this model or input; the message says why."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """The modules of one layer.
+
+    Attributes:
+        input_norm: RMSNorm or LayerNorm.
+        query_key_value: Linear C -> (H + 2 G) D.
+        dense: Linear H D -> C.
+        post_norm: As input_norm.
+        up: Linear of the MLP into the wide layer.
+        down: Linear of the MLP out of it.
+    """
+
+    input_norm: nn.Module
+    query_key_value: nn.Module
+    dense: nn.Module
+    post_norm: nn.Module
+    up: nn.Module
+    down: nn.Module
+
+
+@dataclass(frozen=True)
+class DecodeParts:
+    """What the decode path needs to know of a model.
+
+    Attributes:
+        embedding: ids -> (..., C).
+        blocks: The layers.
+        final_norm: The last norm.
+        head: Linear C -> V.
+        rotary: Number of positions -> cos and sin, each (positions, D / 4), in the model's dtype.
+        heads: H.
+        groups: G.
+        channels: D.
+        activation: Epilogue of the up product: swiglu or gelu.
+        residual_scale: None: the residual is a block's input; else its normalised input times this.
+        two_d: ChatGLM-6B's qkv layout and two position channels.
+    """
+
+    embedding: nn.Module
+    blocks: list[Block]
+    final_norm: nn.Module
+    head: nn.Module
+    rotary: Callable
+    heads: int
+    groups: int
+    channels: int
+    activation: str
+    residual_scale: float | None
+    two_d: bool
+
+
+def read_linear(module: nn.Module, dtype: torch.dtype) -> Weight:
+    """Describe a Linear of any supported kind to the kernels.
+
+    Args:
+        module: nn.Linear, QuantizedLinear, a bitsandbytes Linear4bit (NF4), or a peft LoRA layer around one.
+        dtype: The activations' dtype.
+
+    Returns:
+        The weight; tensors are shared with the module where they fit.
+
+    Raises:
+        Unsupported: Another kind of module, dtype or shape.
+    """
+    if hasattr(module, "lora_A"):
+        return _with_lora(read_linear(module.base_layer, dtype), module, dtype)
+    bias = None if module.bias is None else module.bias.to(dtype)
+    state = getattr(module.weight, "quant_state", None)
+    if isinstance(module, QuantizedLinear):
+        shape = (module.out_features, module.in_features)
+        weight = Weight(f"int{module.bits}", module.weight, shape, module.weight_scale.half(), bias)
+    elif state is not None:
+        weight = Weight("nf4", module.weight.data, tuple(state.shape), _nf4_scale(state), bias)
+    elif type(module) is nn.Linear and module.weight.dtype == dtype:
+        weight = Weight("float", module.weight.data, tuple(module.weight.shape), None, bias)
+    else:
+        raise Unsupported(f"a {type(module).__name__} with {module.weight.dtype} weights in a {dtype} model")
+    if not fits(weight.kind, weight.shape):
+        raise Unsupported(f"{weight.kind} weights of shape {weight.shape}")
+    if weight.data.is_contiguous() and weight.data.data_ptr() % 16 == 0:
+        return weight
+    return replace(weight, data=weight.data.clone(memory_format=torch.contiguous_format))
+
+
+def _nf4_scale(state) -> torch.Tensor:
+    """Return the code values and the block maxima of a bitsandbytes QuantState, as matvec reads them."""
+    if state.quant_type != "nf4" or state.blocksize != 64:
+        raise Unsupported(f"bitsandbytes {state.quant_type} weights in blocks of {state.blocksize}")
+    maxima = state.absmax
+    if state.nested:
+        try:
+            from bitsandbytes.functional import dequantize_blockwise
+        except ImportError as error:
+            raise Unsupported(f"bitsandbytes: {error}") from error
+        maxima = dequantize_blockwise(maxima, state.state2) + state.offset
+    return torch.cat((state.code.flatten(), maxima.flatten())).half()
+
+
+def _with_lora(weight: Weight, module: nn.Module, dtype: torch.dtype) -> Weight:
+    """Add the active adapters of a peft layer to its base weight."""
+    if module.disable_adapters or module.merged:
+        return weight
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    if not names:
+        return weight
+    if any(module.lora_variant.get(name) for name in names) or any(module.lora_bias.get(name) for name in names):
+        raise Unsupported("DoRA, a LoRA bias or another variant of LoRA")
+    lora_a = torch.cat([module.lora_A[name].weight for name in names]).to(dtype).contiguous()
+    scaled = [module.lora_B[name].weight * module.scaling[name] for name in names]
+    lora_b = torch.cat(scaled, dim=1).to(dtype).contiguous()
+    if not fits("float", tuple(lora_a.shape)):
+        raise Unsupported(f"a LoRA matrix of shape {tuple(lora_a.shape)}")
+    return replace(weight, lora_a=lora_a, lora_b=lora_b)
+
+
+class _Plan:
+    """The weights of a model in the kernels' form, and how they are put together."""
+
+    def __init__(self, parts: DecodeParts, dtype: torch.dtype):
+        self.parts, self.dtype = parts, dtype
+        if dtype not in (torch.float16, torch.bfloat16):
+            raise Unsupported(f"a {dtype} model")
+        if parts.channels not in HEAD_CHANNELS or parts.heads > MAX_HEADS_PER_GROUP * parts.groups:
+            raise Unsupported(f"{parts.heads} heads of {parts.channels} channels over {parts.groups} keys")
+        self.blocks = [
+            replace(
+                block,
+                query_key_value=read_linear(block.query_key_value, dtype),
+                dense=read_linear(block.dense, dtype),
+                up=read_linear(block.up, dtype),
+                down=read_linear(block.down, dtype),
+            )
+            for block in parts.blocks
+        ]
+        self.head = read_linear(parts.head, dtype)
+        self.linears = [
+            linear for block in self.blocks for linear in (block.query_key_value, block.dense, block.up, block.down)
+        ] + [self.head]
+        tensors = [
+            *(linear.data for linear in self.linears),
+            *(norm.weight for block in self.blocks for norm in (block.input_norm, block.post_norm)),
+        ]
+        devices = {tensor.device for tensor in tensors}
+        if len(devices) > 1:
+            raise Unsupported(f"weights on several devices, {sorted(map(str, devices))}")
+        if any(tensor.dtype != dtype for tensor in tensors[len(self.linears) :]):
+            raise Unsupported("norm weights in another dtype than the model's")
+        self.device = devices.pop()
+        self.max_rank = max(
+            (linear.lora_a.shape[0] for linear in self.linears if linear.lora_a is not None), default=0
+        )
+
+
+def _signature(model: nn.Module) -> tuple:
+    """Return what changes when a model's weights, adapters or their use change."""
+    tensors = [*model.parameters(), *model.buffers()]
+    adapters = [
+        (module.disable_adapters, bool(module.merged), tuple(module.active_adapters))
+        for module in model.modules()
+        if hasattr(module, "lora_A")
+    ]
+    versions = ((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
+    return (*versions, *adapters)
+
+
+class DecodeGraph:
+    """A captured decode step for B rows and up to S tokens of context.
+
+    Attributes:
+        token: int64 (B, 1), the token to feed; whoever samples writes it here.
+        logits: (B, V) in the model's dtype, of the newest token.
+        length: Tokens in the cache, as the host knows it.
+    """
+
+    _of_model: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
+
+    @classmethod
+    def of(cls, model, cache, attention_mask, position_ids, num_new: int) -> "DecodeGraph":
+        """Return a graph that goes on from a prompt's cache; the one made last is used again where it fits.
+
+        Args:
+            model: A ChatGLM model with `decode_parts`.
+            cache: The prompt's transformers cache of L layers, keys and values (B, G, T, D).
+            attention_mask: (B, T) with 1 = keep, or None.
+            position_ids: The prompt's, (B, T) or (B, 2, T).
+            num_new: Tokens that will follow.
+
+        Raises:
+            Unsupported: This path does not cover the model or the input.
+        """
+        batch, length = cache.layers[0].keys.shape[0], cache.get_seq_length()
+        if not available(model.device):
+            raise Unsupported(f"{model.device}: the kernels need CUDA, NVRTC and compute capability 8.0")
+        if batch > MAX_ROWS:
+            raise Unsupported(f"{batch} rows, more than {MAX_ROWS}")
+        starts = _padding(attention_mask, batch, model.device)
+        key, (old_key, graph) = (_signature(model), batch), cls._of_model.get(model, (None, None))
+        needed = length + min(num_new, MIN_SLOTS)
+        if old_key != key:
+            graph = None
+            cls._of_model.pop(model, None)
+            plan = _Plan(model.decode_parts(), model.dtype)
+        else:
+            plan = graph.plan
+        if graph is None or graph.slots < needed:
+            graph = cls(plan, batch, _bucket(needed))
+        cls._of_model[model] = (key, graph)
+        graph.fill(cache, starts, position_ids)
+        return graph
+
+    def __init__(self, plan: _Plan, batch: int, slots: int):
+        """Allocate the buffers and capture the graph.
+
+        Args:
+            plan: The model.
+            batch: B.
+            slots: S.
+        """
+        parts, device = plan.parts, plan.device
+        new = {"dtype": plan.dtype, "device": device}
+        self.plan, self.batch, self.slots, self.length = plan, batch, slots, 0
+        shape = (batch, parts.groups, slots, parts.channels)
+        self.caches = [(torch.zeros(shape, **new), torch.zeros(shape, **new)) for _ in plan.blocks]
+        self.rotary = tuple(table.contiguous() for table in parts.rotary(slots))
+        self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self.positions = torch.zeros(batch, 2, dtype=torch.int32, device=device)
+        self.advance = torch.tensor([0, 1] if parts.two_d else [1, 0], dtype=torch.int32, device=device)
+        self.starts = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.length_on_device = torch.zeros(1, dtype=torch.int32, device=device)
+        self.scratch = attend_scratch(batch, parts.groups, slots, parts.channels, device)
+        self.lora_t = torch.empty(batch * plan.max_rank, dtype=torch.float32, device=device)
+        self.logits = torch.empty(batch, plan.head.shape[0], **new)
+        self._run()  # compiles the kernels, which a capture must not do
+        self.replay = capture(self._run)
+
+    def fill(self, cache, starts: torch.Tensor, position_ids: torch.Tensor) -> None:
+        """Take over a prompt's keys and values; see `of`."""
+        self.length = cache.get_seq_length()
+        for (keys, values), layer in zip(self.caches, cache.layers, strict=True):
+            keys[:, :, : self.length] = layer.keys
+            values[:, :, : self.length] = layer.values
+        last = position_ids[..., -1:].expand(self.batch, *position_ids.shape[1:-1], 1)
+        self.positions.copy_(last.reshape(self.batch, -1).expand(self.batch, 2))
+        self.positions += self.advance
+        self.starts.copy_(starts)
+        self.length_on_device.fill_(self.length)
+
+    def step(self) -> None:
+        """Feed `token`: `logits` are then those of the next one."""
+        self.replay()
+        self.length += 1
+
+    def grown(self) -> "DecodeGraph":
+        """Return a graph of twice the slots in the same state; this one is done with."""
+        graph = DecodeGraph(self.plan, self.batch, 2 * self.slots)
+        for mine, other in zip(self.caches, graph.caches, strict=True):
+            for source, target in zip(mine, other, strict=True):
+                target[:, :, : self.slots] = source
+        for name in ("token", "positions", "starts", "length_on_device"):
+            getattr(graph, name).copy_(getattr(self, name))
+        graph.length = self.length
+        for model, (key, known) in list(self._of_model.items()):
+            if known is self:
+                self._of_model[model] = (key, graph)
+        return graph
+
+    def _multiply(self, x: torch.Tensor, weight: Weight, epilogue: str = "store", residual=None, alpha=1.0):
+        """Return the product in a new tensor; see matvec."""
+        columns = weight.shape[0] // (2 if epilogue == "swiglu" else 1)
+        out = torch.empty(self.batch, columns, dtype=x.dtype, device=x.device)
+        rank = 0 if weight.lora_a is None else weight.lora_a.shape[0]
+        lora_t = self.lora_t[: self.batch * rank].view(self.batch, rank) if rank else None
+        matvec(x, weight, out, epilogue, residual, alpha, lora_t)
+        return out
+
+    @staticmethod
+    def _normalise(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
+        out = torch.empty_like(x)
+        norm(x, module.weight, getattr(module, "bias", None), module.eps, out)
+        return out
+
+    def _run(self) -> None:
+        """Launch one step."""
+        parts = self.plan.parts
+        hidden = parts.embedding(self.token)[:, 0].contiguous()  # (B, C)
+        for block, cache in zip(self.plan.blocks, self.caches, strict=True):
+            normed = self._normalise(hidden, block.input_norm)
+            mixed = self._multiply(normed, block.query_key_value)
+            context = torch.empty(self.batch, parts.heads * parts.channels, dtype=hidden.dtype, device=hidden.device)
+            attend(
+                mixed,
+                cache,
+                self.rotary,
+                self.positions,
+                self.starts,
+                self.length_on_device,
+                self.scratch,
+                context,
+                parts.two_d,
+            )
+            residual, scale = (hidden, 1.0) if parts.residual_scale is None else (normed, parts.residual_scale)
+            hidden = self._multiply(context, block.dense, "residual", residual, scale)
+            normed = self._normalise(hidden, block.post_norm)
+            wide = self._multiply(normed, block.up, parts.activation)
+            residual = hidden if parts.residual_scale is None else normed
+            hidden = self._multiply(wide, block.down, "residual", residual, scale)
+        matvec(self._normalise(hidden, parts.final_norm), self.plan.head, self.logits)
+        self.positions += self.advance
+        self.length_on_device += 1
+
+
+def capture(function: Callable[[], None]) -> Callable[[], None]:
+    """Capture what a function launches, without running it; it must have run once before.
+
+    Returns:
+        What replays it.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+def _bucket(num_slots: int) -> int:
+    """Return the next power of two, at least MIN_SLOTS."""
+    return max(MIN_SLOTS, 1 << (num_slots - 1).bit_length())
+
+
+def _padding(attention_mask: torch.Tensor | None, batch: int, device: torch.device) -> torch.Tensor:
+    """Return the number of padding columns of each row, (B,).
+
+    Raises:
+        Unsupported: Padding that is not on the left.
+    """
+    if attention_mask is None:
+        return torch.zeros(batch, dtype=torch.int32, device=device)
+    mask = attention_mask.bool()
+    if not bool((mask.int().diff(dim=1) >= 0).all()):
+        raise Unsupported("an attention mask with holes")
+    return (~mask).sum(dim=1).to(torch.int32)

@@ -1,0 +1,338 @@
+"""The CUDA decode path: its wiring on the CPU with reference kernels, every kernel and the whole path on a GPU."""
+
+import sys
+
+import peft
+import pytest
+import torch
+from transformers import DynamicCache
+
+from glm_utils import checkpoint
+from glm_utils.family import PROJECT_DIR
+from tests import decode_reference
+
+TINY = {"chatglm-6b": "chatglm-tiny", "chatglm2-6b": "chatglm2-tiny"}
+QUERY = "类型#上衣*材质#牛仔布*颜色#白色*风格#简约*图案#刺绣*衣样式#外套"
+# Rounding to 11 or 8 bits once, after fp32 sums of products that are exact.
+TOLERANCE = {torch.float16: 2**-10, torch.bfloat16: 2**-7}
+WEIGHTS = ["float16", "bfloat16", "int8", "int4", "nf4", "lora", "nf4+lora"]
+on_gpu = pytest.mark.gpu
+
+
+def sibling(model_class, name):
+    """Return the module of that name beside a model class."""
+    return sys.modules[f"{model_class.__module__.rpartition('.')[0]}.{name}"]
+
+
+@pytest.fixture
+def tiny_dir(family_name):
+    return PROJECT_DIR / "models" / TINY[family_name]
+
+
+@pytest.fixture
+def load(tiny_dir):
+    """Load the trained tiny model with weights of a kind, optionally under a LoRA adapter with a visible effect."""
+
+    def load_model(weights, device):
+        dtype = "bf16" if weights == "bfloat16" else "fp16"
+        settings = {"load_in_4bit": True} if weights.startswith("nf4") else {}
+        model = checkpoint.load_base_model(tiny_dir, compute_dtype=dtype, device_map=device, **settings).eval()
+        if weights.startswith("int"):
+            model.quantize(int(weights[3:]))
+        if weights.endswith("lora"):
+            torch.manual_seed(7)
+            targets = ["query_key_value", "dense_h_to_4h", "dense"]
+            config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=targets, init_lora_weights=False)
+            model = peft.get_peft_model(model, config).eval().get_base_model()
+        return model
+
+    return load_model
+
+
+@pytest.fixture
+def reference_kernels(load, monkeypatch, family):
+    """Put the reference kernels and plain calls in the place of the kernels and of graph capture."""
+    model_class = checkpoint.load_classes(family).model
+    decoding, generation = sibling(model_class, "decoding_chatglm"), sibling(model_class, "generation_chatglm")
+    for name in ("matvec", "norm", "attend", "attend_scratch"):
+        monkeypatch.setattr(decoding, name, getattr(decode_reference, name))
+    monkeypatch.setattr(decoding, "available", lambda device: True)
+    for module in (decoding, generation):
+        monkeypatch.setattr(module, "capture", lambda function: function)
+
+    def send(steps):
+        arrived = type("Arrived", (), {"synchronize": lambda self: None})()
+        return steps.status.clone(), arrived, steps.sampler.num_ids
+
+    monkeypatch.setattr(generation.GraphSteps, "_send", send)
+    return decoding
+
+
+def prompts(tokenizer, texts, device="cpu"):
+    """Encode prompts and pad them on the left."""
+    rows = [tokenizer.encode_prompt(text) for text in texts]
+    width = max(len(row) for row in rows)
+    ids = [[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def greedy(model, ids, mask, num_new, **settings):
+    """Return all ids that stream_generate yields, one tensor a step."""
+    settings = {"max_new_tokens": num_new, "do_sample": False, "eos_token_id": [], **settings}
+    if ids.shape[0] > 1:
+        settings["attention_mask"] = mask
+    return [step.clone() for step in model.stream_generate(ids, **settings)]
+
+
+def same_steps(fast, slow):
+    """Say whether two lists of ids are the same, step by step."""
+    return len(fast) == len(slow) and all(torch.equal(one, other) for one, other in zip(fast, slow, strict=True))
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_wiring(load, tiny_dir, reference_kernels, weights):
+    """With reference kernels the decode path gives the ids of the model's forward, also padded and batched."""
+    model, tokenizer = load(weights, "cpu"), checkpoint.load_tokenizer(tiny_dir)
+    for texts in ([QUERY], [QUERY, "类型#裙*颜色#红色"]):
+        ids, mask = prompts(tokenizer, texts)
+        slow = greedy(model, ids, mask, 12, use_cuda_graph=False)
+        fast = greedy(model, ids, mask, 12)
+        assert model in reference_kernels.DecodeGraph._of_model
+        assert same_steps(fast, slow)
+
+
+def test_growing_context(load, tiny_dir, reference_kernels, monkeypatch):
+    """The cache grows in the middle of an answer."""
+    model, tokenizer = load("float16", "cpu"), checkpoint.load_tokenizer(tiny_dir)
+    ids, mask = prompts(tokenizer, [QUERY])
+    monkeypatch.setattr(reference_kernels, "MIN_SLOTS", 8)
+    fast = greedy(model, ids, mask, 40)
+    _, graph = reference_kernels.DecodeGraph._of_model[model]
+    assert graph.slots > 32 + ids.shape[1] - 8
+    assert same_steps(fast, greedy(model, ids, mask, 40, use_cuda_graph=False))
+
+
+def test_graph_is_reused_until_weights_change(load, tiny_dir, reference_kernels):
+    """A second prompt takes the same graph; new weights, or an adapter that is switched off, make another."""
+    model, tokenizer = load("lora", "cpu"), checkpoint.load_tokenizer(tiny_dir)
+    ids, mask = prompts(tokenizer, [QUERY])
+
+    def graph():
+        greedy(model, ids, mask, 3)
+        return reference_kernels.DecodeGraph._of_model[model][1]
+
+    first = graph()
+    assert graph() is first
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1.5)
+    second = graph()
+    assert second is not first
+    lora_layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    for layer in lora_layers:
+        layer.enable_adapters(False)
+    assert graph() is not second
+    assert same_steps(greedy(model, ids, mask, 8), greedy(model, ids, mask, 8, use_cuda_graph=False))
+
+
+def test_end_token_stops_each_row(load, tiny_dir, reference_kernels):
+    """Rows end where they end in the eager path, finished rows are padded, and the last token is yielded."""
+    model, tokenizer = load("float16", "cpu"), checkpoint.load_tokenizer(tiny_dir)
+    ids, mask = prompts(tokenizer, [QUERY, "类型#裙*颜色#红色"])
+    free = greedy(model, ids, mask, 30, use_cuda_graph=False)[-1][:, ids.shape[1] :]
+    eos = [int(free[0, 9]), int(free[1, 17])]
+    slow = greedy(model, ids, mask, 30, use_cuda_graph=False, eos_token_id=eos)
+    assert len(slow) < 30
+    assert same_steps(greedy(model, ids, mask, 30, eos_token_id=eos), slow)
+
+
+def test_chat_and_stream_chat_agree(load, tiny_dir, reference_kernels):
+    """Streaming ends in the answer that chat gives, with and without the decode path."""
+    model, tokenizer = load("int8", "cpu"), checkpoint.load_tokenizer(tiny_dir)
+    settings = {"do_sample": False, "max_length": 120}
+    answer, history = model.chat(tokenizer, QUERY, history=[], **settings)
+    *_, (streamed, streamed_history) = model.stream_chat(tokenizer, QUERY, history=[], **settings)
+    eager = [text for text, _ in model.stream_chat(tokenizer, QUERY, history=[], use_cuda_graph=False, **settings)]
+    assert answer
+    assert answer == streamed == eager[-1]
+    assert history == streamed_history == [(QUERY, answer)]
+
+
+def test_nan_logits_are_an_error(load, tiny_dir, reference_kernels):
+    """A NaN that appears behind the prompt ends the stream of a chat, with the token's place."""
+    model, tokenizer = load("float16", "cpu"), checkpoint.load_tokenizer(tiny_dir)
+    stream = model.stream_chat(tokenizer, QUERY, history=[], do_sample=False)
+    next(stream), next(stream)
+    _, graph = reference_kernels.DecodeGraph._of_model[model]
+    graph.caches[0][1].fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="NaN or infinite logits at token"):
+        list(stream)
+
+
+def test_sampling_follows_the_processors(load, tiny_dir, reference_kernels):
+    """With top_k 1 sampling is greedy; other processors than those of the scores alone are still applied."""
+    model, tokenizer = load("float16", "cpu"), checkpoint.load_tokenizer(tiny_dir)
+    ids, mask = prompts(tokenizer, [QUERY])
+    slow = greedy(model, ids, mask, 10, use_cuda_graph=False)
+    assert same_steps(greedy(model, ids, mask, 10, do_sample=True, top_k=1), slow)
+    settings = {"repetition_penalty": 1.8}
+    slow = greedy(model, ids, mask, 10, use_cuda_graph=False, **settings)
+    assert same_steps(greedy(model, ids, mask, 10, **settings), slow)
+
+
+@pytest.mark.parametrize("reason", ["fp32", "holes", "rows", "given cache"])
+def test_what_is_not_covered_goes_through_the_model(load, tiny_dir, reference_kernels, reason):
+    """Inputs that the path does not cover are answered without it, and equal."""
+    model, tokenizer = load("float16", "cpu"), checkpoint.load_tokenizer(tiny_dir)
+    texts = [QUERY, QUERY] if reason != "rows" else [QUERY] * 17
+    ids, mask = prompts(tokenizer, texts)
+    settings = {}
+    if reason == "fp32":
+        model = model.float()
+    if reason == "holes":
+        mask[:, 2] = 0
+    if reason == "given cache":
+        settings["past_key_values"] = DynamicCache(config=model.config)
+    fast = greedy(model, ids, mask, 3, **settings)
+    assert model not in reference_kernels.DecodeGraph._of_model
+    assert same_steps(fast, greedy(model, ids, mask, 3, use_cuda_graph=False))
+
+
+def random_weight(kernels, kind, rows, columns, dtype, device):
+    """Make a random Weight of a format."""
+    if kind == "float":
+        return kernels.Weight(kind, torch.randn(rows, columns, device=device, dtype=dtype) * 0.02, (rows, columns))
+    bytes_per_row = columns if kind == "int8" else columns // 2
+    data = torch.randint(-128, 128, (rows, bytes_per_row), device=device, dtype=torch.int8)
+    if kind == "nf4":
+        code = torch.sort(torch.randn(16, device=device))[0]
+        scale = torch.cat((code, torch.rand(rows * columns // 64, device=device) * 0.05 + 0.01)).half()
+        return kernels.Weight(kind, data.view(torch.uint8), (rows, columns), scale)
+    return kernels.Weight(kind, data, (rows, columns), (torch.rand(rows, device=device) * 0.01 + 0.001).half())
+
+
+def assert_close(out, expected, tolerance):
+    """Compare with the relative error of the whole tensor; NaN fails."""
+    error = (out.double() - expected.double()).norm() / expected.double().norm()
+    assert error.item() <= tolerance, error.item()
+
+
+@pytest.fixture
+def kernels(family):
+    return sibling(checkpoint.load_classes(family).model, "cuda_kernels")
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("kind", ["float", "int8", "int4", "nf4"])
+def test_matvec(kernels, kind, dtype):
+    """Every format and epilogue, 1 to 16 rows, sizes that fill no tile, with bias and LoRA."""
+    torch.manual_seed(0)
+    new = {"device": "cuda", "dtype": dtype}
+    for rows, columns in ((208, 256), (1000, 4096), (96, 13696), (34, 64), (27392, 512)):
+        weight = random_weight(kernels, kind, rows, columns, dtype, "cuda")
+        weight.bias = torch.randn(rows, **new)
+        lora = torch.randn(8, columns, **new) * 0.02, torch.randn(rows, 8, **new)
+        for num_rows in (1, 3, 8, 9, 16):
+            x, residual = torch.randn(num_rows, columns, **new), torch.randn(num_rows, rows, **new)
+            for epilogue in kernels.EPILOGUES:
+                for weight.lora_a, weight.lora_b in ((None, None), lora):
+                    shape = (num_rows, rows // 2 if epilogue == "swiglu" else rows)
+                    out, expected = (
+                        torch.full(shape, torch.nan, **new),
+                        torch.empty(shape, dtype=torch.float64, device="cuda"),
+                    )
+                    lora_t = torch.empty(num_rows, 8, device="cuda")
+                    arguments = (x, weight), (epilogue, residual if epilogue == "residual" else None, 2.5, lora_t)
+                    kernels.matvec(*arguments[0], out, *arguments[1])
+                    decode_reference.matvec(*arguments[0], expected, *arguments[1])
+                    assert_close(out, expected, TOLERANCE[dtype] * (2 if epilogue != "store" else 1))
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("two_d", [False, True])
+@pytest.mark.parametrize(("heads", "groups"), [(32, 2), (4, 2), (32, 32), (3, 3)])
+def test_attend(kernels, dtype, two_d, heads, groups):
+    """One split and many, padding, head sizes; the new key and value are stored; buffers are left fit for use."""
+    if two_d and heads != groups:
+        pytest.skip("ChatGLM-6B has as many keys as queries")
+    torch.manual_seed(0)
+    new = {"device": "cuda", "dtype": dtype}
+    for channels in (64, 128):
+        angles = torch.rand(4096, channels // 4, device="cuda") * 6
+        rotary = angles.cos().to(dtype), angles.sin().to(dtype)
+        for batch, slots, length in ((1, 256, 0), (3, 256, 63), (1, 1024, 64), (2, 4096, 2500), (16, 256, 255)):
+            cache = tuple(torch.randn(batch, groups, slots, channels, **new) for _ in range(2))
+            expected_cache = tuple(part.clone() for part in cache)
+            width = 3 * heads if two_d else heads + 2 * groups
+            qkv = torch.randn(batch, width * channels, **new)
+            positions = torch.randint(0, 4096, (batch, 2), device="cuda", dtype=torch.int32)
+            starts = torch.randint(0, min(length, 5) + 1, (batch,), device="cuda", dtype=torch.int32)
+            slot = torch.tensor([length], device="cuda", dtype=torch.int32)
+            scratch = kernels.attend_scratch(batch, groups, slots, channels, torch.device("cuda"))
+            expected = torch.empty(batch, heads * channels, dtype=torch.float64, device="cuda")
+            decode_reference.attend(qkv, expected_cache, rotary, positions, starts, slot, scratch, expected, two_d)
+            for _ in range(2):
+                out = torch.full(expected.shape, torch.nan, **new)
+                kernels.attend(qkv, cache, rotary, positions, starts, slot, scratch, out, two_d)
+                assert_close(out, expected, 4 * TOLERANCE[dtype])  # query, probabilities and result are rounded
+            for part, expected_part in zip(cache, expected_cache, strict=True):
+                assert_close(part, expected_part, TOLERANCE[dtype])
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("columns", [100, 256, 4096])
+def test_norm(kernels, dtype, columns):
+    """RMSNorm and LayerNorm of rows with a mean."""
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(rows, columns, device="cuda", dtype=dtype) + 0.5 for rows in (5, 1, 1))
+    for shift in (None, bias[0]):
+        out, expected = torch.full_like(x, torch.nan), torch.empty_like(x, dtype=torch.float64)
+        kernels.norm(x, weight[0], shift, 1e-5, out)
+        decode_reference.norm(x, weight[0], shift, 1e-5, expected)
+        assert_close(out, expected, TOLERANCE[dtype])
+
+
+@on_gpu
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_greedy_ids_on_a_gpu(load, tiny_dir, weights):
+    """The captured path gives the ids of the model's forward: alone, padded, across a growing cache."""
+    model, tokenizer = load(weights, "cuda"), checkpoint.load_tokenizer(tiny_dir)
+    decoding = sibling(type(model), "decoding_chatglm")
+    for texts in ([QUERY], [QUERY, "类型#裙*颜色#红色", "类型#裤"], [QUERY] * 16):
+        ids, mask = prompts(tokenizer, texts, "cuda")
+        fast = greedy(model, ids, mask, 40)
+        assert model in decoding.DecodeGraph._of_model
+        assert same_steps(fast, greedy(model, ids, mask, 40, use_cuda_graph=False))
+
+
+@on_gpu
+def test_long_answers_on_a_gpu(load, tiny_dir):
+    """400 tokens cross two cache sizes; the logits stay those of the model's forward within fp16."""
+    model, tokenizer = load("float16", "cuda"), checkpoint.load_tokenizer(tiny_dir)
+    decoding = sibling(type(model), "decoding_chatglm")
+    ids, mask = prompts(tokenizer, [QUERY], "cuda")
+    fast = greedy(model, ids, mask, 600)[-1]
+    _, graph = decoding.DecodeGraph._of_model[model]
+    assert graph.slots == 1024
+    expected = model(fast[:, :-1]).logits[:, -1].float()
+    assert_close(graph.logits, expected, 2e-2)
+
+
+@on_gpu
+def test_chat_on_a_gpu(load, tiny_dir):
+    """chat and stream_chat use the path, sample from it, and the same seed gives the same answer."""
+    model, tokenizer = load("int4", "cuda"), checkpoint.load_tokenizer(tiny_dir)
+    settings = {"do_sample": False, "max_length": 160}
+    eager, _ = model.chat(tokenizer, QUERY, history=[], use_cuda_graph=False, **settings)
+    assert model.chat(tokenizer, QUERY, history=[], **settings)[0] == eager
+    *_, (streamed, _) = model.stream_chat(tokenizer, QUERY, history=[], **settings)
+    assert streamed == eager
+    answers = []
+    for seed in (1, 1, 2, 3):
+        torch.manual_seed(seed)
+        answers.append(model.chat(tokenizer, QUERY, history=[], max_length=160, temperature=1.5)[0])
+    assert answers[0] == answers[1]
+    assert len(set(answers)) > 1
