@@ -6,12 +6,11 @@ The two compute the same function: logits agree in fp32 to summation order. Sour
 import re
 from types import MappingProxyType
 
-from transformers import GlmConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from glm_utils.cli import UserError
 from glm_utils.merge import MergeJob
 
-ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 TOP_MODULES = MappingProxyType(
     {
         "transformer.embedding.word_embeddings": "model.embed_tokens",
@@ -38,12 +37,17 @@ def check_native(job: MergeJob) -> None:
         job: The merge, or a job without updates.
 
     Raises:
-        UserError: Another family, or biases that Glm has not.
+        UserError: Another family, quantised weights, or biases that Glm has not.
     """
     if job.family.native_class is None:
         raise UserError(
             f"{job.base_dir} is {job.family.title}: transformers has no class of its own that computes it (2-D rotary "
             "positions, a bidirectional prompt, residuals of normalised inputs). Use --export_format chatglm"
+        )
+    if job.base_config.get("quantization_bit"):
+        raise UserError(
+            f"{job.base_dir}: quantised weights, and {job.family.native_class} has no layout for them. Give the fp16 "
+            f"checkpoint, e.g. {job.family.hub_ids[0]}"
         )
     if job.base_config.get("add_bias_linear"):
         raise UserError(
@@ -59,29 +63,31 @@ def native_config(config: PretrainedConfig, native_class: str) -> dict:
         config: The configuration of ChatGLM2-6B.
         native_class: Name of the class.
     """
-    native = GlmConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        attention_bias=config.add_qkv_bias,
-        attention_dropout=config.attention_dropout,
-        max_position_embeddings=config.max_position_embeddings,
-        rms_norm_eps=config.layernorm_epsilon,
-        rope_parameters=ROTARY,
-        tie_word_embeddings=config.tie_word_embeddings,
-        initializer_range=config.initializer_range,
-        use_cache=config.use_cache,
-        eos_token_id=config.eos_token_id,
-        pad_token_id=config.pad_token_id,
-        bos_token_id=config.bos_token_id,
-        architectures=[native_class],
-        dtype="float16",
-    )
-    return {**native.to_dict(), "torch_dtype": "float16"}
+    return {
+        "architectures": [native_class],
+        "model_type": "glm",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "attention_bias": config.add_qkv_bias,
+        "attention_dropout": config.attention_dropout,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.layernorm_epsilon,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        "initializer_range": config.initializer_range,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "use_cache": config.use_cache,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+        "dtype": "float16",
+        "torch_dtype": "float16",
+    }
 
 
 def native_modules(path: str, config: PretrainedConfig) -> dict[str, slice]:
