@@ -6,6 +6,7 @@ and the classes come from this project through transformers' own loader. Checks 
 
 import pickle
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -176,11 +177,25 @@ def check_loaded_weights(checkpoint_dir: Path, model: PreTrainedModel, loading_i
         and (state := getattr(module.weight, "quant_state", None)) is not None
         and tuple(state.shape) != (module.out_features, module.in_features)
     ]
-    for kind, keys in found.items():
-        names = sorted(key for key in keys if not key.endswith("inv_freq"))
-        if names:
+    check_weights(checkpoint_dir, **found)
+
+
+def check_weights(checkpoint_dir: Path, **faults: Iterable[str]) -> None:
+    """Refuse weights that are not exactly those of a configuration.
+
+    Args:
+        checkpoint_dir: The model's directory, for the message.
+        **faults: Names of weights by what is wrong with them: missing, mismatched (a shape may follow the name),
+            unexpected. Rope frequencies may be stored or not: the models compute them.
+
+    Raises:
+        UserError: There are such weights.
+    """
+    for kind, names in faults.items():
+        counted = sorted(name for name in names if not name.split(" ")[0].endswith("inv_freq"))
+        if counted:
             raise UserError(
-                f"{checkpoint_dir}: {len(names)} {kind} weights, e.g. {names[0]}. The weights must be those of "
+                f"{checkpoint_dir}: {len(counted)} {kind} weights, e.g. {counted[0]}. The weights must be those of "
                 "config.json; download both again, from the same revision"
             )
 

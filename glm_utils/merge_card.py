@@ -4,6 +4,32 @@ from pathlib import Path
 
 from glm_utils.merge import MergeJob
 
+PYTHON_USAGE = """```python
+from transformers import AutoModel, AutoTokenizer
+
+path = "."  # this directory
+tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+model = AutoModel.from_pretrained(path, trust_remote_code=True).half().cuda().eval()
+response, history = model.chat(tokenizer, "你好", history=[])
+```"""
+USAGE = {  # by export format; else PYTHON_USAGE
+    "glm": """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "."  # this directory
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path).cuda().eval()
+messages = [{"role": "user", "content": "你好"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt").to(model.device)
+answer_ids = model.generate(**inputs, max_new_tokens=512)[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(answer_ids, skip_special_tokens=True))
+```
+
+```bash
+vllm serve . --served-model-name chatglm2
+```""",
+}
+
 
 def merge_card(job: MergeJob, record: dict) -> str:
     """Write the README.md of a merged model.
@@ -16,6 +42,7 @@ def merge_card(job: MergeJob, record: dict) -> str:
     kind = f"int{job.bits}" if job.bits else "fp16"
     error = record["report"]["relative_weight_error"]
     error_line = f"| squared relative weight error | {error:.3g} |\n" if error is not None else ""
+    usage = USAGE.get(record["arguments"]["export_format"], PYTHON_USAGE)
     packages = ", ".join(f"{name} {record['versions'][name]}" for name in ("torch", "transformers", "peft"))
     return f"""---
 base_model: {base}
@@ -24,14 +51,7 @@ tags: [chatglm, lora, {kind}]
 ---
 # {base} with a merged LoRA adapter, {kind}
 
-```python
-from transformers import AutoModel, AutoTokenizer
-
-path = "."  # this directory
-tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
-model = AutoModel.from_pretrained(path, trust_remote_code=True).half().cuda().eval()
-response, history = model.chat(tokenizer, "你好", history=[])
-```
+{usage}
 
 | | |
 |---|---|

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from loguru import logger
@@ -22,11 +23,41 @@ from glm_utils.cli import UserError
 from glm_utils.family import PROJECT_DIR
 
 FULL_RELOAD_MAX_BYTES = 2_000_000_000
-WHOLE = "AutoModel.from_pretrained"
-RELATIVE_TOLERANCE = 1e-3  # of the largest logit: one rounding of fp16; the same machine gives 0
+WHOLE, BY_MODULE = "from_pretrained", "from_config, filled module by module"
 
 
-def check_reload(directory: Path, text: str, input_ids: list[int], logits: torch.Tensor, device: torch.device) -> None:
+class Form(NamedTuple):
+    """How a directory is loaded and computed.
+
+    Attributes:
+        auto_class: Class of transformers that loads it.
+        remote_code: Whether the directory brings its code.
+        dtype: What the check computes in.
+        tolerance: Largest difference allowed, relative to the largest logit.
+    """
+
+    auto_class: str
+    remote_code: bool
+    dtype: torch.dtype
+    tolerance: float
+
+
+FORMS = {
+    # 1e-3 is one rounding of fp16: the same code on the same machine gives 0
+    "published": Form("AutoModel", remote_code=True, dtype=torch.float16, tolerance=1e-3),
+    # other code, which sums fp32 in another order
+    "native": Form("AutoModelForCausalLM", remote_code=False, dtype=torch.float32, tolerance=1e-4),
+}
+
+
+def check_reload(
+    directory: Path,
+    text: str,
+    input_ids: list[int],
+    logits: torch.Tensor,
+    device: torch.device,
+    form: str = "published",
+) -> None:
     """Reload a directory in a fresh process and refuse it when its logits or token ids differ.
 
     Args:
@@ -35,13 +66,15 @@ def check_reload(directory: Path, text: str, input_ids: list[int], logits: torch
         input_ids: Its token ids before writing, length T.
         logits: Its logits before writing, fp32 [T, V].
         device: Where to run.
+        form: One of FORMS.
 
     Raises:
         UserError: The directory does not load, or computes something else.
     """
     with tempfile.TemporaryDirectory() as scratch:
         result_path, request_path = Path(scratch, "result.safetensors"), Path(scratch, "request.json")
-        request = {"directory": str(directory), "text": text, "device": str(device), "result": str(result_path)}
+        request = {"directory": str(directory), "text": text, "device": str(device), "form": form}
+        request["result"] = str(result_path)
         request_path.write_text(json.dumps(request), encoding="utf-8")
         environment = {**os.environ, "HF_MODULES_CACHE": str(Path(scratch, "modules")), "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-m", "glm_utils.reload_check", str(request_path)]
@@ -53,18 +86,18 @@ def check_reload(directory: Path, text: str, input_ids: list[int], logits: torch
         raise UserError(f"the written tokenizer differs: {result['input_ids'].tolist()}, expected {input_ids}")
     difference = (result["logits"] - logits).abs().max().item()
     largest = logits.abs().max().item()
-    if not difference <= RELATIVE_TOLERANCE * largest:  # also when it is NaN
+    if not difference <= FORMS[form].tolerance * largest:  # also when it is NaN
         raise UserError(f"the written model differs: logits by up to {difference:g}, the largest is {largest:g}")
     logger.info(
-        f"fresh process, {reload_way(directory)}: {logits.numel()} logits of {text!r} differ by at most "
-        f"{difference:g} (largest {largest:.3g})"
+        f"fresh process, {FORMS[form].auto_class}.{reload_way(directory)}: {logits.numel()} logits of {text!r} "
+        f"differ by at most {difference:g} (largest {largest:.3g})"
     )
 
 
 def reload_way(directory: Path) -> str:
     """Say how a directory is reloaded: whole or, when it is large, module by module."""
     num_bytes = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    return WHOLE if num_bytes <= FULL_RELOAD_MAX_BYTES else "AutoModel.from_config filled module by module"
+    return WHOLE if num_bytes <= FULL_RELOAD_MAX_BYTES else BY_MODULE
 
 
 def main(request_path: Path) -> None:
@@ -72,39 +105,46 @@ def main(request_path: Path) -> None:
     from transformers import AutoTokenizer
 
     request = json.loads(request_path.read_text(encoding="utf-8"))
-    directory, device = Path(request["directory"]), request["device"]
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
-    input_ids = tokenizer.encode_prompt(request["text"])
+    directory, device, form = Path(request["directory"]), request["device"], FORMS[request["form"]]
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=form.remote_code)
+    if form.remote_code:
+        input_ids = tokenizer.encode_prompt(request["text"])
+    else:
+        messages = [{"role": "user", "content": request["text"]}]
+        input_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     compute = whole_logits if reload_way(directory) == WHOLE else module_logits
-    logits = compute(directory, input_ids, device)
+    logits = compute(directory, input_ids, device, form)
     save_file({"input_ids": torch.tensor(input_ids), "logits": logits.contiguous()}, request["result"])
 
 
 @torch.no_grad()
-def whole_logits(directory: Path, input_ids: list[int], device: str) -> torch.Tensor:
+def whole_logits(directory: Path, input_ids: list[int], device: str, form: Form) -> torch.Tensor:
     """Load a directory with from_pretrained, nothing missing, and compute logits, fp32 [T, V]."""
-    from transformers import AutoModel
+    import transformers
 
-    model, info = AutoModel.from_pretrained(
-        directory, trust_remote_code=True, output_loading_info=True, device_map={"": device}
+    auto_class = getattr(transformers, form.auto_class)
+    model, info = auto_class.from_pretrained(
+        directory, trust_remote_code=form.remote_code, output_loading_info=True, device_map={"": device}
     )
     if info["missing_keys"] or info["mismatched_keys"]:
         raise SystemExit(f"missing {sorted(info['missing_keys'])[:5]}, mismatched {info['mismatched_keys']}")
-    model = model.half().eval()
+    model = model.to(form.dtype).eval()
     ids = torch.tensor([input_ids], device=device)
     return model(input_ids=ids, use_cache=False).logits[0].float().cpu()
 
 
-def module_logits(directory: Path, input_ids: list[int], device: str) -> torch.Tensor:
+def module_logits(directory: Path, input_ids: list[int], device: str, form: Form) -> torch.Tensor:
     """Build a directory's model empty and fill it module by module while it runs; logits fp32 [T, V]."""
-    from transformers import AutoConfig, AutoModel
+    import transformers
 
     from glm_utils.shards import CheckpointReader
     from glm_utils.streamed import empty_model, streamed_logits
 
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=True)
-    model = empty_model(lambda: AutoModel.from_config(config, trust_remote_code=True, dtype=torch.float16))
-    return streamed_logits(model, input_ids, CheckpointReader(directory).read, device)
+    config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=form.remote_code)
+    from_config = getattr(transformers, form.auto_class).from_config
+    model = empty_model(lambda: from_config(config, trust_remote_code=form.remote_code, dtype=form.dtype), form.dtype)
+    reader = CheckpointReader(directory)
+    return streamed_logits(model, input_ids, reader.read, reader.specs, device)
 
 
 if __name__ == "__main__":

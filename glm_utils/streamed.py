@@ -4,7 +4,7 @@ So logits of a 6B model are computed in the memory of its largest module, in the
 weights, and again from the written files.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import torch
 from accelerate import init_empty_weights
@@ -12,14 +12,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
-def empty_model(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    """Build a model for evaluation with fp16 weights that take no memory; buffers outside the checkpoint are real.
+def empty_model(make: Callable[[], PreTrainedModel], dtype: torch.dtype = torch.float16) -> PreTrainedModel:
+    """Build a model for evaluation whose weights take no memory; buffers outside the checkpoint are real.
 
     Args:
         make: Builds the model.
+        dtype: Dtype of its floating weights.
     """
     default_dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float16)  # as from_pretrained does
+    torch.set_default_dtype(dtype)  # as from_pretrained does
     try:
         with init_empty_weights(include_buffers=False):
             return make().eval()
@@ -32,6 +33,7 @@ def streamed_logits(
     model: PreTrainedModel,
     input_ids: list[int],
     fetch: Callable[[str], torch.Tensor],
+    stored: Container[str],
     device: str | torch.device = "cpu",
 ) -> torch.Tensor:
     """Compute logits, fetching each module's tensors just before it runs.
@@ -39,21 +41,21 @@ def streamed_logits(
     Args:
         model: From `empty_model`.
         input_ids: Token ids of one sequence, length T.
-        fetch: Returns the tensor of a state-dict key.
+        fetch: Returns the tensor of a state-dict key; its values are used in the model's dtype.
+        stored: Keys that can be fetched; of others the model must hold the values.
         device: Where the model runs.
 
     Returns:
         Logits in fp32 on the CPU, [T, V].
     """
     owners = [(f"{path}.{name}", module, name) for path, module in model.named_modules() for name in own(module)]
-    persistent = set(model.state_dict())
     for buffer_owner in model.modules():  # what is not fetched is small and real: rope frequencies
         for name, buffer in buffer_owner._buffers.items():
             if buffer is not None and not buffer.is_meta:
                 buffer_owner._buffers[name] = buffer.to(device)
     handles = []
     for module in model.modules():
-        keys = {name: key for key, owner, name in owners if owner is module and key in persistent}
+        keys = {name: key for key, owner, name in owners if owner is module and key in stored}
         if keys:
             handles.append(module.register_forward_pre_hook(make_filler(keys, fetch, device)))
             handles.append(module.register_forward_hook(make_dropper(keys)))
@@ -76,7 +78,7 @@ def make_filler(keys: dict[str, str], fetch: Callable[[str], torch.Tensor], devi
 
     def fill(module: nn.Module, args: tuple) -> None:
         for name, key in keys.items():
-            place(module, name, fetch(key).to(device))
+            place(module, name, fetch(key).to(device, getattr(module, name).dtype))
 
     return fill
 

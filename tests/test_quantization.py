@@ -438,18 +438,48 @@ def test_quantised_embeddings_of_chatglm_6b(bits, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("bits", [8, 4])
-def test_model_quantize_as_published(golden_model, fixture_dir, bits):
+def test_model_quantize_as_published(golden_model, family, fixture_dir, bits):
     ids = _golden(fixture_dir, bits, "input_ids_fp16product")
-    before = golden_model(input_ids=ids).logits
+    rounded = copy.deepcopy(golden_model)
+    num_linears = 0
+    for path, module in rounded.named_modules():
+        if path.rpartition(".")[2] in family.linear_names:
+            weight = module.weight.half()
+            stored, scale = Q.quantize_rows(weight, bits)
+            module.weight.data = Q.dequantize_rows(stored, scale, bits, torch.float32)
+            steps = weight.float() / scale.float()[:, None]
+            lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+            rounding = steps.clamp(lowest, highest) - Q.unpack(stored, bits)  # the search may choose to clip
+            assert rounding.abs().max() <= 0.5 + 2**-12
+            num_linears += 1
+    assert num_linears == 12
     assert golden_model.half().quantize(bits) is golden_model
     assert golden_model.config.quantization_bit == bits
     after = golden_model.float()(input_ids=ids).logits
-    agreement = nn.functional.cosine_similarity(before, after, dim=-1).min()
-    assert agreement > (0.999 if bits == 8 else 0.8)  # random weights
+    torch.testing.assert_close(after, rounded(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="bit weights"):
         golden_model.quantize(12 - bits)
     with pytest.raises(ValueError, match="4 or 8, not 3"):
         golden_model.quantize(3)
+
+
+@torch.no_grad()
+def test_model_quantize_takes_the_published_arguments(golden_model, family_name, fixture_dir, tmp_path):
+    published = {"empty_init": True, "device": "cpu"}
+    if family_name == "chatglm-6b":
+        published = {"quantize_embeddings": True, "use_quantization_cache": True, "empty_init": True}
+    else:
+        with pytest.raises(ValueError, match="checkpoints hold no quantised embedding"):
+            golden_model.quantize(8, quantize_embeddings=True)
+    ids = _golden(fixture_dir, 8, "input_ids_fp16product")
+    model = golden_model.quantize(8, **published)
+    assert isinstance(model.get_input_embeddings(), nn.Embedding) == (family_name == "chatglm2-6b")
+    assert (model.get_output_embeddings().weight.dtype == torch.int8) == (family_name == "chatglm-6b")
+    model.save_pretrained(tmp_path)
+    reloaded, info = type(model).from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert torch.equal(reloaded.eval()(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 # ---- on a GPU

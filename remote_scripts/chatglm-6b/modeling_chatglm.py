@@ -329,9 +329,30 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
         self.lm_head = value
 
     # region shared by both families: quantisation, logits and loss
-    def quantize(self, bits: int, device: str | None = None) -> "ChatGLMForConditionalGeneration":
-        """Quantise the linear layers of every block in place to ``bits`` (4 or 8) and return the model."""
-        return quantize(self, bits, device=device)
+    def quantize(
+        self,
+        bits: int,
+        *,
+        quantize_embeddings: bool = False,
+        use_quantization_cache: bool = False,
+        empty_init: bool = False,
+        device: str | None = None,
+    ) -> "ChatGLMForConditionalGeneration":
+        """Quantise the linear layers of every block in place and return the model.
+
+        Args:
+            bits: 4 or 8.
+            quantize_embeddings: Also quantise the embedding, which then serves as output layer too (ChatGLM-6B only).
+            use_quantization_cache: No effect: a published switch for a buffer that is not needed here.
+            empty_init: No effect: a published switch; weights are replaced one at a time anyway.
+            device: Where the scales are searched; by default the weight's own GPU, else the first GPU, else the CPU.
+
+        Raises:
+            ValueError: Embeddings of a family whose checkpoints have no form for it, or what ``quantize`` refuses.
+        """
+        if quantize_embeddings and not hasattr(self.config, "quantization_embeddings"):
+            raise ValueError("quantize_embeddings: this family's checkpoints hold no quantised embedding")
+        return quantize(self, bits, device=device, quantize_embeddings=quantize_embeddings)
 
     def forward(
         self,

@@ -1,0 +1,78 @@
+"""Write a ChatGLM2-6B base model, or a LoRA adapter of one, for transformers' own GlmForCausalLM.
+
+python tools/to_glm.py --model_name_or_path THUDM/chatglm2-6b --output_path saved_files/glm_base
+python tools/to_glm.py --lora_path saved_files/chatGLM2_6B_QLoRA_t32 --output_path saved_files/glm_adapter
+
+So an engine serves adapters unmerged beside one base. For a merged model see merge_lora_and_quantize.py.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from loguru import logger  # noqa: E402
+
+from glm_utils import export_glm  # noqa: E402
+from glm_utils.checkpoint import resolve_checkpoint_dir  # noqa: E402
+from glm_utils.cli import UserError, run_cli  # noqa: E402
+from glm_utils.lora import Adapter, read_adapter  # noqa: E402
+from glm_utils.merge import MergeJob  # noqa: E402
+from glm_utils.merge_job import find_base, make_job, resolve_device  # noqa: E402
+from glm_utils.merge_write import empty_merged  # noqa: E402
+from glm_utils.native_adapter import write_native_adapter  # noqa: E402
+from glm_utils.native_glm import check_native  # noqa: E402
+from glm_utils.output_dir import check_free_space, check_output_path, whole_directory  # noqa: E402
+from glm_utils.run_record import RUN_CONFIG_NAME, git_commit, versions, write_json  # noqa: E402
+
+STAGE = "to_glm"
+
+
+def to_glm(
+    *,
+    output_path: str,
+    model_name_or_path: str | None = None,
+    lora_path: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a base model or an adapter for GlmForCausalLM; give one of the two.
+
+    Args:
+        output_path: Directory to write: new, empty, or with --overwrite an earlier output of this command.
+        model_name_or_path: Directory or hub id of an fp16 ChatGLM2-6B; it is reloaded and compared, as a merge is.
+        lora_path: Directory of an adapter; it names its base.
+        overwrite: Replace an earlier output of this command.
+    """
+    arguments = dict(locals())
+    if (model_name_or_path is None) == (lora_path is None):
+        raise UserError("give either --model_name_or_path, to convert a base, or --lora_path, to convert an adapter")
+    job = adapter_job(Path(lora_path).expanduser()) if lora_path else base_job(model_name_or_path)
+    output_dir = Path(output_path).expanduser()
+    check_output_path(output_dir, overwrite, STAGE, [job.adapter.directory, job.base_dir])
+    check_native(job)
+    if not lora_path:
+        check_free_space(output_dir, export_glm.check(job))
+    with whole_directory(output_dir) as directory:
+        if lora_path:
+            write_native_adapter(job.adapter.pairs, empty_merged(job, bits=0).config, directory)
+        else:
+            export_glm.verify(job, directory, export_glm.write(job, directory))
+        record = {"stage": STAGE, "arguments": arguments, "versions": versions(), "commit": git_commit()}
+        write_json(directory / RUN_CONFIG_NAME, record)
+    logger.success(f"written for {job.family.native_class}: {output_dir}")
+
+
+def base_job(model_name_or_path: str) -> MergeJob:
+    """Prepare to write a base as it is: a merge of no updates."""
+    base_dir = resolve_checkpoint_dir(model_name_or_path)
+    return make_job(Adapter(base_dir, model_name_or_path, {}), base_dir, 0, resolve_device("auto"), None, "original")
+
+
+def adapter_job(lora_dir: Path) -> MergeJob:
+    """Read an adapter and check that it fits its base."""
+    adapter = read_adapter(lora_dir)
+    return make_job(adapter, find_base(adapter), 0, resolve_device("cpu"), None, "original")
+
+
+if __name__ == "__main__":
+    run_cli(to_glm)
