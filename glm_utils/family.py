@@ -29,6 +29,7 @@ class Family:
             everything behind the prompt is causal; generation pads left.
         default_lora_targets: Modules that get a LoRA pair unless others are named.
         linear_names: All Linear modules of a layer: the valid LoRA targets.
+        gguf_architecture: Name of the architecture in llama.cpp; None: it has none.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Family:
     padding_side: str = "right"
     default_lora_targets: tuple[str, ...] = ("query_key_value",)
     linear_names: tuple[str, ...] = LINEAR_NAMES
+    gguf_architecture: str | None = None
 
     @property
     def remote_dir(self) -> Path:
@@ -66,6 +68,7 @@ FAMILIES = (
         tokenizer_file="tokenizer.model",
         max_length_key="seq_length",
         train_args_json="chatGLM2_6B_QLoRA.json",
+        gguf_architecture="chatglm",
     ),
 )
 

@@ -4,6 +4,22 @@ from pathlib import Path
 
 from glm_utils.merge import MergeJob
 
+LIBRARIES = {"gguf": "gguf"}  # by export format; else transformers
+PYTHON_USAGE = """```python
+from transformers import AutoModel, AutoTokenizer
+
+path = "."  # this directory
+tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+model = AutoModel.from_pretrained(path, trust_remote_code=True).half().cuda().eval()
+response, history = model.chat(tokenizer, "你好", history=[])
+```"""
+USAGE = {  # by export format; else PYTHON_USAGE
+    "gguf": """```bash
+llama-cli -m model.gguf --jinja
+ollama create my-chatglm2 -f Modelfile && ollama run my-chatglm2
+```"""
+}
+
 
 def merge_card(job: MergeJob, record: dict) -> str:
     """Write the README.md of a merged model.
@@ -16,22 +32,17 @@ def merge_card(job: MergeJob, record: dict) -> str:
     kind = f"int{job.bits}" if job.bits else "fp16"
     error = record["report"]["relative_weight_error"]
     error_line = f"| squared relative weight error | {error:.3g} |\n" if error is not None else ""
+    export_format = record["arguments"]["export_format"]
+    usage, library = USAGE.get(export_format, PYTHON_USAGE), LIBRARIES.get(export_format, "transformers")
     packages = ", ".join(f"{name} {record['versions'][name]}" for name in ("torch", "transformers", "peft"))
     return f"""---
 base_model: {base}
-library_name: transformers
+library_name: {library}
 tags: [chatglm, lora, {kind}]
 ---
 # {base} with a merged LoRA adapter, {kind}
 
-```python
-from transformers import AutoModel, AutoTokenizer
-
-path = "."  # this directory
-tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
-model = AutoModel.from_pretrained(path, trust_remote_code=True).half().cuda().eval()
-response, history = model.chat(tokenizer, "你好", history=[])
-```
+{usage}
 
 | | |
 |---|---|
