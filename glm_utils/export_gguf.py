@@ -75,11 +75,7 @@ def check(job: MergeJob) -> int:
             f"--export_format gguf: llama.cpp has no architecture for {job.family.title} (two rotary position "
             "channels, a bidirectional prompt). Use --export_format chatglm"
         )
-    if job.base_config.get("add_bias_linear"):
-        raise UserError(
-            f"{job.base_dir / 'config.json'}: add_bias_linear is set, and llama.cpp's {job.family.gguf_architecture} "
-            "has no such biases. Use --export_format chatglm"
-        )
+    check_config(job)
     export_chatglm.check(job)
     check_vocabulary(job.base_dir / job.family.tokenizer_file)
     block_size, _ = gguf.GGML_QUANT_SIZES[LAYER_TYPES[job.bits][0]]
@@ -90,6 +86,26 @@ def check(job: MergeJob) -> int:
                 f"{LAYER_TYPES[job.bits][0].name} stores as one block. Use --qbits 0"
             )
     return sum(tensor.num_bytes for tensor in tensors(job).values()) + export_chatglm.OTHER_FILE_BYTES
+
+
+def check_config(job: MergeJob) -> None:
+    """Check that llama.cpp's graph is this model's.
+
+    Raises:
+        UserError: It is not.
+    """
+    config = load_config(job)
+    heads, channels = config.num_attention_heads, config.kv_channels
+    reasons = []
+    if heads * channels != config.hidden_size:
+        reasons.append(f"hidden_size is {config.hidden_size}, not that of {heads} heads of {channels} channels")
+    if config.add_bias_linear:
+        reasons.append("add_bias_linear is set")
+    if reasons:
+        where = job.base_dir / "config.json"
+        raise UserError(
+            f"{where}: {' and '.join(reasons)}, which llama.cpp does not compute. Use --export_format chatglm"
+        )
 
 
 def write(job: MergeJob, directory: Path) -> dict[str, int]:
