@@ -87,7 +87,8 @@ def load_exporter(export_format: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        reason = "not part of this version; use chatglm" if error.name == name else f"{error.name} is not installed"
+        remedy = f"{error.name} is not installed. Run pip install {error.name} -c constraints.txt"
+        reason = "not part of this version; use chatglm" if error.name == name else remedy
         raise UserError(f"--export_format {export_format}: {reason}") from error
 
 

@@ -30,6 +30,7 @@ class Family:
         default_lora_targets: Modules that get a LoRA pair unless others are named.
         linear_names: All Linear modules of a layer: the valid LoRA targets.
         native_class: Class of transformers that computes the same model, None if there is none.
+        gguf_architecture: Name of the architecture in llama.cpp; None: it has none.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Family:
     default_lora_targets: tuple[str, ...] = ("query_key_value",)
     linear_names: tuple[str, ...] = LINEAR_NAMES
     native_class: str | None = None
+    gguf_architecture: str | None = None
 
     @property
     def remote_dir(self) -> Path:
@@ -69,6 +71,7 @@ FAMILIES = (
         max_length_key="seq_length",
         train_args_json="chatGLM2_6B_QLoRA.json",
         native_class="GlmForCausalLM",
+        gguf_architecture="chatglm",
     ),
 )
 

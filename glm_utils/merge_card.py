@@ -4,6 +4,7 @@ from pathlib import Path
 
 from glm_utils.merge import MergeJob
 
+LIBRARIES = {"gguf": "gguf"}  # by export format; else transformers
 PYTHON_USAGE = """```python
 from transformers import AutoModel, AutoTokenizer
 
@@ -28,6 +29,10 @@ print(tokenizer.decode(answer_ids, skip_special_tokens=True))
 ```bash
 vllm serve . --served-model-name chatglm2
 ```""",
+    "gguf": """```bash
+llama-cli -m model.gguf --jinja
+ollama create my-chatglm2 -f Modelfile && ollama run my-chatglm2
+```"""
 }
 
 
@@ -42,11 +47,12 @@ def merge_card(job: MergeJob, record: dict) -> str:
     kind = f"int{job.bits}" if job.bits else "fp16"
     error = record["report"]["relative_weight_error"]
     error_line = f"| squared relative weight error | {error:.3g} |\n" if error is not None else ""
-    usage = USAGE.get(record["arguments"]["export_format"], PYTHON_USAGE)
+    export_format = record["arguments"]["export_format"]
+    usage, library = USAGE.get(export_format, PYTHON_USAGE), LIBRARIES.get(export_format, "transformers")
     packages = ", ".join(f"{name} {record['versions'][name]}" for name in ("torch", "transformers", "peft"))
     return f"""---
 base_model: {base}
-library_name: transformers
+library_name: {library}
 tags: [chatglm, lora, {kind}]
 ---
 # {base} with a merged LoRA adapter, {kind}

@@ -45,18 +45,19 @@ class Tuning:
 NORM_DEFINES = (f"MIN_KEYS={MIN_KEYS_PER_SPLIT}",)
 
 
-def tuning(kind: str, num_rows: int, num_tiles: int, num_sms: int) -> Tuning:
-    """Choose the tuning of a product: more warps per tile where tiles are few.
+def tuning(kind: str, num_tiles: int, num_sms: int) -> Tuning:
+    """Choose the tuning of a product, from benchmarks/notes_inference.md: as many warps per multiprocessor as fit.
 
     Args:
         kind: The weight's format.
-        num_rows: M.
         num_tiles: Tiles of 16 rows of the weight.
         num_sms: Multiprocessors of the GPU.
     """
-    if num_tiles <= 3 * num_sms:
-        return Tuning(16, 2, 1, 1 if kind == "nf4" else 0)
-    return Tuning(8, 4, 2, 2)
+    if kind == "nf4":
+        return Tuning(8, 3, 3, 3)  # three blocks share the cost of filling their tables among several tiles
+    if kind == "int4" and num_tiles > 2 * num_sms:
+        return Tuning(8, 2, 3, 3)
+    return Tuning(16, 1, 2, 0)
 
 
 class _Attribute(ctypes.Structure):
@@ -295,7 +296,7 @@ def matvec(
     row_tiles = 1 if x.shape[0] <= 8 else 2
     name = f"matvec<{FORMATS[weight.kind]}, {bf16}, {row_tiles}, {EPILOGUES[epilogue]}>"
     num_blocks, num_sms = -(-rows // 16), _num_sms(x.device)
-    chosen = tuning(weight.kind, x.shape[0], num_blocks, num_sms)
+    chosen = tuning(weight.kind, num_blocks, num_sms)
     if chosen.blocks_per_sm:
         num_blocks = min(num_blocks, chosen.blocks_per_sm * num_sms)
     shared_bytes = NF4_TABLE_BYTES if weight.kind == "nf4" else 0
