@@ -37,6 +37,7 @@ VARIED = {  # rsLoRA, all Linear modules, ranks and alphas by module
 SCRIPTS = {f"{name}_chatglm.py" for name in ("configuration", "generation", "masking", "modeling", "tokenization")}
 FILES = SCRIPTS | {"quantization.py", "README.md", "config.json", "generation_config.json", "model.safetensors"}
 FILES |= {"run_config.json", "tokenizer_config.json"}
+FILES |= {"cuda_kernels.py", "cuda_source.py", "decoding_chatglm.py"}
 
 
 @pytest.fixture

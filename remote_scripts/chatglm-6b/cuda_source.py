@@ -31,6 +31,7 @@ SOURCE = r"""
 #define WARPS 8
 #define DEPTH 4
 #define MIN_BLOCKS 2
+#define ROW_TILES 1
 #endif
 typedef unsigned int u32; typedef unsigned short u16; typedef unsigned char u8;
 enum { FLOAT, INT8, INT4, NF4 };
@@ -155,56 +156,60 @@ __device__ __forceinline__ float finish(const MatvecArgs& a, int row, int m, flo
 template <int FMT, int BF, int MT, int EPI>
 __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) matvec(MatvecArgs a) {
   const int VALUES = 128 / Decoder<FMT, BF>::BITS;         // weights in 16 bytes
-  __shared__ float sums[2][WARPS][16][8 * MT + 1];         // two sets: the next tile starts while this one is stored
+  const int ROWS = 2 * ROW_TILES;                          // rows of W that a lane reads: g, g + 8, g + 16, ...
+  __shared__ float sums[2][WARPS][8 * ROWS][8 * MT + 1];   // two sets: the next tile starts while this one is stored
   extern __shared__ u32 table[];                           // NF4: byte -> pair of values, one copy per lane
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int row_chunks = a.k / VALUES, steps = (row_chunks + 3) / 4;
   const size_t row_bytes = (size_t)row_chunks * 16;
-  const int tile_rows = EPI == SWIGLU ? 8 : 16, outs = EPI == SWIGLU ? a.n / 2 : a.n;
+  const int tile_rows = (EPI == SWIGLU ? 8 : 16) * ROW_TILES, outs = EPI == SWIGLU ? a.n / 2 : a.n;
   const int tiles = (outs + tile_rows - 1) / tile_rows;
   if (FMT == NF4) {  // scale points to 16 code values (fp16), then to the block maxima
     for (int i = warp; i < 256; i += WARPS) table[i * 32 + lane] = a.scale[i >> 4] | (u32)a.scale[i & 15] << 16;
     __syncthreads();
   }
-  // The rows g and g + 8 of a tile; SwiGLU pairs a gate row with its up row. Rows past the end are read, not stored.
-#define ROW0(TILE) min((TILE) * tile_rows + g, outs - 1)
-#define ROW1(TILE) (EPI == SWIGLU ? outs + ROW0(TILE) : min((TILE) * tile_rows + g + 8, outs - 1))
-  uint4 ring0[DEPTH], ring1[DEPTH];
+  // SwiGLU pairs a gate row, r even, with its up row, r odd. Rows past the end are read, but not stored.
+  auto row_of = [&](int tile, int r) {
+    const int row = min(tile * tile_rows + g + 8 * (EPI == SWIGLU ? r / 2 : r), outs - 1);
+    return EPI == SWIGLU && r % 2 ? outs + row : row;
+  };
+  uint4 ring[DEPTH][ROWS];
   auto load = [&](int tile, int chunk, int d) {
-    ring0[d] = ring1[d] = make_uint4(0, 0, 0, 0);
-    if (chunk >= row_chunks || tile >= tiles) return;
-    ring0[d] = load_weights((const char*)a.weight + row_bytes * ROW0(tile) + chunk * 16);
-    ring1[d] = load_weights((const char*)a.weight + row_bytes * ROW1(tile) + chunk * 16);
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      ring[d][r] = make_uint4(0, 0, 0, 0);
+      if (chunk < row_chunks && tile < tiles)
+        ring[d][r] = load_weights((const char*)a.weight + row_bytes * row_of(tile, r) + chunk * 16);
+    }
   };
 #pragma unroll
   for (int d = 0; d < DEPTH; ++d) load(blockIdx.x, (warp + d * WARPS) * 4 + t, d);
+  let_successor_start();
   wait_for_predecessor();
   int parity = 0;
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, parity ^= 1) {
-    float acc[MT][4] = {};
+    float acc[ROW_TILES][MT][4] = {};
     for (int base = warp; base < steps; base += WARPS * DEPTH) {
 #pragma unroll
       for (int d = 0; d < DEPTH; ++d) {
         if (base + d * WARPS >= steps) break;
         const int chunk = (base + d * WARPS) * 4 + t;
-        const uint4 q0 = ring0[d], q1 = ring1[d];
+        u32 words[ROWS][4], scale[ROWS]; float largest[ROWS];
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+          const uint4 q = ring[d][r];
+          words[r][0] = q.x; words[r][1] = q.y; words[r][2] = q.z; words[r][3] = q.w;
+          if (FMT == NF4) {
+            const size_t block = (size_t)row_of(tile, r) * (a.k / 64) + chunk / 2;
+            const u16 m = chunk < row_chunks ? (a.scale + 16)[block] : 0;
+            scale[r] = m | (u32)m << 16; largest[r] = to_float<0>(m);
+          }
+        }
         if (base + (d + DEPTH) * WARPS < steps) load(tile, chunk + DEPTH * WARPS * 4, d);
         else load(tile + gridDim.x, (warp + d * WARPS) * 4 + t, d);
-        u32 scale0, scale1; float max0, max1;
-        if (FMT == NF4) {
-          const u16* maxima = a.scale + 16;
-          u16 m0 = 0, m1 = 0;
-          if (chunk < row_chunks) {
-            m0 = maxima[(size_t)ROW0(tile) * (a.k / 64) + chunk / 2];
-            m1 = maxima[(size_t)ROW1(tile) * (a.k / 64) + chunk / 2];
-          }
-          scale0 = m0 | (u32)m0 << 16; scale1 = m1 | (u32)m1 << 16;
-          max0 = to_float<0>(m0); max1 = to_float<0>(m1);
-        }
-        const u32 words0[4] = {q0.x, q0.y, q0.z, q0.w}, words1[4] = {q1.x, q1.y, q1.z, q1.w};
 #pragma unroll
         for (int group = 0; group < VALUES / 8; ++group) {  // eight weights of each row
-          u32 x[MT][4];
+          u32 x[MT][4], p[ROWS][4];
 #pragma unroll
           for (int mt = 0; mt < MT; ++mt) {
             uint4 v = make_uint4(0, 0, 0, 0);
@@ -212,48 +217,49 @@ __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) matvec(MatvecArgs a) {
               v = *(const uint4*)(a.x + (size_t)(g + 8 * mt) * a.k + (size_t)chunk * VALUES + group * 8);
             arrange<FMT>(v, x[mt]);
           }
-          u32 p0[4], p1[4];
-          const int WORDS = 4 / Decoder<FMT, BF>::PAIRS;   // words that hold eight weights
+          const int PAIRS = Decoder<FMT, BF>::PAIRS;
 #pragma unroll
-          for (int i = 0; i < WORDS; ++i) {
-            const u32 a0 = words0[group * WORDS + i], a1 = words1[group * WORDS + i];
-            if constexpr (FMT == NF4) {
+          for (int r = 0; r < ROWS; ++r)
 #pragma unroll
-              for (int j = 0; j < 4; ++j) {
-                p0[j] = table[((a0 >> (8 * j)) & 255) * 32 + lane];
-                p1[j] = table[((a1 >> (8 * j)) & 255) * 32 + lane];
-                if (BF) {
-                  p0[j] = pair<1>(to_float<0>(p0[j]) * max0, to_float<0>(p0[j] >> 16) * max0);
-                  p1[j] = pair<1>(to_float<0>(p1[j]) * max1, to_float<0>(p1[j] >> 16) * max1);
-                } else { p0[j] = fma2<0>(p0[j], scale0, 0); p1[j] = fma2<0>(p1[j], scale1, 0); }
-              }
-            } else {
-              Decoder<FMT, BF>::decode(a0, p0 + i * Decoder<FMT, BF>::PAIRS);
-              Decoder<FMT, BF>::decode(a1, p1 + i * Decoder<FMT, BF>::PAIRS);
+            for (int i = 0; i < 4 / PAIRS; ++i) {           // words that hold eight weights
+              const u32 word = words[r][group * (4 / PAIRS) + i];
+              if constexpr (FMT == NF4) {
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                  const u32 two = table[((word >> (8 * j)) & 255) * 32 + lane];
+                  if (BF) p[r][j] = pair<1>(to_float<0>(two) * largest[r], to_float<0>(two >> 16) * largest[r]);
+                  else p[r][j] = fma2<0>(two, scale[r], 0);
+                }
+              } else Decoder<FMT, BF>::decode(word, p[r] + i * PAIRS);
             }
-          }
 #pragma unroll
-          for (int mt = 0; mt < MT; ++mt) {
-            mma<BF>(acc[mt], p0[0], p1[0], p0[1], p1[1], x[mt][0], x[mt][1]);
-            mma<BF>(acc[mt], p0[2], p1[2], p0[3], p1[3], x[mt][2], x[mt][3]);
-          }
+          for (int rt = 0; rt < ROW_TILES; ++rt)
+#pragma unroll
+            for (int mt = 0; mt < MT; ++mt) {
+              const u32 *q0 = p[2 * rt], *q1 = p[2 * rt + 1];
+              mma<BF>(acc[rt][mt], q0[0], q1[0], q0[1], q1[1], x[mt][0], x[mt][1]);
+              mma<BF>(acc[rt][mt], q0[2], q1[2], q0[3], q1[3], x[mt][2], x[mt][3]);
+            }
         }
       }
     }
 #pragma unroll
-    for (int mt = 0; mt < MT; ++mt)
+    for (int rt = 0; rt < ROW_TILES; ++rt)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sums[parity][warp][g + (i / 2) * 8][mt * 8 + t * 2 + i % 2] = acc[mt][i];
+      for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          sums[parity][warp][rt * 16 + g + (i / 2) * 8][mt * 8 + t * 2 + i % 2] = acc[rt][mt][i];
     __syncthreads();
-    if (tile + gridDim.x >= tiles) let_successor_start();
     for (int i = threadIdx.x; i < tile_rows * a.m; i += WARPS * 32) {
       const int r = i % tile_rows, m = i / tile_rows, row = tile * tile_rows + r;
+      const int at_sum = EPI == SWIGLU ? r / 8 * 16 + r % 8 : r;
       if (row >= outs) continue;
       float sum = 0, up = 0;
 #pragma unroll
       for (int w = 0; w < WARPS; ++w) {
-        sum += sums[parity][w][r][m];
-        if (EPI == SWIGLU) up += sums[parity][w][r + 8][m];
+        sum += sums[parity][w][at_sum][m];
+        if (EPI == SWIGLU) up += sums[parity][w][at_sum + 8][m];
       }
       const bool scaled = FMT == INT8 || FMT == INT4;
       float y = finish<BF>(a, row, m, sum, scaled);

@@ -30,34 +30,38 @@ class Tuning:
         depth: 16-byte loads in flight per row and lane.
         min_blocks: Blocks per multiprocessor that the registers must allow.
         blocks_per_sm: Blocks launched per multiprocessor, each taking several tiles; 0: one block a tile.
+        row_tiles: Tiles of 16 rows of W that a warp works on at once, sharing the reads of x.
     """
 
     warps: int
     depth: int
     min_blocks: int
     blocks_per_sm: int
+    row_tiles: int = 1
 
     def defines(self) -> tuple[str, ...]:
         """Return the macros of the compilation."""
-        return (f"WARPS={self.warps}", f"DEPTH={self.depth}", f"MIN_BLOCKS={self.min_blocks}", *NORM_DEFINES)
+        names = {"WARPS": self.warps, "DEPTH": self.depth, "MIN_BLOCKS": self.min_blocks, "ROW_TILES": self.row_tiles}
+        return (*(f"{name}={value}" for name, value in names.items()), *NORM_DEFINES)
 
 
 NORM_DEFINES = (f"MIN_KEYS={MIN_KEYS_PER_SPLIT}",)
 
 
-def tuning(kind: str, num_tiles: int, num_sms: int) -> Tuning:
-    """Choose the tuning of a product, from benchmarks/notes_inference.md: as many warps per multiprocessor as fit.
+def tuning(kind: str, row_tiles: int, num_tiles: int, num_sms: int) -> Tuning:
+    """Choose the tuning of a product, as measured on an H200 (benchmarks/notes_inference.md).
 
     Args:
         kind: The weight's format.
+        row_tiles: 1 for up to 8 rows of x, 2 for up to 16.
         num_tiles: Tiles of 16 rows of the weight.
         num_sms: Multiprocessors of the GPU.
     """
+    if kind == "float" or (num_tiles <= 2 * num_sms and row_tiles == 1):
+        return Tuning(16, 1, 2, 2)
     if kind == "nf4":
-        return Tuning(8, 3, 3, 3)  # three blocks share the cost of filling their tables among several tiles
-    if kind == "int4" and num_tiles > 2 * num_sms:
-        return Tuning(8, 2, 3, 3)
-    return Tuning(16, 1, 2, 0)
+        return Tuning(8, 3, 3, 3) if row_tiles == 1 else Tuning(8, 2, 3, 3)
+    return Tuning(8, 1, 4, 4)
 
 
 class _Attribute(ctypes.Structure):
@@ -296,7 +300,8 @@ def matvec(
     row_tiles = 1 if x.shape[0] <= 8 else 2
     name = f"matvec<{FORMATS[weight.kind]}, {bf16}, {row_tiles}, {EPILOGUES[epilogue]}>"
     num_blocks, num_sms = -(-rows // 16), _num_sms(x.device)
-    chosen = tuning(weight.kind, num_blocks, num_sms)
+    chosen = tuning(weight.kind, row_tiles, num_blocks, num_sms)
+    num_blocks = -(-num_blocks // chosen.row_tiles)
     if chosen.blocks_per_sm:
         num_blocks = min(num_blocks, chosen.blocks_per_sm * num_sms)
     shared_bytes = NF4_TABLE_BYTES if weight.kind == "nf4" else 0
