@@ -64,8 +64,7 @@ def chat_demo(
         sessions = {"without the adapter": base, "with the adapter": sessions[""]}
     if seed is not None:
         torch.manual_seed(seed)
-    for stream in (sys.stdin, sys.stdout):
-        stream.reconfigure(errors="replace")  # a broken byte is no reason to leave
+    sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks is no reason to leave
     if prompt is not None:
         answer(sessions, prompt)
     else:
@@ -78,6 +77,7 @@ def converse(sessions: dict[str, ChatSession]) -> None:
     Args:
         sessions: The sessions by their titles; a single one needs none.
     """
+    sys.stdin.reconfigure(errors="replace")  # nor is a broken byte
     note(f"{', '.join(COMMANDS)} are commands; Ctrl-C stops an answer")
     while (line := read_line()) not in (None, "stop"):
         try:

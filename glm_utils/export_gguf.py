@@ -77,6 +77,7 @@ def check(job: MergeJob) -> int:
         )
     check_config(job)
     export_chatglm.check(job)
+    load_tokenizer(job.base_dir)  # refuses what is no vocabulary at all
     check_vocabulary(job.base_dir / job.family.tokenizer_file)
     block_size, _ = gguf.GGML_QUANT_SIZES[LAYER_TYPES[job.bits][0]]
     for key, spec in job.reader.specs.items():

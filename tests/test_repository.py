@@ -11,12 +11,13 @@ import sys
 
 import pytest
 
+import chat_demo
 import merge_lora_and_quantize
 import train_qlora
 from glm_utils.family import FAMILIES
 from tests.conftest import PROJECT_DIR
 
-STAGES = (train_qlora.train_qlora, merge_lora_and_quantize.merge_lora_and_quantize)
+STAGES = (train_qlora.train_qlora, merge_lora_and_quantize.merge_lora_and_quantize, chat_demo.chat_demo)
 OWN_PACKAGES = {"glm_utils", "remote_scripts", "tests", "tools", "benchmarks"}
 REMOTE_PACKAGES = {"torch", "transformers", "sentencepiece"}
 READMES = ("README.md", "README_zh.md")
@@ -129,7 +130,7 @@ def test_imports_keep_their_direction():
     ("path", "line"),
     [
         ("train_qlora.py", "import merge_lora_and_quantize"),
-        ("train_qlora.py", "from tools.ask import ask"),
+        ("train_qlora.py", "from tools.make_data import make_data"),
         ("glm_utils/data.py", "from remote_scripts import anything"),
         ("glm_utils/data.py", "def late():\n    import train_qlora"),
         ("remote_scripts/x/quantization.py", "import numpy"),

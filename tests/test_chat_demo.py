@@ -1,0 +1,364 @@
+"""chat_demo.py: the session (pieces, history, counts), what it loads and refuses, and the terminal on a pty."""
+
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import peft
+import pytest
+import torch
+
+import chat_demo
+import merge_lora_and_quantize as merge_stage
+from glm_utils.chat import ChatSession, ChatSettings, chat_settings
+from glm_utils.chat_model import load_chat_model
+from glm_utils.checkpoint import load_base_model
+from glm_utils.cli import UserError, run_cli
+from glm_utils.family import PROJECT_DIR
+
+TINY_NAMES = {"chatglm-6b": "chatglm-tiny", "chatglm2-6b": "chatglm2-tiny"}
+QUERY = "类型#裙*颜色#白色*风格#简约"
+GREEDY = ChatSettings(max_length=200, temperature=0, top_p=1.0)
+DEFAULTS = {"chatglm-6b": (2048, 0.95, 0.7), "chatglm2-6b": (8192, 0.8, 0.8)}  # max_length, temperature, top_p
+
+
+@pytest.fixture
+def tiny_dir(family_name):
+    """The tiny trained model of a family."""
+    return PROJECT_DIR / "models" / TINY_NAMES[family_name]
+
+
+@pytest.fixture
+def adapter_dir(tiny_dir, tmp_path):
+    """An adapter of a tiny model that changes what it says."""
+    model = load_base_model(tiny_dir)
+    model.name_or_path = str(tiny_dir)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["query_key_value"], init_lora_weights=False)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def session(tiny_dir):
+    """A greedy session with a tiny model."""
+    return ChatSession(*load_chat_model(str(tiny_dir), None, False, "cpu"), GREEDY)
+
+
+class ScriptedModel:
+    """Answers with given snapshots of a growing text, one a token, as stream_chat does."""
+
+    def __init__(self, *snapshots):
+        self.snapshots, self.prompts = snapshots, []
+
+    def stream_chat(self, tokenizer, query, history, logits_processor, **settings):
+        self.prompts.append((query, list(history)))
+        for text in self.snapshots:
+            for processor in logits_processor:
+                processor(None, None)
+            yield text, [*history, (query, text)]
+
+
+def scripted(*snapshots):
+    tokenizer = SimpleNamespace(encode_prompt=lambda query, history: [0] * (len(query) + 10 * len(history)))
+    return ChatSession(ScriptedModel(*snapshots), tokenizer, ChatSettings(40, 0, 1.0))
+
+
+# ---- the session
+
+
+@pytest.mark.parametrize(
+    ("snapshots", "pieces"),
+    [
+        (["a", "ab", "abc"], ["a", "b", "c"]),
+        (["好", "好，", "好，a", "好，a,", "好，a，好"], ["好", "，", "a", "，好"]),  # "," changes when 好 follows
+        (["a,", "a,\ufffd", "a,\ufffd\ufffd", "a，好"], ["a", "，好"]),  # the same, by bytes
+        (["a", "ab", "ab\ufffd"], ["a", "b\ufffd"]),  # an answer that ends inside a character
+        (["[[训练", "[[训练时", "[[训练时间", "2023年"], ["[[训练", "时", "\n2023年"]),  # what was shown has changed
+        ([], [""]),
+    ],
+)
+def test_pieces_of_an_answer(snapshots, pieces):
+    session = scripted(*snapshots)
+    assert list(session.ask("q")) == pieces
+    assert session.history == [("q", snapshots[-1] if snapshots else "")]
+    assert session.counts.num_tokens == len(snapshots)
+
+
+def test_history_undo_and_clear():
+    session = scripted("x", "xy")
+    for query in ("one", "two"):
+        list(session.ask(query))
+    assert session.model.prompts == [("one", []), ("two", [("one", "xy")])]
+    assert session.undo() == ("two", "xy")
+    assert session.history == [("one", "xy")]
+    session.clear()
+    with pytest.raises(UserError, match="no earlier question"):
+        session.undo()
+
+
+def test_a_stopped_answer_stands_as_far_as_it_came():
+    session = scripted("a", "ab", "abc", "abcd")
+    pieces = session.ask("q")
+    assert next(pieces) == "a"
+    pieces.close()
+    assert session.history == [("q", "ab")]
+    assert session.counts.num_tokens == 2
+
+
+def test_a_question_that_is_too_long():
+    session = scripted("a")
+    with pytest.raises(UserError, match="the question takes 40 tokens and max_length is 40, which leaves no room"):
+        next(session.ask("q" * 40))
+    assert not session.history
+    list(session.ask("q"))
+    with pytest.raises(UserError, match="with the 1 turns before it takes 45 tokens.*undo or clear"):
+        next(session.ask("q" * 35))
+
+
+def test_pieces_and_counts_with_a_model(session):
+    model, tokenizer = session.model, session.tokenizer
+    answer = "".join(session.ask(QUERY))
+    expected, history = model.chat(tokenizer, QUERY, [], do_sample=False, max_length=200)
+    assert answer == expected
+    assert session.history == history
+    ids = torch.tensor([tokenizer.encode_prompt(QUERY)])
+    num_tokens = model.generate(ids, do_sample=False, max_length=200).shape[1] - ids.shape[1]
+    assert session.counts.num_tokens == num_tokens > 5
+    assert session.counts.num_prompt == ids.shape[1]
+    assert 0 < session.counts.first_seconds < session.counts.seconds
+    assert "".join(session.ask("你好")) == model.chat(tokenizer, "你好", history, do_sample=False, max_length=200)[0]
+
+
+def test_a_model_that_computes_nan(session):
+    session.model.get_output_embeddings().weight.data.fill_(torch.nan)
+    with pytest.raises(UserError, match="NaN or infinite logits"):
+        list(session.ask(QUERY))
+
+
+def test_defaults_are_the_published_ones(family_name, session):
+    max_length, temperature, top_p = DEFAULTS[family_name]
+    session.model.config.max_position_embeddings = 10_000
+    assert chat_settings(session.model, None, None, None) == ChatSettings(max_length, temperature, top_p)
+    session.model.config.max_position_embeddings = 100
+    assert chat_settings(session.model, None, 0, 1.0) == ChatSettings(100, 0, 1.0)
+    assert ChatSettings(100, 0, 0.5).arguments() == {"max_length": 100, "do_sample": False}
+    assert ChatSettings(100, 0.5, 0.6).arguments() == {"max_length": 100, "temperature": 0.5, "top_p": 0.6}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((0, None, None), "--max_length 0: expected 1 to 2048"),
+        ((2049, None, None), "--max_length 2049: expected 1 to 2048"),
+        ((None, -0.1, None), "--temperature -0.1: expected 0"),
+        ((None, float("nan"), None), "--temperature nan: expected 0"),
+        ((None, None, 0.0), "--top_p 0.0: expected more than 0"),
+        ((None, None, 1.1), "--top_p 1.1: expected more than 0"),
+    ],
+)
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+def test_settings_out_of_range(session, values, message):
+    with pytest.raises(UserError, match=message):
+        chat_settings(session.model, *values)
+
+
+# ---- loading
+
+
+def ask(model, tokenizer, **settings):
+    return "".join(ChatSession(model, tokenizer, GREEDY, **settings).ask(QUERY))
+
+
+def test_adapter_switched_off_is_the_base(tiny_dir, adapter_dir):
+    base_answer = ask(*load_chat_model(str(tiny_dir), None, False, "cpu"))
+    merged_model, tokenizer = load_chat_model(None, str(adapter_dir), False, "cpu")
+    assert not isinstance(merged_model, peft.PeftModel)
+    model, _ = load_chat_model(None, str(adapter_dir), False, "cpu", switchable=True)
+    assert isinstance(model, peft.PeftModel)
+    adapted_answer = ask(model, tokenizer)
+    assert adapted_answer == ask(merged_model, tokenizer)
+    stopped = ChatSession(model, tokenizer, GREEDY, use_adapter=False).ask(QUERY)
+    next(stopped)
+    stopped.close()  # must switch the adapter on again
+    assert ask(model, tokenizer) == adapted_answer
+    assert ask(model, tokenizer, use_adapter=False) == base_answer != adapted_answer
+
+
+def test_adapter_on_a_4bit_base(adapter_dir):
+    model, tokenizer = load_chat_model(None, str(adapter_dir), True, "cpu")
+    assert isinstance(model, peft.PeftModel)
+    session = ChatSession(model, tokenizer, chat_settings(model, 200, 0, None))
+    answer = "".join(session.ask(QUERY))
+    assert answer == model.get_base_model().chat(tokenizer, QUERY, [], do_sample=False, max_length=200)[0]
+    assert session.counts.num_tokens > 1
+
+
+@pytest.mark.parametrize("qbits", [0, 8, 4])
+def test_merged_directory(adapter_dir, tmp_path, monkeypatch, qbits):
+    monkeypatch.setattr("glm_utils.export_chatglm.verify", lambda *args: None)
+    out = tmp_path / "merged"
+    flags = {"lora_path": str(adapter_dir), "output_path": str(out), "qbits": qbits, "device": "cpu"}
+    merge_stage.merge_lora_and_quantize(**flags)
+    model, tokenizer = load_chat_model(str(out), None, False, "cpu")
+    assert ask(model, tokenizer) == model.chat(tokenizer, QUERY, [], do_sample=False, max_length=200)[0]
+    if qbits:
+        with pytest.raises(UserError, match=f"int{qbits} already. Leave --load_in_4bit out"):
+            load_chat_model(str(out), None, True, "cpu")
+
+
+def test_paths_that_name_no_model(tiny_dir, adapter_dir, tmp_path):
+    for model_path, lora_path, message in (
+        (None, None, "neither is given: give --model_path DIR, or --lora_path DIR"),
+        (str(tiny_dir), str(adapter_dir), "both are given"),
+        (str(adapter_dir), None, "a LoRA adapter. Give it as --lora_path"),
+        (None, str(tiny_dir), "adapter_config.json: no such file, so this is no LoRA adapter"),
+        (str(tmp_path / "absent"), None, "no such directory, and no hub id either"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_chat_model(model_path, lora_path, False, "cpu")
+    config_path = adapter_dir / "adapter_config.json"
+    config_path.write_text(config_path.read_text().replace(str(tiny_dir), str(tmp_path / "gone")))
+    with pytest.raises(UserError, match="the base model of .* cannot be found"):
+        load_chat_model(None, str(adapter_dir), False, "cpu")
+
+
+# ---- the command
+
+
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+def test_one_prompt(tiny_dir, capsys):
+    run_cli(chat_demo.chat_demo, ["--model_path", str(tiny_dir), "--prompt", QUERY, "--temperature=0"])
+    output = capsys.readouterr()
+    model, tokenizer = load_chat_model(str(tiny_dir), None, False, "cpu")
+    assert output.out == model.chat(tokenizer, QUERY, [], do_sample=False)[0] + "\n"
+    assert re.search(r"\n\d+ tokens, [\d.]+ tokens/s, the first after [\d.]+ s\n$", output.err)
+
+
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+def test_seed_and_the_end_of_max_length(tiny_dir, capsys):
+    command = ["--model_path", str(tiny_dir), "--prompt", QUERY, "--temperature=50", "--max_length=120"]
+    outputs = []
+    for seed in ("1", "1", "2"):
+        run_cli(chat_demo.chat_demo, [*command, "--seed", seed])
+        outputs.append(capsys.readouterr())
+    assert outputs[0].out == outputs[1].out != outputs[2].out
+    assert outputs[0].err.strip().endswith(", cut at max_length")
+    with pytest.raises(SystemExit):
+        run_cli(chat_demo.chat_demo, [*command, "--prompt", QUERY * 50])
+    assert "which leaves no room for an answer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+def test_compare(adapter_dir, capsys):
+    flags = ["--prompt", QUERY, "--temperature=0", "--compare", "--device=cpu"]
+    run_cli(chat_demo.chat_demo, ["--lora_path", str(adapter_dir), *flags])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "[without the adapter]"
+    assert "[with the adapter]" in lines
+    assert lines[1] != lines[lines.index("[with the adapter]") + 1]
+    with pytest.raises(SystemExit):
+        run_cli(chat_demo.chat_demo, ["--model_path", str(adapter_dir), "--compare"])
+    assert "--compare needs --lora_path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+def test_commands_keep_compared_sessions_in_step(session, capsys):
+    sessions = {"a": session, "b": ChatSession(session.model, session.tokenizer, GREEDY)}
+    chat_demo.answer(sessions, QUERY)
+    first = session.history[-1]
+    chat_demo.run_command("retry", sessions)
+    assert [list(each.history) for each in sessions.values()] == [[first], [first]]
+    sessions["b"].history[0] = (QUERY, "长" * 400)  # the next question fits after one of them only
+    with pytest.raises(UserError, match="leaves no room"):
+        chat_demo.answer(sessions, "你好")
+    assert [len(each.history) for each in sessions.values()] == [1, 1]
+    chat_demo.run_command("undo", sessions)
+    assert not session.history
+    assert not sessions["b"].history
+    chat_demo.run_command("help", sessions)
+    errors = capsys.readouterr().err
+    assert all(f"\n{command:<6} " in errors for command in chat_demo.COMMANDS)
+
+
+def test_piped_lines_broken_bytes_and_the_end():
+    command = [sys.executable, "chat_demo.py", "--model_path", "models/chatglm2-tiny", "--temperature=0"]
+    text = "你好\n\n \n".encode() + b"\xe4\xbd\xff broken\nundo\nretry\nclear\nretry\nhelp\n stop\nthe last line"
+    done = subprocess.run(command, input=text, capture_output=True, cwd=PROJECT_DIR, timeout=120)
+    errors = done.stderr.decode()
+    assert done.returncode == 0, errors
+    assert len(done.stdout.decode().splitlines()) == 5  # 你好, broken, retry, stop as a question, the last line
+    assert re.search(r"\(taken back: \ufffd+ broken\)", errors)
+    assert "(a new conversation)\nthere is no earlier question" in errors
+    assert "retry  answer the last question again" in errors
+
+
+class Terminal:
+    """A command on a pty of its own, as a user sees it."""
+
+    def __init__(self, *arguments):
+        self.pid, self.file = pty.fork()
+        if not self.pid:
+            os.chdir(PROJECT_DIR)
+            os.environ["TERM"] = "dumb"
+            os.execv(sys.executable, [sys.executable, *arguments])
+        self.text = ""
+
+    def wait_for(self, pattern, seconds=90):
+        """Read until the pattern shows; returns the match and forgets what came up to it."""
+        deadline = time.monotonic() + seconds
+        while not (match := re.search(pattern, self.text)):
+            assert time.monotonic() < deadline, f"no {pattern!r} in {self.text[-2000:]!r}"
+            if select.select([self.file], [], [], 1)[0]:
+                try:
+                    self.text += os.read(self.file, 65536).decode("utf-8", "replace")
+                except OSError:  # the other end is closed
+                    pytest.fail(f"ended before {pattern!r}: {self.text[-2000:]!r}")
+        self.text = self.text[match.end() :]
+        return match
+
+    def type(self, text):
+        os.write(self.file, text.encode())
+
+    def end(self):
+        """Read to the end and return the exit code."""
+        try:
+            while os.read(self.file, 65536):
+                pass
+        except OSError:
+            pass
+        os.close(self.file)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+def test_terminal_with_ctrl_c_and_editing(tiny_dir, tmp_path):
+    endless_dir = tmp_path / "endless"  # its end token has no text and is never sampled
+    shutil.copytree(tiny_dir, endless_dir)
+    config = json.loads((endless_dir / "config.json").read_text())
+    (endless_dir / "config.json").write_text(json.dumps(config | {"eos_token_id": config["padded_vocab_size"] - 1}))
+    terminal = Terminal("chat_demo.py", "--model_path", str(endless_dir), "--seed=0", "--device=cpu")
+    terminal.wait_for(r"commands; Ctrl-C stops an answer\r\n")
+    terminal.wait_for("> ")
+    terminal.type("\x03")  # at the prompt
+    terminal.wait_for(r"stop or Ctrl-D leaves\)\r\n")
+    terminal.wait_for("> ")
+    terminal.type("你好吗\x7f\x7f们\r")  # two deletions take two characters
+    terminal.wait_for(r"们\r\n[\s\S]{10}")
+    terminal.type("\x03")
+    stopped = terminal.wait_for(r"(\d+) tokens, [\d.]+ tokens/s, the first after [\d.]+ s, stopped\r\n")
+    assert 0 < int(stopped[1]) < 2000
+    terminal.wait_for("> ")
+    terminal.type("undo\r")
+    assert terminal.wait_for(r"\(taken back: (.*)\)")[1] == "你们"
+    terminal.wait_for("> ")
+    terminal.type("\x04")
+    assert terminal.end() == 0
