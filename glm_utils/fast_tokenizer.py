@@ -27,8 +27,8 @@ CHAT_TEMPLATE = """\
 {%- for message in messages -%}
     {%- if message['role'] == 'system' and loop.first -%}
         {%- set ns.system = message['content'] -%}
-    {%- elif message['role'] != ns.next -%}
-        {{- raise_exception('expected user and assistant in turns, at most one system message in front') -}}
+    {%- elif message['role'] != ns.next or message['content'] is not string -%}
+        {{- raise_exception('expected texts of user and assistant in turns, at most one system text in front') -}}
     {%- elif ns.next == 'user' -%}
         {%- set ns.round = ns.round + 1 -%}
         {%- set ns.next = 'assistant' -%}
@@ -162,7 +162,8 @@ def check_pieces(fast: Tokenizer, tokenizer: PreTrainedTokenizer) -> None:
     """
     pieces = [tokenizer.convert_ids_to_tokens(i) for i in range(tokenizer.vocab_size)]
     never_made = []
-    for text in [*(piece.removeprefix(SPACE) for piece in pieces), *pieces, "".join(pieces), " ".join(pieces)]:
+    words = [*pieces, *(piece.removeprefix(SPACE) for piece in pieces)]
+    for text in dict.fromkeys([*words, "".join(pieces), " ".join(pieces)]):
         found, expected = fast.encode(text, add_special_tokens=False).tokens, tokenizer.tokenize(text)
         if found == [SPACE + text] != expected:
             never_made.append(text)
