@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizer
 
 from glm_utils.cli import UserError
 
-BPE, NORMAL, UNKNOWN, CONTROL, BYTE = 2, 1, 2, 3, 6  # ModelType and Type of sentencepiece_model.proto
+Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
 SPACE = "▁"
 PREFIX = ("[gMASK]", "sop")
 PREFIX_TEXT = "[gMASK]sop\ufdd0"
@@ -27,8 +27,8 @@ CHAT_TEMPLATE = """\
 {%- for message in messages -%}
     {%- if message['role'] == 'system' and loop.first -%}
         {%- set ns.system = message['content'] -%}
-    {%- elif message['role'] != ns.next -%}
-        {{- raise_exception('expected user and assistant in turns, at most one system message in front') -}}
+    {%- elif message['role'] != ns.next or message['content'] is not string -%}
+        {{- raise_exception('expected texts of user and assistant in turns, at most one system text in front') -}}
     {%- elif ns.next == 'user' -%}
         {%- set ns.round = ns.round + 1 -%}
         {%- set ns.next = 'assistant' -%}
@@ -60,7 +60,9 @@ def fast_tokenizer(vocab_path: Path, tokenizer: PreTrainedTokenizer) -> Tokenize
     """
     model = read_model(vocab_path)
     vocab = {tokenizer.convert_ids_to_tokens(i): i for i in range(tokenizer.vocab_size)}
-    merges = derive_merges({piece.piece: piece.score for piece in model.pieces if piece.type == NORMAL}, vocab_path)
+    merges = derive_merges(
+        {piece.piece: piece.score for piece in model.pieces if piece.type == Piece.NORMAL}, vocab_path
+    )
     # ignore_merges gives the two words that the pre-tokenizer cuts off their ids; no other word lacks the leading ▁
     bpe = models.BPE(vocab, merges, byte_fallback=True, unk_token="<unk>", ignore_merges=True)
     fast = Tokenizer(bpe)
@@ -109,12 +111,12 @@ def read_model(vocab_path: Path) -> sentencepiece_model_pb2.ModelProto:
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     types = {piece.type for piece in model.pieces}
     expected = {
-        "a BPE model": trainer.model_type == BPE,
-        "all 256 bytes as pieces": sum(piece.type == BYTE for piece in model.pieces) == 256,
+        "a BPE model": trainer.model_type == sentencepiece_model_pb2.TrainerSpec.BPE,
+        "all 256 bytes as pieces": sum(piece.type == Piece.BYTE for piece in model.pieces) == 256,
         "the identity normaliser": not normalizer.precompiled_charsmap and not normalizer.remove_extra_whitespaces,
         "a leading and escaped space": normalizer.add_dummy_prefix and normalizer.escape_whitespaces,
         "no space behind a word": not trainer.treat_whitespace_as_suffix,
-        "no user-defined or unused pieces": types <= {NORMAL, UNKNOWN, CONTROL, BYTE},
+        "no user-defined or unused pieces": types <= {Piece.NORMAL, Piece.UNKNOWN, Piece.CONTROL, Piece.BYTE},
     }
     if missing := [words for words, holds in expected.items() if not holds]:
         raise UserError(
@@ -162,7 +164,8 @@ def check_pieces(fast: Tokenizer, tokenizer: PreTrainedTokenizer) -> None:
     """
     pieces = [tokenizer.convert_ids_to_tokens(i) for i in range(tokenizer.vocab_size)]
     never_made = []
-    for text in [*(piece.removeprefix(SPACE) for piece in pieces), *pieces, "".join(pieces), " ".join(pieces)]:
+    words = [*pieces, *(piece.removeprefix(SPACE) for piece in pieces)]
+    for text in dict.fromkeys([*words, "".join(pieces), " ".join(pieces)]):
         found, expected = fast.encode(text, add_special_tokens=False).tokens, tokenizer.tokenize(text)
         if found == [SPACE + text] != expected:
             never_made.append(text)

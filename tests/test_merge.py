@@ -395,6 +395,34 @@ def test_base_with_missing_weights(adapter, merge, base_dir):
         merge(adapter_dir)
 
 
+def test_base_with_weights_that_no_module_has(adapter, merge, base_dir):
+    adapter_dir = adapter()
+    weights = load_file(base_dir / "model.safetensors")
+    save_file({**weights, "transformer.extra.weight": torch.zeros(1)}, base_dir / "model.safetensors")
+    with pytest.raises(UserError, match="1 unexpected weights, e.g. transformer.extra.weight"):
+        merge(adapter_dir)
+
+
+@pytest.mark.parametrize("bits", [0, 8])
+def test_base_without_rope_frequencies(adapter, merge, base_dir, bits, tokenizer):
+    """The models compute them: training takes such a base, so the merge does."""
+    adapter_dir = adapter()
+    weights = load_file(base_dir / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if not name.endswith("inv_freq")}
+    assert len(kept) < len(weights)
+    with_them = load_file(merge(adapter_dir, "with", qbits=bits) / "model.safetensors")
+    save_file(kept, base_dir / "model.safetensors", {"format": "pt"})
+    load_base_model(base_dir)
+    out = merge(adapter_dir, "without", qbits=bits)
+    without = load_file(out / "model.safetensors")
+    assert with_them.keys() - without.keys() == weights.keys() - kept.keys()
+    assert all(torch.equal(with_them[name], tensor) for name, tensor in without.items())
+    ids, form = tokenizer.encode_prompt("你好"), reload_check.FORMS["published"]
+    expected = reload_check.whole_logits(out.with_name("with"), ids, "cpu", form)
+    for logits in (reload_check.whole_logits, reload_check.module_logits):
+        assert torch.equal(logits(out, ids, "cpu", form), expected)
+
+
 @pytest.mark.parametrize("kind", [torch.nan, torch.inf, 1e6])
 def test_weights_that_fp16_does_not_hold(adapter, merge, base_dir, tmp_path, kind):
     adapter_dir = adapter()
