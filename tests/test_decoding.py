@@ -283,7 +283,7 @@ def test_attend(kernels, dtype, two_d, heads, groups):
 
 @on_gpu
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("columns", [100, 256, 4096])
+@pytest.mark.parametrize("columns", [104, 256, 4096, 16384])
 def test_norm(kernels, dtype, columns):
     """RMSNorm and LayerNorm of rows with a mean."""
     torch.manual_seed(0)

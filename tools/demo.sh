@@ -14,7 +14,7 @@ for name in chatglm2-tiny chatglm-tiny; do
     sed "s#OUTPUT_DIR#$output_dir#" tools/demo_train_args.json > saved_files/demo_train_args.json
 
     echo "== $name before training"
-    python tools/ask.py --model_name_or_path "$base" --query "$query"
+    python chat_demo.py --model_path "$base" --temperature 0 --max_length 512 --prompt "$query"
 
     rm -rf "$output_dir"
     echo "== $name training"
@@ -22,12 +22,12 @@ for name in chatglm2-tiny chatglm-tiny; do
         --train_data_path data/train.jsonl --eval_data_path data/dev.jsonl --lora_rank 4
 
     echo "== $name after training"
-    python tools/ask.py --model_name_or_path "$base" --lora_path "$output_dir" --query "$query"
+    python chat_demo.py --lora_path "$output_dir" --temperature 0 --max_length 512 --prompt "$query"
 
     for qbits in 0 8 4; do
         echo "== $name merged, qbits $qbits"
         rm -rf "${output_dir}_q$qbits"
         python merge_lora_and_quantize.py --lora_path "$output_dir" --output_path "${output_dir}_q$qbits" --qbits $qbits
-        python tools/ask.py --model_name_or_path "${output_dir}_q$qbits" --query "$query"
+        python chat_demo.py --model_path "${output_dir}_q$qbits" --temperature 0 --max_length 512 --prompt "$query"
     done
 done

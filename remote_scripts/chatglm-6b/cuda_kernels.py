@@ -310,7 +310,7 @@ def matvec(
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, out: torch.Tensor) -> None:
-    """Normalise rows [M, C]: RMSNorm, or LayerNorm when there is a bias; out is overwritten."""
+    """Normalise rows [M, C], C a multiple of 8 up to 16384: RMSNorm, or LayerNorm with a bias; out is overwritten."""
     kernel = _kernel(f"norm<{int(x.dtype == torch.bfloat16)}, {int(bias is not None)}>", x.device, NORM_DEFINES)
     pointers = (ctypes.c_void_p(_pointer(tensor)) for tensor in (x, weight, bias, out))
     kernel.launch((x.shape[0], 1, 1), 512, *pointers, ctypes.c_int(x.shape[1]), ctypes.c_float(eps))

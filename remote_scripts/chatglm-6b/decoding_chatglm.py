@@ -26,6 +26,7 @@ from .quantization import QuantizedLinear
 MIN_SLOTS = 256
 HEAD_CHANNELS = (64, 128)
 MAX_HEADS_PER_GROUP = 16
+MAX_HIDDEN = 16384  # of the norm kernel
 
 
 class Unsupported(Exception):
@@ -168,6 +169,8 @@ class _Plan:
             for block in parts.blocks
         ]
         self.head = read_linear(parts.head, dtype)
+        if self.head.shape[1] > MAX_HIDDEN:
+            raise Unsupported(f"{self.head.shape[1]} hidden channels, more than {MAX_HIDDEN}")
         self.linears = [
             linear for block in self.blocks for linear in (block.query_key_value, block.dense, block.up, block.down)
         ] + [self.head]

@@ -289,25 +289,56 @@ template <int WIDTH> __device__ __forceinline__ float block_sum(float x, float* 
   return x;
 }
 
-// RMSNorm (bias null) or LayerNorm of rows of k elements; a block per row.
+// RMSNorm or, with LAYER, LayerNorm of rows of k elements, k a multiple of 8 up to 16384; a block per row.
 template <int BF, int LAYER> __global__ void __launch_bounds__(512)
 norm(const u16* x, const u16* weight, const u16* bias, u16* out, int k, float eps) {
+  const int PER_THREAD = 4;  // eight elements each
   __shared__ float shared[16];
-  wait_for_predecessor();
+  uint4 raw[PER_THREAD], weights[PER_THREAD], shifts[PER_THREAD];
+#pragma unroll
+  for (int i = 0; i < PER_THREAD; ++i) {
+    const int at = (i * 512 + threadIdx.x) * 8;
+    raw[i] = weights[i] = shifts[i] = make_uint4(0, 0, 0, 0);
+    if (at < k) weights[i] = *(const uint4*)(weight + at);
+    if (LAYER && at < k) shifts[i] = *(const uint4*)(bias + at);
+  }
   let_successor_start();
-  const u16* row = x + (size_t)blockIdx.x * k;
+  wait_for_predecessor();
+  const size_t row = (size_t)blockIdx.x * k;
   float mean = 0, total = 0;
+#pragma unroll
+  for (int i = 0; i < PER_THREAD; ++i) {
+    const int at = (i * 512 + threadIdx.x) * 8;
+    if (at < k) raw[i] = *(const uint4*)(x + row + at);
+  }
+#define ELEMENT(VECTOR, I, E) to_float<BF>(((const u16*)&VECTOR[I])[E])
   if (LAYER) {
-    for (int i = threadIdx.x; i < k; i += 512) total += to_float<BF>(row[i]);
+#pragma unroll
+    for (int i = 0; i < PER_THREAD; ++i)
+#pragma unroll
+      for (int e = 0; e < 8; ++e) total += ELEMENT(raw, i, e);
     mean = block_sum<512>(total, shared) / k;
     total = 0;
   }
-  for (int i = threadIdx.x; i < k; i += 512) { float v = to_float<BF>(row[i]) - mean; total += v * v; }
+#pragma unroll
+  for (int i = 0; i < PER_THREAD; ++i)
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const float v = ELEMENT(raw, i, e) - mean;
+      if ((i * 512 + threadIdx.x) * 8 < k) total += v * v;
+    }
   const float factor = rsqrtf(block_sum<512>(total, shared) / k + eps);
-  for (int i = threadIdx.x; i < k; i += 512) {
-    float y = (to_float<BF>(row[i]) - mean) * factor * to_float<BF>(weight[i]);
-    if (LAYER) y += to_float<BF>(bias[i]);
-    out[(size_t)blockIdx.x * k + i] = from_float<BF>(y);
+#pragma unroll
+  for (int i = 0; i < PER_THREAD; ++i) {
+    const int at = (i * 512 + threadIdx.x) * 8;
+    uint4 y;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      float v = (ELEMENT(raw, i, e) - mean) * factor * ELEMENT(weights, i, e);
+      if (LAYER) v += ELEMENT(shifts, i, e);
+      ((u16*)&y)[e] = from_float<BF>(v);
+    }
+    if (at < k) *(uint4*)(out + row + at) = y;
   }
 }
 
@@ -320,21 +351,34 @@ struct AttendArgs {
   int heads, groups, slots; float scaling;
 };
 
-// TWO_D 0: ChatGLM2, qkv blocked, interleaved pairs of the first half of a head. 1: ChatGLM-6B, qkv per head,
-// half-split pairs in both halves, one position channel each. Tables: [positions, D / 4].
-template <int BF, int D, int TWO_D> __device__ __forceinline__ float rotated(
-    const AttendArgs& a, const u16* head, int channel, const int* position) {
-  float x = to_float<BF>(head[channel]);
-  int angle, other, sign, at;
+// Rotate channels at .. at + 7 of a head. TWO_D 0: ChatGLM2, interleaved pairs of the first half of a head.
+// 1: ChatGLM-6B, half-split pairs in both halves, one position channel each. Tables: [positions, D / 4].
+template <int BF, int D, int TWO_D> __device__ __forceinline__ uint4 rotated(
+    const AttendArgs& a, const u16* head, int at, const int* position) {
+  const uint4 raw = *(const uint4*)(head + at);
+  uint4 other = raw, cos, sin, out;
+  int first = 0;  // TWO_D: whether these channels are the first of their pairs
   if (TWO_D) {
-    const int half = channel / (D / 2), i = channel % (D / 2);
-    angle = i % (D / 4); sign = i < D / 4 ? -1 : 1; other = channel - sign * (D / 4); at = position[half];
+    const int in_half = at % (D / 2);
+    first = in_half < D / 4;
+    other = *(const uint4*)(head + at + (first ? D / 4 : -D / 4));
+    const size_t entry = (size_t)position[at / (D / 2)] * (D / 4) + in_half % (D / 4);
+    cos = *(const uint4*)(a.cos + entry); sin = *(const uint4*)(a.sin + entry);
   } else {
-    if (channel >= D / 2) return x;
-    angle = channel / 2; sign = channel % 2 ? 1 : -1; other = channel ^ 1; at = position[0];
+    if (at >= D / 2) return raw;
+    const size_t entry = (size_t)position[0] * (D / 4) + at / 2;
+    const uint2 c = *(const uint2*)(a.cos + entry), s = *(const uint2*)(a.sin + entry);
+    cos = make_uint4(c.x, c.y, 0, 0); sin = make_uint4(s.x, s.y, 0, 0);
   }
-  const size_t entry = (size_t)at * (D / 4) + angle;
-  return rounded<BF>(x * to_float<BF>(a.cos[entry]) + sign * to_float<BF>(head[other]) * to_float<BF>(a.sin[entry]));
+#define PART(VECTOR, E) to_float<BF>(((const u16*)&VECTOR)[E])
+#pragma unroll
+  for (int e = 0; e < 8; ++e) {
+    const int angle = TWO_D ? e : e / 2;
+    const float sign = (TWO_D ? first : e % 2 == 0) ? -1 : 1;
+    const float partner = TWO_D ? PART(other, e) : PART(raw, e ^ 1);
+    ((u16*)&out)[e] = from_float<BF>(PART(raw, e) * PART(cos, angle) + sign * partner * PART(sin, angle));
+  }
+  return out;
 }
 
 template <int BF, int D, int TWO_D> __global__ void __launch_bounds__(128) attend(AttendArgs a) {
@@ -355,20 +399,20 @@ template <int BF, int D, int TWO_D> __global__ void __launch_bounds__(128) atten
   const int width = TWO_D ? a.heads * 3 * D : (a.heads + 2 * a.groups) * D;
   const u16* token = a.qkv + (size_t)b * width;
   const size_t cache = ((size_t)b * a.groups + group) * a.slots;
-  for (int i = threadIdx.x; i < 16 * D; i += 128) {
-    const int head = i / D, channel = i % D, h = group * per_group + head;
-    u16 q = 0;
-    if (head < per_group)
-      q = from_float<BF>(rotated<BF, D, TWO_D>(a, token + (TWO_D ? h * 3 * D : h * D), channel, a.positions + b * 2));
-    query[head][channel] = q;
+  const int* position = a.positions + b * 2;
+#pragma unroll
+  for (int i = 0; i < D / 64; ++i) {
+    const int at = (i * 128 + threadIdx.x) * 8, head = at / D, h = group * per_group + head;
+    uint4 q = make_uint4(0, 0, 0, 0);
+    if (head < per_group) q = rotated<BF, D, TWO_D>(a, token + (TWO_D ? h * 3 * D : h * D), at % D, position);
+    *(uint4*)&query[head][at % D] = q;
   }
-  if (end == slot + 1) {  // this block stores the new key and value
+  if (end == slot + 1 && threadIdx.x < D / 8) {  // this block stores the new key and value
     const u16* key = token + (TWO_D ? (group * 3 + 1) * D : (a.heads + group) * D);
     const u16* value = token + (TWO_D ? (group * 3 + 2) * D : (a.heads + a.groups + group) * D);
-    for (int i = threadIdx.x; i < D; i += 128) {
-      a.keys[(cache + slot) * D + i] = from_float<BF>(rotated<BF, D, TWO_D>(a, key, i, a.positions + b * 2));
-      a.values[(cache + slot) * D + i] = value[i];
-    }
+    const int at = threadIdx.x * 8;
+    *(uint4*)(a.keys + (cache + slot) * D + at) = rotated<BF, D, TWO_D>(a, key, at, position);
+    *(uint4*)(a.values + (cache + slot) * D + at) = *(const uint4*)(value + at);
   }
   __syncthreads();
   u32 q0[D / 8], q1[D / 8];  // heads g and g + 8, channels t * D / 4 ...
@@ -440,42 +484,64 @@ template <int BF, int D, int TWO_D> __global__ void __launch_bounds__(128) atten
 #pragma unroll
     for (int i = 0; i < 4; ++i) context[warp][g + i / 2 * 8][(t * 2 + i % 2) * (D / 8) + j] = acc[j][i];
   __syncthreads();
-  float* mine = a.partial + (((size_t)b * a.groups + group) * gridDim.x + split) * 16 * (D + 2);
+  const size_t pair_of = (size_t)b * a.groups + group;
+  float* contexts = a.partial + pair_of * gridDim.x * 16 * D;                                   // [splits, 16, D]
+  float* stats = a.partial + (size_t)gridDim.z * a.groups * gridDim.x * 16 * D + pair_of * gridDim.x * 32;
+  u16* out = a.out + (size_t)b * a.heads * D + group * per_group * D;
   for (int i = threadIdx.x; i < per_group * D; i += 128) {
     const int head = i / D, channel = i % D;
     float top = maxima[0][head], total = 0, sum = 0;
+#pragma unroll
     for (int w = 1; w < 4; ++w) top = fmaxf(top, maxima[w][head]);
+#pragma unroll
     for (int w = 0; w < 4; ++w) {
       const float weight = __expf(maxima[w][head] - top);
       total += weight * totals[w][head]; sum += weight * context[w][head][channel];
     }
-    if (splits == 1) {
-      a.out[(size_t)b * a.heads * D + (group * per_group + head) * D + channel] = from_float<BF>(sum / total);
-    } else {
-      mine[head * (D + 2) + channel] = sum;
-      if (channel == 0) { mine[head * (D + 2) + D] = top; mine[head * (D + 2) + D + 1] = total; }
-    }
+    if (splits == 1) { out[i] = from_float<BF>(sum / total); continue; }
+    contexts[split * 16 * D + i] = sum;
+    if (channel == 0) { stats[split * 32 + head * 2] = top; stats[split * 32 + head * 2 + 1] = total; }
   }
   if (splits == 1) return;
   __threadfence();
   __syncthreads();
-  u32* counter = a.counters + b * a.groups + group;
+  u32* counter = a.counters + pair_of;
   if (threadIdx.x == 0) is_last = atomicAdd(counter, 1u) == (u32)splits - 1;
   __syncthreads();
   if (!is_last) return;
   __threadfence();
   if (threadIdx.x == 0) *counter = 0;
-  const float* all = a.partial + ((size_t)b * a.groups + group) * gridDim.x * 16 * (D + 2);
-  for (int i = threadIdx.x; i < per_group * D; i += 128) {
-    const int head = i / D, channel = i % D;
-    float top = -1e30f, total = 0, sum = 0;
-    for (int s = 0; s < splits; ++s) top = fmaxf(top, __ldcg(all + (s * 16 + head) * (D + 2) + D));
-    for (int s = 0; s < splits; ++s) {
-      const float* p = all + (s * 16 + head) * (D + 2);
-      const float weight = __expf(__ldcg(p + D) - top);
-      total += weight * __ldcg(p + D + 1); sum += weight * __ldcg(p + channel);
+  for (int head = warp; head < per_group; head += 4) {  // a warp per head: first the weight of each split
+    float top = -1e30f, total = 0, mine = 0, weight = 0;
+    float sum[D / 32] = {};
+    for (int s = lane; s < splits; s += 32) top = fmaxf(top, __ldcg(stats + s * 32 + head * 2));
+#pragma unroll
+    for (int d = 16; d; d /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
+    for (int s0 = 0; s0 < splits; s0 += 32) {
+      weight = 0;
+      if (s0 + lane < splits) {
+        weight = __expf(__ldcg(stats + (s0 + lane) * 32 + head * 2) - top);
+        mine += weight * __ldcg(stats + (s0 + lane) * 32 + head * 2 + 1);
+      }
+      const int count = min(32, splits - s0);
+#pragma unroll 8
+      for (int s = 0; s < count; ++s) {
+        const float w = __shfl_sync(~0u, weight, s);
+        const float* part = contexts + ((s0 + s) * 16 + head) * D + lane * (D / 32);
+        if (D == 128) {
+          const float4 v = __ldcg((const float4*)part);
+          sum[0] += w * v.x; sum[1] += w * v.y; sum[D / 32 - 2] += w * v.z; sum[D / 32 - 1] += w * v.w;
+        } else {
+          const float2 v = __ldcg((const float2*)part);
+          sum[0] += w * v.x; sum[1] += w * v.y;
+        }
+      }
     }
-    a.out[(size_t)b * a.heads * D + (group * per_group + head) * D + channel] = from_float<BF>(sum / total);
+    total = mine;
+#pragma unroll
+    for (int d = 16; d; d /= 2) total += __shfl_xor_sync(~0u, total, d);
+#pragma unroll
+    for (int i = 0; i < D / 32; ++i) out[head * D + lane * (D / 32) + i] = from_float<BF>(sum[i] / total);
   }
 }
 """
