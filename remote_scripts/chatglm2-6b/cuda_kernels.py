@@ -16,7 +16,7 @@ from .cuda_source import SOURCE
 FORMATS = {"float": 0, "int8": 1, "int4": 2, "nf4": 3}
 EPILOGUES = {"store": 0, "residual": 1, "swiglu": 2, "gelu": 3}
 MAX_ROWS = 16
-MIN_KEYS_PER_SPLIT = 64
+MIN_KEYS_PER_SPLIT = 256
 MIN_CAPABILITY = (8, 0)  # mma.m16n8k16 and bf16
 PDL_CAPABILITY = (9, 0)
 
@@ -57,11 +57,14 @@ def tuning(kind: str, row_tiles: int, num_tiles: int, num_sms: int) -> Tuning:
         num_tiles: Tiles of 16 rows of the weight.
         num_sms: Multiprocessors of the GPU.
     """
-    if kind == "float" or (num_tiles <= 2 * num_sms and row_tiles == 1):
+    few = num_tiles <= (3 if row_tiles == 1 else 2) * num_sms
+    if kind == "float" or few:
         return Tuning(16, 1, 2, 2)
-    if kind == "nf4":
-        return Tuning(8, 3, 3, 3) if row_tiles == 1 else Tuning(8, 2, 3, 3)
-    return Tuning(8, 1, 4, 4)
+    if kind == "nf4" and row_tiles == 2:
+        return Tuning(8, 1, 2, 2, row_tiles=2)
+    if kind == "int8" and row_tiles == 1:
+        return Tuning(8, 1, 4, 4, row_tiles=2)
+    return Tuning(8, 1, 3, 3, row_tiles=2)
 
 
 class _Attribute(ctypes.Structure):
@@ -373,7 +376,7 @@ def attend_scratch(batch: int, groups: int, slots: int, channels: int, device) -
 
 
 def _num_splits(batch: int, groups: int, slots: int, device) -> int:
-    """Split the cache until the GPU is full twice, but not into pieces below MIN_KEYS_PER_SPLIT."""
+    """Split the cache until the GPU is full twice, but not below MIN_KEYS_PER_SPLIT: joining splits costs 4 us."""
     full = -(-2 * _num_sms(device) // (batch * groups))
     return max(1, min(full, -(-slots // MIN_KEYS_PER_SPLIT)))
 

@@ -184,7 +184,6 @@ __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) matvec(MatvecArgs a) {
   };
 #pragma unroll
   for (int d = 0; d < DEPTH; ++d) load(blockIdx.x, (warp + d * WARPS) * 4 + t, d);
-  let_successor_start();
   wait_for_predecessor();
   int parity = 0;
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, parity ^= 1) {
@@ -251,6 +250,7 @@ __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) matvec(MatvecArgs a) {
         for (int i = 0; i < 4; ++i)
           sums[parity][warp][rt * 16 + g + (i / 2) * 8][mt * 8 + t * 2 + i % 2] = acc[rt][mt][i];
     __syncthreads();
+    if (tile + gridDim.x >= tiles) let_successor_start();  // earlier: 7 % slower, it takes room and bandwidth
     for (int i = threadIdx.x; i < tile_rows * a.m; i += WARPS * 32) {
       const int r = i % tile_rows, m = i / tile_rows, row = tile * tile_rows + r;
       const int at_sum = EPI == SWIGLU ? r / 8 * 16 + r % 8 : r;
@@ -388,11 +388,10 @@ template <int BF, int D, int TWO_D> __global__ void __launch_bounds__(128) atten
   __shared__ bool is_last;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int group = blockIdx.y, b = blockIdx.z, per_group = a.heads / a.groups;
-  wait_for_predecessor();
-  let_successor_start();
+  // Length, positions and the older part of the cache were written a whole graph ago: they need no wait.
   const int slot = a.length[0], start = a.starts[b], num_keys = slot + 1 - start;
-  int per_split = (num_keys + gridDim.x - 1) / gridDim.x;
-  per_split = max((per_split + 15) / 16 * 16, MIN_KEYS);
+  const int parts = min((num_keys + MIN_KEYS - 1) / MIN_KEYS, (int)gridDim.x);
+  const int per_split = ((num_keys + parts - 1) / parts + 15) / 16 * 16;
   const int splits = (num_keys + per_split - 1) / per_split, split = blockIdx.x;
   if (split >= splits) return;
   const int begin = start + split * per_split, end = min(begin + per_split, slot + 1);
@@ -400,6 +399,26 @@ template <int BF, int D, int TWO_D> __global__ void __launch_bounds__(128) atten
   const u16* token = a.qkv + (size_t)b * width;
   const size_t cache = ((size_t)b * a.groups + group) * a.slots;
   const int* position = a.positions + b * 2;
+  uint4 k[D / 16], v[D / 16];  // 16 keys and values
+  auto load_keys = [&](int first) {
+#pragma unroll
+    for (int i = 0; i < D / 16; ++i) {
+      const int key = min(first + i / (D / 32) * 8 + g, slot);
+      k[i] = ((const uint4*)(a.keys + (cache + key) * D + t * (D / 4)))[i % (D / 32)];
+    }
+  };
+  auto load_values = [&](int first) {
+#pragma unroll
+    for (int i = 0; i < D / 16; ++i) {
+      const int row = i / (D / 64), key = min(first + t * 2 + row % 2 + row / 2 * 8, slot);
+      v[i] = ((const uint4*)(a.values + (cache + key) * D + g * (D / 8)))[i % (D / 64)];
+    }
+  };
+  int first = begin + warp * 16;
+  const bool is_old = first + 16 <= slot;
+  if (is_old) { load_keys(first); load_values(first); }
+  let_successor_start();
+  wait_for_predecessor();
 #pragma unroll
   for (int i = 0; i < D / 64; ++i) {
     const int at = (i * 128 + threadIdx.x) * 8, head = at / D, h = group * per_group + head;
@@ -421,18 +440,18 @@ template <int BF, int D, int TWO_D> __global__ void __launch_bounds__(128) atten
     q0[i] = ((const u32*)query[g])[t * D / 8 + i]; q1[i] = ((const u32*)query[g + 8])[t * D / 8 + i];
   }
   float acc[D / 8][4] = {}, top0 = -1e30f, top1 = -1e30f, sum0 = 0, sum1 = 0;
-  for (int first = begin + warp * 16; first < end; first += 64) {
+  if (!is_old) { load_keys(first); load_values(first); }
+  for (; first < end; first += 64) {
     float score[2][4] = {};
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint4* k = (const uint4*)(a.keys + (cache + min(first + half * 8 + g, slot)) * D + t * (D / 4));
+    for (int half = 0; half < 2; ++half)
 #pragma unroll
       for (int i = 0; i < D / 32; ++i) {
-        const uint4 v = k[i];
-        mma<BF>(score[half], q0[4 * i], q1[4 * i], q0[4 * i + 1], q1[4 * i + 1], v.x, v.y);
-        mma<BF>(score[half], q0[4 * i + 2], q1[4 * i + 2], q0[4 * i + 3], q1[4 * i + 3], v.z, v.w);
+        const uint4 w = k[half * (D / 32) + i];
+        mma<BF>(score[half], q0[4 * i], q1[4 * i], q0[4 * i + 1], q1[4 * i + 1], w.x, w.y);
+        mma<BF>(score[half], q0[4 * i + 2], q1[4 * i + 2], q0[4 * i + 3], q1[4 * i + 3], w.z, w.w);
       }
-    }
+    load_keys(first + 64);
     float new0 = top0, new1 = top1;
 #pragma unroll
     for (int half = 0; half < 2; ++half)
@@ -459,20 +478,15 @@ template <int BF, int D, int TWO_D> __global__ void __launch_bounds__(128) atten
     for (int j = 0; j < D / 8; ++j) { acc[j][0] *= fade0; acc[j][1] *= fade0; acc[j][2] *= fade1; acc[j][3] *= fade1; }
     const u32 p0 = pair<BF>(score[0][0], score[0][1]), p1 = pair<BF>(score[0][2], score[0][3]);
     const u32 p2 = pair<BF>(score[1][0], score[1][1]), p3 = pair<BF>(score[1][2], score[1][3]);
-    const u16* value = a.values + cache * D + g * (D / 8);
-    const u32* v[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) v[i] = (const u32*)(value + (size_t)min(first + t * 2 + i % 2 + i / 2 * 8, slot) * D);
 #pragma unroll
     for (int j = 0; j < D / 64; ++j) {
-      uint4 r[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) r[i] = ((const uint4*)v[i])[j];
+      const uint4 r[4] = {v[j], v[D / 64 + j], v[2 * (D / 64) + j], v[3 * (D / 64) + j]};
 #define PV(FIELD, TILE) \
   mma<BF>(acc[TILE], p0, p1, p2, p3, prmt(r[0].FIELD, r[1].FIELD, 0x5410), prmt(r[2].FIELD, r[3].FIELD, 0x5410)); \
   mma<BF>(acc[TILE + 1], p0, p1, p2, p3, prmt(r[0].FIELD, r[1].FIELD, 0x7632), prmt(r[2].FIELD, r[3].FIELD, 0x7632));
       PV(x, j * 8) PV(y, j * 8 + 2) PV(z, j * 8 + 4) PV(w, j * 8 + 6)
     }
+    load_values(first + 64);
   }
 #pragma unroll
   for (int d = 1; d < 4; d *= 2) { sum0 += __shfl_xor_sync(~0u, sum0, d); sum1 += __shfl_xor_sync(~0u, sum1, d); }
