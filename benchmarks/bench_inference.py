@@ -36,6 +36,7 @@ RESULTS_DIR = PROJECT_DIR / "benchmarks" / "results"
 PROMPT_TOKENS = 64
 LONG_CONTEXT = 2048  # prompt and new tokens together
 TARGETS = ["query_key_value"]
+FAILED = "failed"  # error of a row whose script failed
 EAGER = ("--use_cuda_graph=False",)
 
 
@@ -119,18 +120,20 @@ def bench_inference(
         for family in records:
             make_base(root, family, scale)
             for weights, group in itertools.groupby(chosen, key=lambda case: case.weights):
-                make_weights(root, weights)
+                if weights in WEIGHTS:
+                    WEIGHTS[weights](root, root / weights)
                 for case in group:
+                    label = f"{family.title if scale == '6b' else tiny_name(family)} {case.name}"
                     row = measure(case, root / weights, new_tokens, loop_number)
-                    result["models"].append({**row, "label": f"{family.title} {case.name}"})
+                    result["models"].append({**row, "label": label})
                     text = write_report(result, path)
-                if weights not in ("base", "adapter"):
+                if weights in WEIGHTS:
                     shutil.rmtree(root / weights)
             shutil.rmtree(root)
     finally:
         shutil.rmtree(root, ignore_errors=True)
     print(text)
-    if failed := [row["label"] for row in result["models"] if "failed" in row.get("error", "")]:
+    if failed := [row["label"] for row in result["models"] if row.get("error") == FAILED]:
         raise UserError(f"failed: {', '.join(failed)}; the log above says why")
 
 
@@ -151,14 +154,17 @@ def device_name() -> str:
     return re.sub(r"[^a-z0-9]+", "_", versions()["device"].lower().removeprefix("nvidia ")).strip("_")
 
 
-def run(*command: str | Path) -> str:
+def run(*command: object) -> str:
     """Run a Python script of this project; return its stdout, while stderr passes through.
 
     Raises:
-        subprocess.CalledProcessError: It failed.
+        UserError: It failed.
     """
     words = [sys.executable, *map(str, command)]
-    return subprocess.run(words, cwd=PROJECT_DIR, check=True, stdout=subprocess.PIPE, text=True).stdout
+    process = subprocess.run(words, cwd=PROJECT_DIR, stdout=subprocess.PIPE, text=True)
+    if process.returncode:
+        raise UserError(f"{' '.join(words[1:])}: exit code {process.returncode}")
+    return process.stdout
 
 
 # ---- models
@@ -175,15 +181,13 @@ def make_base(root: Path, family: Family, scale: str) -> None:
     if scale == "6b":
         run("benchmarks/random_checkpoint.py", "--output_path", root / "base", "--family", family.name)
     else:
-        shutil.copytree(PROJECT_DIR / "models" / f"{family.name.removesuffix('-6b')}-tiny", root / "base")
+        shutil.copytree(PROJECT_DIR / "models" / tiny_name(family), root / "base")
     random_adapter(root / "base", root / "adapter", TARGETS)
 
 
-def make_weights(root: Path, weights: str) -> None:
-    """Make a directory of models by its name; base and adapter are there."""
-    if weights in ("base", "adapter"):
-        return
-    WEIGHTS[weights](root, root / weights)
+def tiny_name(family: Family) -> str:
+    """Return the name of a family's small model in models/."""
+    return f"{family.name.removesuffix('-6b')}-tiny"
 
 
 def merge(root: Path, output_dir: Path, bits: int) -> None:
@@ -221,16 +225,16 @@ WEIGHTS = {
 
 
 def measure(case: Case, directory: Path, new_tokens: int, loop_number: int) -> dict:
-    """Run the case's script; return its row, which says "failed" if the script failed."""
+    """Run the case's script; return its row."""
     prompt_tokens = LONG_CONTEXT - new_tokens if case.is_long else PROMPT_TOKENS
     path_flag = "--lora_path" if case.weights == "adapter" else "--model_path"
     flags = [path_flag, directory, "--prompt_tokens", prompt_tokens, "--new_tokens", new_tokens]
     flags += ["--loop_number", loop_number, "--batch_size", case.batch_size, *case.flags]
     try:
         result = json.loads(run(case.script, *flags).splitlines()[-1])
-    except subprocess.CalledProcessError as error:
-        logger.error(f"{case.name}: exit code {error.returncode}")
-        return {"error": f"failed with exit code {error.returncode}"}
+    except UserError as error:
+        logger.error(str(error))
+        return {"error": FAILED}
     return {**result["models"][0], "copy_bytes_per_second": result["copy_bytes_per_second"]}
 
 

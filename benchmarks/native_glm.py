@@ -16,10 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from transformers import GlmConfig, GlmForCausalLM, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from glm_utils.checkpoint import DTYPES
 from glm_utils.checkpoint_files import read_json_object
 from glm_utils.cli import UserError, run_cli
-from glm_utils.inference_job import free_bytes
+from glm_utils.inference_job import auto_dtype, dtype_name, free_bytes
 from glm_utils.inference_measure import Generate, Workload, measure_model
 from glm_utils.inference_memory import copy_bandwidth
 from glm_utils.inference_report import write_report
@@ -34,7 +33,6 @@ def native_glm(
     new_tokens: int = 128,
     batch_size: int = 1,
     loop_number: int = 5,
-    dtype: str = "fp16",
     output_json: str | None = None,
 ) -> None:
     """Measure the native model.
@@ -45,16 +43,17 @@ def native_glm(
         new_tokens: Tokens to generate.
         batch_size: Sequences at once.
         loop_number: Measured repeats.
-        dtype: fp16, bf16 or fp32.
         output_json: File for the JSON object that is also printed.
     """
-    config = glm_config(read_json_object(Path(model_path) / "config.json"))
+    published = read_json_object(Path(model_path) / "config.json")
+    config = glm_config(published)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    dtype = auto_dtype(published, Path(model_path), device)
     bandwidth = copy_bandwidth(device, free_bytes(device))
     input_ids = torch.arange(prompt_tokens, device=device).repeat(batch_size, 1) % config.vocab_size
     workload = Workload(input_ids, new_tokens, loop_number)
-    load = functools.partial(random_glm, config, DTYPES[dtype], device)
-    row = {"label": "native Glm", "family": FAMILY, "weight_format": dtype}
+    load = functools.partial(random_glm, config, dtype, device)
+    row = {"label": "native Glm", "family": FAMILY, "weight_format": dtype_name(dtype)}
     row |= measure_model(load, native_generate, workload, bandwidth)
     print(write_report({"copy_bytes_per_second": bandwidth, "models": [row]}, output_json))
 

@@ -52,8 +52,7 @@ class Target:
     def weight_format(self) -> str:
         """The layers' weights: nf4, int4, int8, or the dtype's name."""
         bits = self.config.get("quantization_bit")
-        dtype_name = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
-        return "nf4" if self.load_in_4bit else f"int{bits}" if bits else dtype_name
+        return "nf4" if self.load_in_4bit else f"int{bits}" if bits else dtype_name(self.dtype)
 
     def load(self) -> PreTrainedModel:
         """Load the model; LoRA modules of an adapter lie inside it."""
@@ -116,6 +115,11 @@ def auto_dtype(config: dict, base_dir: Path, device: torch.device) -> torch.dtyp
     if found not in dtypes:
         raise UserError(f"{base_dir / 'config.json'}: dtype {found!r}. Give --dtype fp16, bf16 or fp32")
     return dtypes[found]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return fp16, bf16 or fp32."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizer, text: str, num_tokens: int | None) -> list[int]:

@@ -69,12 +69,13 @@ def measure_model(
         row |= {"weight_bytes": weight_bytes(model), "bytes_read_per_step": bytes_read_per_step(model, batch_size)}
         row["cold_first_token_seconds"], runs = time_runs(make_generate(model, workload), workload)
         row |= summarize(runs, num_prompt_tokens, batch_size)
-        row["bandwidth_share"] = row["decode_tokens_per_second"] * row["bytes_read_per_step"] / bandwidth
+        row["bound_tokens_per_second"] = bandwidth / row["bytes_read_per_step"]
+        row["bandwidth_share"] = row["decode_tokens_per_second"] / row["bound_tokens_per_second"]
         row |= peak_memory(device)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        logger.error(str(error))
+        logger.error(f"{type(error).__name__}: {error}")
         row["error"] = "out of memory"
     return row
 

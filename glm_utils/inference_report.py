@@ -85,6 +85,7 @@ def markdown_table(rows: list[dict]) -> str:
         cells = [f"{row[key] * factor:,.{decimals}f}" if key in row else "-" for row in rows]
         lines.append([text, *cells])
     lines[2][1:] = [row.get("error", cell) for row, cell in zip(rows, lines[2][1:], strict=True)]
+    lines.append(["weights of the layers", *(row.get("weight_format", "-") for row in rows)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
