@@ -20,6 +20,7 @@ from glm_utils.inference_memory import copy_bandwidth
 from glm_utils.inference_report import write_report
 
 INSTRUCTION = "类型#裙*颜色#白色*风格#简约*图案#刺绣"
+LEAST = {"loop_number": 1, "max_time": 0, "new_tokens": 2, "batch_size": 1}
 
 
 def inference_test(
@@ -54,8 +55,7 @@ def inference_test(
         output_json: File for the JSON object that is also printed.
     """
     arguments = dict(locals())
-    check_counts(loop_number=(loop_number, 1), new_tokens=(new_tokens, 2), batch_size=(batch_size, 1))
-    check_counts(max_time=(max_time or 0, 0))
+    check_counts(arguments)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     targets = resolve_targets(as_list(model_path), as_list(lora_path), load_in_4bit, dtype, device)
     prompts = [prompt_ids(load_tokenizer(target.base_dir), instruction_text, prompt_tokens) for target in targets]
@@ -73,11 +73,11 @@ def inference_test(
     print(write_report({"arguments": arguments, "copy_bytes_per_second": bandwidth, "models": rows}, output_json))
 
 
-def check_counts(**counts: tuple[int, int]) -> None:
-    """Refuse a count below its least value."""
-    for name, (value, least) in counts.items():
-        if value < least:
-            raise UserError(f"--{name} {value}: expected {least} or more")
+def check_counts(arguments: dict) -> None:
+    """Refuse a number below its least value."""
+    for name, least in LEAST.items():
+        if arguments[name] is not None and arguments[name] < least:
+            raise UserError(f"--{name} {arguments[name]}: expected {least} or more")
 
 
 def as_list(paths: str | list[str] | None) -> list[str]:

@@ -3,6 +3,7 @@
 Nothing here reads a weight: a model that does not fit is refused from its config before it is loaded.
 """
 
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,18 +84,23 @@ def resolve_targets(
     for path in lora_paths:
         adapter = read_adapter(Path(path).expanduser())
         found.append((path, find_base(adapter), adapter.directory))
-    names = Counter(Path(path).name for path, _, _ in found)
+    names = Counter(short_name(path) for path, _, _ in found)
     targets = []
     for path, base_dir, adapter_dir in found:
         config = check_checkpoint(base_dir)
         bits = config.get("quantization_bit")
         if bits and load_in_4bit:
             raise UserError(f"{base_dir}: int{bits} already. Leave --load_in_4bit out, or give the fp16 checkpoint")
-        name = Path(path).name if names[Path(path).name] == 1 else path
+        name = short_name(path) if names[short_name(path)] == 1 else path
         label = f"{base_dir.name} + {name}" if adapter_dir else name
         model_dtype = DTYPES.get(dtype) or auto_dtype(config, base_dir, device)
         targets.append(Target(label, base_dir, config, adapter_dir, load_in_4bit, model_dtype, device))
     return targets
+
+
+def short_name(path: str) -> str:
+    """Return a directory's own name, or the last part of a hub id."""
+    return os.path.basename(os.path.abspath(path))
 
 
 def auto_dtype(config: dict, base_dir: Path, device: torch.device) -> torch.dtype:
@@ -184,7 +190,7 @@ def check_fits(target: Target, batch_size: int, num_tokens: int) -> None:
         raise UserError(
             f"{target.label}: needs at least {(weights + cache) / 1e9:.2f} GB ({weights / 1e9:.2f} of weights as "
             f"{target.weight_format}, {cache / 1e9:.2f} of keys and values), {free / 1e9:.2f} GB are free on "
-            f"{target.device}. Free some, give an int4 model or --load_in_4bit, or lower --batch_size"
+            f"{target.device}. Free some, give an int4 model, or --load_in_4bit, or a smaller --dtype or --batch_size"
         )
 
 

@@ -67,7 +67,8 @@ def measure_model(
             torch.cuda.synchronize(device)
         row["load_seconds"] = time.perf_counter() - start_seconds
         row |= {"weight_bytes": weight_bytes(model), "bytes_read_per_step": bytes_read_per_step(model, batch_size)}
-        row["cold_first_token_seconds"], runs = time_runs(make_generate(model, workload), workload)
+        cold, runs = time_runs(make_generate(model, workload), workload)
+        row |= {"cold_first_token_seconds": cold[0], "cold_run_seconds": cold[-1]}
         row |= summarize(runs, num_prompt_tokens, batch_size)
         row["bound_tokens_per_second"] = bandwidth / row["bytes_read_per_step"]
         row["bandwidth_share"] = row["decode_tokens_per_second"] / row["bound_tokens_per_second"]
@@ -107,7 +108,7 @@ def stream_generate(model: PreTrainedModel, workload: Workload, fast_path: bool 
     return generate
 
 
-def time_runs(generate: Generate, workload: Workload) -> tuple[float, list[list[float]]]:
+def time_runs(generate: Generate, workload: Workload) -> tuple[list[float], list[list[float]]]:
     """Generate cold, then to warm up, then measure.
 
     Args:
@@ -115,7 +116,7 @@ def time_runs(generate: Generate, workload: Workload) -> tuple[float, list[list[
         workload: What to generate.
 
     Returns:
-        Seconds to the first token of the cold run, and seconds to each token of each measured run.
+        Seconds from the call to each token: of the cold run, and of each measured run.
     """
     clock = make_clock(workload.input_ids.device)
     cold = time_run(generate, clock, workload.new_tokens)
@@ -125,7 +126,7 @@ def time_runs(generate: Generate, workload: Workload) -> tuple[float, list[list[
     runs: list[list[float]] = []
     while not runs or (len(runs) < workload.loop_number and sum(run[-1] for run in runs) < max_time):
         runs.append(time_run(generate, clock, workload.new_tokens))
-    return cold[0], runs
+    return cold, runs
 
 
 def time_run(generate: Generate, clock: CpuClock | CudaClock, new_tokens: int) -> list[float]:

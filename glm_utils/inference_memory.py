@@ -88,7 +88,8 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 
     Returns:
         GPU: peak_allocated_bytes and peak_reserved_bytes of this process, and driver_bytes, all that is in use on the
-        card now, other processes included. CPU: peak_rss_bytes, the process' resident set.
+        card now, other processes included. CPU: peak_rss_bytes, the process' resident set, pages of mapped
+        weight files included.
     """
     if device.type == "cpu":
         return {"peak_rss_bytes": peak_rss_bytes()}

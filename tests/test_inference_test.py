@@ -25,6 +25,7 @@ from glm_utils.inference_memory import (
 from glm_utils.inference_report import TABLE_ROWS, markdown_table, summarize
 
 CPU = torch.device("cpu")
+AUTO_DTYPE = "fp16" if torch.cuda.is_available() else "fp32"  # of the small models, which are stored in fp16
 NUM_PROMPT, BATCH = 6, 3
 
 
@@ -113,6 +114,7 @@ def test_figures_of_a_model_with_known_times(clock):
     row = measure_model(lambda: model, stream_generate, workload(), bandwidth=1e4)
     assert model.num_runs == 1 + 1 + 4
     assert row["cold_first_token_seconds"] == pytest.approx(2.0)
+    assert row["cold_run_seconds"] == pytest.approx(3.0)
     assert row["ttft_seconds"] == pytest.approx(0.5)
     assert row["tpot_p50_seconds"] == row["tpot_p95_seconds"] == pytest.approx(0.25)
     assert row["prefill_tokens_per_second"] == pytest.approx(BATCH * NUM_PROMPT / 0.5)
@@ -271,7 +273,7 @@ def test_table_and_json_agree(measure, model_dir, int4_dir, adapter_dir, tmp_pat
     """A base, a quantised model and an adapter in one run; every cell is the JSON's number."""
     path = tmp_path / "out.json"
     cells, result = measure(
-        model_path=[str(model_dir), str(int4_dir)], lora_path=str(adapter_dir), output_json=str(path)
+        model_path=[str(model_dir), str(int4_dir)], lora_path=str(adapter_dir), dtype="fp32", output_json=str(path)
     )
     rows = result["models"]
     assert [row["label"] for row in rows] == ["model", "int4", "model + adapter"] == cells[0][1:]
@@ -385,11 +387,11 @@ def no_loading(monkeypatch):
 
 
 def test_model_that_does_not_fit_is_refused_before_loading(model_dir, no_loading, monkeypatch):
-    (target,) = resolve_targets([str(model_dir)], [], False, "auto", CPU)
+    (target,) = resolve_targets([str(model_dir)], [], False, "fp32", CPU)
     weights, cache = estimate_bytes(target, 2, 60)
     monkeypatch.setattr(inference_job, "free_bytes", lambda device: weights + cache - 1)
     with pytest.raises(UserError, match=r"needs at least .* GB .* free"):
-        stage.inference_test(model_path=str(model_dir), batch_size=2, prompt_tokens=30, new_tokens=30)
+        stage.inference_test(model_path=str(model_dir), dtype="fp32", batch_size=2, prompt_tokens=30, new_tokens=30)
 
 
 def test_estimate_at_6b_size(family, fixture_dir, model_dir, tmp_path, no_loading, monkeypatch):
@@ -466,7 +468,7 @@ def test_native_model_has_our_size(benchmark_modules, capsys):
     native_glm.native_glm(model_path=str(model_dir), prompt_tokens=7, new_tokens=3, batch_size=2, loop_number=1)
     (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["models"]
     assert (row["num_new_tokens"], row["num_prompt_tokens"], row["batch_size"]) == (3, 7, 2)
-    ours = weight_bytes(load_base_model(model_dir))
+    ours = weight_bytes(load_base_model(model_dir, dtype=AUTO_DTYPE))
     assert row["weight_bytes"] == pytest.approx(ours, rel=1e-4)  # but for the table of rotary frequencies
     with pytest.raises(UserError, match="only ChatGLM2"):
         native_glm.native_glm(model_path=str(PROJECT_DIR / "models/chatglm-tiny"), prompt_tokens=7)
@@ -496,7 +498,7 @@ def test_benchmark_measures_base_and_merged_models(tmp_path, benchmark_modules, 
     assert [row["label"] for row in result["models"]] == [
         f"chatglm-tiny {case.name}" for case in bench.PARTS["models"]
     ]
-    assert [row["weight_format"] for row in result["models"]] == ["fp32", "int4", "fp32", "int4"]
+    assert [row["weight_format"] for row in result["models"]] == [AUTO_DTYPE, "int4", AUTO_DTYPE, "int4"]
     assert all(row["num_prompt_tokens"] == bench.PROMPT_TOKENS for row in result["models"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
     assert not (tmp_path / "w").exists()
