@@ -83,17 +83,18 @@ def resolve_targets(
     found = [(path, resolve_checkpoint_dir(path), None) for path in model_paths]
     for path in lora_paths:
         adapter = read_adapter(Path(path).expanduser())
-        found.append((path, find_base(adapter), adapter.directory))
+        found.append((path, find_base(adapter), adapter))
     names = Counter(short_name(path) for path, _, _ in found)
     targets = []
-    for path, base_dir, adapter_dir in found:
+    for path, base_dir, adapter in found:
         config = check_checkpoint(base_dir)
         bits = config.get("quantization_bit")
         if bits and load_in_4bit:
             raise UserError(f"{base_dir}: int{bits} already. Leave --load_in_4bit out, or give the fp16 checkpoint")
         name = short_name(path) if names[short_name(path)] == 1 else path
-        label = f"{base_dir.name} + {name}" if adapter_dir else name
+        label = f"{short_name(adapter.base_name)} + {name}" if adapter else name
         model_dtype = DTYPES.get(dtype) or auto_dtype(config, base_dir, device)
+        adapter_dir = adapter.directory if adapter else None
         targets.append(Target(label, base_dir, config, adapter_dir, load_in_4bit, model_dtype, device))
     return targets
 
