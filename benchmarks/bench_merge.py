@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from random_checkpoint import find_family, random_adapter
+from random_checkpoint import random_adapter
 
 from glm_utils.checkpoint_files import weight_files
 from glm_utils.cli import UserError, run_cli
@@ -57,7 +57,7 @@ def bench_merge(
         maker = str(PROJECT_DIR / "benchmarks" / "random_checkpoint.py")  # apart: its peak is not ours
         subprocess.run([sys.executable, maker, "--output_path", str(base_dir), "--family", family], check=True)
         targets = list(LINEAR_NAMES) if all_linear else ["query_key_value"]
-        random_adapter(base_dir, adapter_dir, find_family(family), targets)
+        random_adapter(base_dir, adapter_dir, targets)
         extra = ["--remote_scripts_dir", remote_scripts_dir] if remote_scripts_dir else []
         num_bytes = sum(path.stat().st_size for path in weight_files(base_dir))
         result = {"benchmark": "merge", "family": family, "targets": targets, "base_bytes": num_bytes, "merges": []}

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from glm_utils.cli import UserError, run_cli
 from glm_utils.family import FAMILIES, PROJECT_DIR, Family
+from glm_utils.shards import CheckpointReader
 
 SHARD_BYTES = 1_900_000_000
 NOISE_ELEMENTS = 1 << 24
@@ -82,25 +83,24 @@ def random_checkpoint(*, output_path: str, family: str = "chatglm2-6b", bin_file
         shutil.copyfile(small_dir / file_name, output_dir / file_name)
 
 
-def random_adapter(base_dir: Path, adapter_dir: Path, family: Family, targets: list[str], rank: int = 8) -> None:
+def random_adapter(base_dir: Path, adapter_dir: Path, targets: list[str], rank: int = 8) -> None:
     """Write a random LoRA adapter, in peft's format.
 
     Args:
         base_dir: Directory of the base, named in the adapter.
         adapter_dir: Directory to make.
-        family: The base's family.
         targets: Names of the adapted Linear modules.
         rank: Rank of the matrices.
     """
     adapter_dir.mkdir(parents=True)
-    shapes = json.loads((FIXTURES_DIR / family.name / "state_dict_6b.json").read_text())["shapes"]
     generator = torch.Generator().manual_seed(1)
     pairs = {}
-    for name, shape in shapes.items():
+    for name, spec in CheckpointReader(base_dir).specs.items():
         path = name.removesuffix(".weight")
         if path != name and path.rpartition(".")[2] in targets:
-            pairs[f"base_model.model.{path}.lora_A.weight"] = 0.01 * torch.randn(rank, shape[1], generator=generator)
-            pairs[f"base_model.model.{path}.lora_B.weight"] = 0.01 * torch.randn(shape[0], rank, generator=generator)
+            num_out, num_in = spec.shape
+            pairs[f"base_model.model.{path}.lora_A.weight"] = 0.01 * torch.randn(rank, num_in, generator=generator)
+            pairs[f"base_model.model.{path}.lora_B.weight"] = 0.01 * torch.randn(num_out, rank, generator=generator)
     save_file(pairs, adapter_dir / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 32, "bias": "none"}
     config |= {"target_modules": targets, "base_model_name_or_path": str(base_dir)}

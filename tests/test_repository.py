@@ -12,12 +12,18 @@ import sys
 import pytest
 
 import chat_demo
+import inference_test
 import merge_lora_and_quantize
 import train_qlora
 from glm_utils.family import FAMILIES
 from tests.conftest import PROJECT_DIR
 
-STAGES = (train_qlora.train_qlora, merge_lora_and_quantize.merge_lora_and_quantize, chat_demo.chat_demo)
+STAGES = (
+    train_qlora.train_qlora,
+    merge_lora_and_quantize.merge_lora_and_quantize,
+    inference_test.inference_test,
+    chat_demo.chat_demo,
+)
 OWN_PACKAGES = {"glm_utils", "remote_scripts", "tests", "tools", "benchmarks"}
 REMOTE_PACKAGES = {"torch", "transformers", "sentencepiece"}
 READMES = ("README.md", "README_zh.md")

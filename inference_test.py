@@ -1,0 +1,94 @@
+"""Measure generation: model directories -> a table of tokens/s, latency and memory, and one JSON object.
+
+    python inference_test.py --model_path saved_files/merged_fp16,saved_files/merged_int4
+
+Greedy, a fixed number of new tokens (an end token does not stop), the first run after loading apart, one run to warm
+up, then the measured ones. The table goes to stdout, the JSON object is its last line, the log goes to stderr.
+"""
+
+import functools
+from typing import Literal
+
+import torch
+from loguru import logger
+
+from glm_utils.checkpoint import load_tokenizer
+from glm_utils.cli import UserError, run_cli
+from glm_utils.inference_job import Target, check_context, check_fits, free_bytes, prompt_ids, resolve_targets
+from glm_utils.inference_measure import Workload, measure_model, stream_generate
+from glm_utils.inference_memory import copy_bandwidth
+from glm_utils.inference_report import write_report
+
+INSTRUCTION = "类型#裙*颜色#白色*风格#简约*图案#刺绣"
+LEAST = {"loop_number": 1, "max_time": 0, "new_tokens": 2, "batch_size": 1}
+
+
+def inference_test(
+    *,
+    model_path: str | list[str] | None = None,
+    lora_path: str | list[str] | None = None,
+    loop_number: int = 5,
+    max_time: float | None = None,
+    instruction_text: str = INSTRUCTION,
+    new_tokens: int = 128,
+    prompt_tokens: int | None = None,
+    batch_size: int = 1,
+    dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto",
+    load_in_4bit: bool = False,
+    use_cuda_graph: bool = True,
+    output_json: str | None = None,
+) -> None:
+    """Measure models one after the other, on the first GPU or, without one, on the CPU.
+
+    Args:
+        model_path: Base or merged model: a directory or hub id, or several joined by commas.
+        lora_path: Adapter to put, unmerged, on the base it names: a directory, or several joined by commas.
+        loop_number: Measured repeats of each model.
+        max_time: Seconds of measured repeats after which no further one starts. Default: no limit.
+        instruction_text: The prompt.
+        new_tokens: Tokens to generate, 2 or more.
+        prompt_tokens: Length to which the prompt is repeated or cut. Default: as it is.
+        batch_size: Sequences at once; all are the same prompt.
+        dtype: fp16, bf16, fp32, or auto: the checkpoint's on a GPU, fp32 on the CPU.
+        load_in_4bit: Quantise the layers to NF4 (bitsandbytes) while loading.
+        use_cuda_graph: Leave the fast decoding path on.
+        output_json: File for the JSON object that is also printed.
+    """
+    arguments = dict(locals())
+    check_counts(arguments)
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    targets = resolve_targets(as_list(model_path), as_list(lora_path), load_in_4bit, dtype, device)
+    prompts = [prompt_ids(load_tokenizer(target.base_dir), instruction_text, prompt_tokens) for target in targets]
+    for target, prompt in zip(targets, prompts, strict=True):
+        check_context(target, len(prompt), new_tokens)
+        check_fits(target, batch_size, len(prompt) + new_tokens)
+    bandwidth = copy_bandwidth(device, free_bytes(device))
+    logger.info(f"{device}: copies {bandwidth / 1e9:,.1f} GB/s, read plus written")
+    make_generate = functools.partial(stream_generate, fast_path=use_cuda_graph)
+    rows = []
+    for target, prompt in zip(targets, prompts, strict=True):
+        logger.info(f"{target.label}: {target.weight_format}")
+        workload = Workload(torch.tensor([prompt] * batch_size, device=device), new_tokens, loop_number, max_time)
+        rows.append(describe(target) | measure_model(target.load, make_generate, workload, bandwidth))
+    print(write_report({"arguments": arguments, "copy_bytes_per_second": bandwidth, "models": rows}, output_json))
+
+
+def check_counts(arguments: dict) -> None:
+    """Refuse a number below its least value."""
+    for name, least in LEAST.items():
+        if arguments[name] is not None and arguments[name] < least:
+            raise UserError(f"--{name} {arguments[name]}: expected {least} or more")
+
+
+def as_list(paths: str | list[str] | None) -> list[str]:
+    """Return one path, several or none as a list."""
+    return [paths] if isinstance(paths, str) else paths or []
+
+
+def describe(target: Target) -> dict:
+    """Return what identifies a model in its row."""
+    return {"label": target.label, "family": target.family.name, "weight_format": target.weight_format}
+
+
+if __name__ == "__main__":
+    run_cli(inference_test)

@@ -1,0 +1,547 @@
+"""inference_test.py: the arithmetic on a clock that is moved by hand, what is counted, every refusal, real runs."""
+
+import gc
+import json
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import inference_test as stage
+from glm_utils import device_clock, inference_job, inference_memory
+from glm_utils.checkpoint import load_adapter, load_base_model, load_tokenizer
+from glm_utils.cli import UserError, run_cli
+from glm_utils.family import PROJECT_DIR
+from glm_utils.inference_job import Target, estimate_bytes, prompt_ids, resolve_targets
+from glm_utils.inference_measure import Workload, measure_model, stream_generate, time_run
+from glm_utils.inference_memory import (
+    bytes_read_per_step,
+    copy_bandwidth,
+    peak_memory,
+    reset_peak_memory,
+    weight_bytes,
+)
+from glm_utils.inference_report import TABLE_ROWS, markdown_table, summarize
+
+CPU = torch.device("cpu")
+AUTO_DTYPE = "fp16" if torch.cuda.is_available() else "fp32"  # of the small models, which are stored in fp16
+NUM_PROMPT, BATCH = 6, 3
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until it is moved: seconds are clock.now."""
+
+    class Clock:
+        now = 100.0
+
+    monkeypatch.setattr(device_clock.time, "perf_counter", lambda: Clock.now)
+    return Clock
+
+
+class TimedModel(nn.Module):
+    """A model whose tokens take known times: 2 s for the first run's first token, then 0.5 s, later tokens 0.25 s."""
+
+    def __init__(self, clock, step_seconds=0.25):
+        super().__init__()
+        self.clock, self.step_seconds, self.num_runs = clock, step_seconds, 0
+        self.embedding, self.output_layer = nn.Embedding(10, 4), nn.Linear(4, 10, bias=False)
+        self.settings = {}
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def get_output_embeddings(self):
+        return self.output_layer
+
+    def stream_generate(self, ids, max_new_tokens, **settings):
+        self.settings = settings
+        self.num_runs += 1
+        for step in range(max_new_tokens):
+            self.clock.now += self.step_seconds if step else 2.0 if self.num_runs == 1 else 0.5
+            ids = torch.cat((ids, ids[:, :1]), dim=1)
+            yield ids
+
+
+def workload(new_tokens=5, loop_number=4, max_time=None):
+    return Workload(torch.ones(BATCH, NUM_PROMPT, dtype=torch.long), new_tokens, loop_number, max_time)
+
+
+@pytest.fixture
+def int4_dir(model_dir, tmp_path):
+    """The golden model in int4."""
+    load_base_model(model_dir).quantize(4).save_pretrained(tmp_path / "int4")
+    load_tokenizer(model_dir).save_pretrained(tmp_path / "int4")
+    return tmp_path / "int4"
+
+
+@pytest.fixture
+def benchmark_modules(monkeypatch):
+    """Let the benchmarks be imported as they import each other."""
+    monkeypatch.syspath_prepend(str(PROJECT_DIR / "benchmarks"))
+
+
+@pytest.fixture
+def adapter_dir(model_dir, tmp_path, benchmark_modules):
+    """A random adapter for the golden model."""
+    from random_checkpoint import random_adapter
+
+    random_adapter(model_dir, tmp_path / "adapter", ["query_key_value"])
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def measure(capsys):
+    """Run the stage; returns the table's lines, split in cells, and the JSON object of the last line."""
+
+    def run(**flags):
+        stage.inference_test(**{"loop_number": 2, "new_tokens": 4, **flags})
+        *table, blank, last = capsys.readouterr().out.splitlines()
+        assert blank == ""
+        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+        return cells, json.loads(last)
+
+    return run
+
+
+# ---- times
+
+
+def test_figures_of_a_model_with_known_times(clock):
+    """2 s cold; then 0.5 s to the first token and four gaps of 0.25 s: the cold run and the warm-up do not count."""
+    model = TimedModel(clock)
+    row = measure_model(lambda: model, stream_generate, workload(), bandwidth=1e4)
+    assert model.num_runs == 1 + 1 + 4
+    assert row["cold_first_token_seconds"] == pytest.approx(2.0)
+    assert row["cold_run_seconds"] == pytest.approx(3.0)
+    assert row["ttft_seconds"] == pytest.approx(0.5)
+    assert row["tpot_p50_seconds"] == row["tpot_p95_seconds"] == pytest.approx(0.25)
+    assert row["prefill_tokens_per_second"] == pytest.approx(BATCH * NUM_PROMPT / 0.5)
+    assert row["decode_tokens_per_second"] == pytest.approx(4.0)
+    assert row["decode_tokens_per_second_total"] == pytest.approx(12.0)
+    assert row["tokens_per_second"] == pytest.approx(BATCH * 5 / 1.5)
+    assert row["decode_spread"] == pytest.approx(0.0)
+    assert (row["num_runs"], row["num_new_tokens"], row["num_prompt_tokens"], row["batch_size"]) == (4, 5, 6, 3)
+    read = 40 * 4 + BATCH * 4 * 4  # output layer, and three rows of the embedding, fp32
+    assert row["weight_bytes"] == 2 * 40 * 4
+    assert row["bytes_read_per_step"] == read
+    assert row["bound_tokens_per_second"] == pytest.approx(1e4 / read)
+    assert row["bandwidth_share"] == pytest.approx(4.0 * read / 1e4)
+    assert row["peak_rss_bytes"] > 0
+
+
+def test_load_time_is_measured(clock):
+    def load():
+        clock.now += 7.0
+        return TimedModel(clock)
+
+    assert measure_model(load, stream_generate, workload(), 1.0)["load_seconds"] == pytest.approx(7.0)
+
+
+@pytest.mark.parametrize(("max_time", "num_runs"), [(None, 4), (10.0, 4), (3.1, 3), (3.0, 2), (0.0, 1)])
+def test_no_run_starts_after_max_time(clock, max_time, num_runs):
+    row = measure_model(lambda: TimedModel(clock), stream_generate, workload(max_time=max_time), 1.0)
+    assert row["num_runs"] == num_runs  # of 1.5 s each
+
+
+def test_medians_percentiles_and_spread():
+    runs = [[0.4, 0.5, 0.6], [0.2, 0.4, 0.6], [0.3, 0.7, 0.8]]
+    row = summarize(runs, num_prompt_tokens=12, batch_size=2)
+    assert row["ttft_seconds"] == pytest.approx(0.3)
+    assert row["prefill_tokens_per_second"] == pytest.approx(2 * 12 / 0.3)
+    assert row["tpot_p50_seconds"] == pytest.approx(0.1)  # of 0.1 0.1 0.1 0.2 0.2 0.4
+    assert row["tpot_p95_seconds"] == pytest.approx(0.4)
+    assert row["decode_tokens_per_second"] == pytest.approx(5.0)  # of 10, 5, 4
+    assert row["decode_spread"] == pytest.approx((10 - 4) / 5)
+    assert row["tokens_per_second"] == pytest.approx(2 * 3 / 0.6)
+    assert [run["total_seconds"] for run in row["runs"]] == [0.6, 0.6, 0.8]
+
+
+@pytest.mark.parametrize("num_generated", [4, 6])
+def test_another_number_of_tokens_is_an_error(num_generated):
+    def generate(mark):
+        for _ in range(num_generated):
+            mark()
+        return num_generated
+
+    with pytest.raises(RuntimeError, match=f"{num_generated} tokens .* instead of 5"):
+        time_run(generate, device_clock.CpuClock(), 5)
+
+
+def test_end_token_does_not_stop(golden_model, tokenizer):
+    """Every id is an end token: the model alone stops after one, the measured run goes on."""
+    golden_model.generation_config.eos_token_id = list(range(golden_model.config.vocab_size))
+    ids = torch.tensor([tokenizer.encode_prompt("你好")])
+    assert len(list(golden_model.stream_generate(ids, max_new_tokens=9, do_sample=False))) == 1
+    generate = stream_generate(golden_model, Workload(ids, new_tokens=9, loop_number=1))
+    assert len(time_run(generate, device_clock.CpuClock(), 9)) == 9
+
+
+def test_fast_path_is_switched_off_only_when_asked(clock):
+    model = TimedModel(clock)
+    stream_generate(model, workload())(lambda: None)
+    assert "use_cuda_graph" not in model.settings
+    stream_generate(model, workload(), fast_path=False)(lambda: None)
+    assert model.settings["use_cuda_graph"] is False
+
+
+# ---- bytes
+
+
+def test_every_weight_is_counted(golden_model):
+    """Layers, norms and output layer whole, two rows of the embedding; the state dict says how much that is."""
+    embedding = golden_model.get_input_embeddings().weight
+    total = sum(tensor.nbytes for tensor in golden_model.state_dict().values())
+    assert weight_bytes(golden_model) == total
+    assert bytes_read_per_step(golden_model, 2) == total - embedding.nbytes + 2 * embedding[0].nbytes
+    golden_model.get_output_embeddings().weight = embedding
+    assert weight_bytes(golden_model) == total - embedding.nbytes
+    assert bytes_read_per_step(golden_model, 2) == total - embedding.nbytes + 2 * embedding[0].nbytes
+
+
+@pytest.mark.parametrize("form", ["fp32", "fp16", "int4", "nf4", "nf4 + adapter"])
+def test_estimate_equals_what_is_loaded(form, model_dir, int4_dir, adapter_dir):
+    paths = (
+        ([str(int4_dir if form == "int4" else model_dir)], []) if "adapter" not in form else ([], [str(adapter_dir)])
+    )
+    dtype = form if form.startswith("fp") else "fp32"
+    (target,) = resolve_targets(*paths, form.startswith("nf4"), dtype, CPU)
+    assert target.weight_format == form.removesuffix(" + adapter")
+    weights, cache = estimate_bytes(target, batch_size=3, num_tokens=10)
+    loaded = weight_bytes(target.load())
+    tables = 3 * 4 * 512  # bitsandbytes keeps code tables with each weight, and blocks are rounded up
+    assert (
+        loaded == pytest.approx(weights, rel=0.02, abs=0)
+        if form.startswith("nf4")
+        else abs(loaded - weights) <= tables
+    )
+    config = target.load().config
+    channels = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    assert cache == 3 * 10 * 2 * channels * target.dtype.itemsize
+
+
+def test_copy_bandwidth_counts_reading_and_writing(clock, monkeypatch):
+    """The fastest copy counts; it takes 0.1 s."""
+    seconds = iter([0.4, 0.1, *[0.2] * (inference_memory.NUM_COPIES - 2)])
+
+    class SlowClock(device_clock.CpuClock):
+        def mark(self):
+            clock.now += next(seconds)
+            super().mark()
+
+    monkeypatch.setattr(inference_memory, "make_clock", lambda device: SlowClock())
+    assert copy_bandwidth(CPU, free=8000) == pytest.approx(2 * 1000 / 0.1)
+
+
+def test_peak_memory_starts_anew():
+    block = torch.ones(64 << 20, dtype=torch.uint8)
+    high = peak_memory(CPU)["peak_rss_bytes"]
+    del block
+    reset_peak_memory(CPU)
+    assert peak_memory(CPU)["peak_rss_bytes"] <= high - (32 << 20)
+    block = torch.ones(64 << 20, dtype=torch.uint8)
+    assert peak_memory(CPU)["peak_rss_bytes"] >= high - (32 << 20)
+    del block
+
+
+# ---- the prompt
+
+
+@pytest.mark.parametrize("num_tokens", [3, 4, 17, 200])
+def test_prompt_of_a_given_length(tokenizer, num_tokens):
+    text = "类型#裙*颜色#白色<sop>[gMASK]"
+    whole, ids = prompt_ids(tokenizer, text, None), prompt_ids(tokenizer, text, num_tokens)
+    assert whole == tokenizer.encode_prompt(text)
+    assert len(ids) == num_tokens
+    special = tokenizer.build_inputs_with_special_tokens([])
+    body = [token for token in whole if token not in special]
+    repeated = (body * num_tokens)[: num_tokens - len(special)]
+    assert ids == tokenizer.build_inputs_with_special_tokens(repeated)
+
+
+@pytest.mark.parametrize(("text", "num_tokens"), [("你好", 2), ("你好", -1)])
+def test_prompt_without_room_is_refused(tokenizer, text, num_tokens):
+    with pytest.raises(UserError, match="--prompt_tokens"):
+        prompt_ids(tokenizer, text, num_tokens)
+
+
+# ---- whole runs
+
+
+def test_table_and_json_agree(measure, model_dir, int4_dir, adapter_dir, tmp_path):
+    """A base, a quantised model and an adapter in one run; every cell is the JSON's number."""
+    path = tmp_path / "out.json"
+    cells, result = measure(
+        model_path=[str(model_dir), str(int4_dir)], lora_path=str(adapter_dir), dtype="fp32", output_json=str(path)
+    )
+    rows = result["models"]
+    assert [row["label"] for row in rows] == ["model", "int4", "model + adapter"] == cells[0][1:]
+    assert [row["weight_format"] for row in rows] == ["fp32", "int4", "fp32"] == cells[-1][1:]
+    assert [line[0] for line in cells[2:4]] == ["token_number/s", "gpu memory use (peak reserved, GB)"]
+    for (text, key, factor, decimals), line in zip(TABLE_ROWS, cells[2:], strict=False):
+        expected = [f"{row[key] * factor:,.{decimals}f}" if key in row else "-" for row in rows]
+        assert line == [text, *expected]
+    for row in rows:
+        assert (row["num_runs"], row["num_new_tokens"]) == (2, 4)
+        assert row["num_prompt_tokens"] == len(load_tokenizer(model_dir).encode_prompt(stage.INSTRUCTION))
+        assert row["ttft_seconds"] > 0
+        assert "peak_allocated_bytes" in row or "peak_rss_bytes" in row
+        share = row["decode_tokens_per_second"] * row["bytes_read_per_step"] / result["copy_bytes_per_second"]
+        assert row["bandwidth_share"] == pytest.approx(share)
+    assert rows[2]["weight_bytes"] > rows[0]["weight_bytes"] > rows[1]["weight_bytes"]
+    assert {"torch", "device"} <= result["versions"].keys()
+    assert json.loads(path.read_text("utf-8")) == result
+
+
+@pytest.mark.parametrize("name", ["chatglm-tiny", "chatglm2-tiny"])
+def test_nf4_with_adapter(measure, name, tmp_path, benchmark_modules):
+    from random_checkpoint import random_adapter
+
+    random_adapter(PROJECT_DIR / "models" / name, tmp_path / "adapter", ["query_key_value", "dense"])
+    _, result = measure(lora_path=str(tmp_path / "adapter"), load_in_4bit=True, batch_size=2, prompt_tokens=11)
+    (row,) = result["models"]
+    assert (row["label"], row["weight_format"]) == (f"{name} + adapter", "nf4")
+    assert (row["batch_size"], row["num_prompt_tokens"]) == (2, 11)
+    assert row["decode_tokens_per_second_total"] == pytest.approx(2 * row["decode_tokens_per_second"])
+
+
+def test_adapter_is_part_of_what_is_measured(model_dir, adapter_dir):
+    """The measured model generates what the PeftModel does, not what the base does."""
+    (target,) = resolve_targets([], [str(adapter_dir)], False, "fp32", CPU)
+    ids = torch.tensor([load_tokenizer(model_dir).encode_prompt("你好")])
+    base = load_base_model(model_dir)
+    with torch.no_grad():
+        plain, measured = base(ids).logits, target.load()(ids).logits
+        expected = load_adapter(base, adapter_dir)(input_ids=ids).logits
+    assert torch.equal(measured, expected)
+    assert not torch.allclose(measured, plain, atol=1e-4)
+
+
+def test_models_of_one_name_are_told_apart(model_dir, family_name):
+    """Two directories of one name show their paths."""
+    other = str(model_dir / ".." / "model")
+    labels = [target.label for target in resolve_targets([str(model_dir), other], [], False, "auto", CPU)]
+    assert labels == [str(model_dir), other]
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        (torch.OutOfMemoryError, "CUDA out of memory."),
+        (RuntimeError, "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+        (MemoryError, ""),
+    ],
+    ids=["cuda", "cpu", "python"],
+)
+def test_out_of_memory_ends_its_row_only(measure, model_dir, int4_dir, monkeypatch, kind, message):
+    """The second model runs out after loading; the first and the third are measured."""
+    load, loaded = Target.load, []
+
+    def failing_load(target):
+        model = load(target)
+        loaded.append(weakref.ref(model))
+        if len(loaded) == 2:
+            model.stream_generate = raising(kind, message)
+        return model
+
+    monkeypatch.setattr(Target, "load", failing_load)
+    cells, result = measure(model_path=[str(model_dir), str(int4_dir), str(model_dir)])
+    gc.collect()
+    assert [model() for model in loaded] == [None] * 3  # nothing keeps a model once it is measured
+    assert cells[2][2] == "out of memory"
+    assert [cell == "-" for cell in next(line for line in cells if line[0] == "TTFT (ms)")[1:]] == [False, True, False]
+    first, second, third = result["models"]
+    assert second["error"] == "out of memory"
+    assert first["num_runs"] == third["num_runs"] == 2
+    assert "error" not in first.keys() | third.keys()
+
+
+def raising(kind, message):
+    def generate(*args, **kwargs):
+        raise kind(message)
+
+    return generate
+
+
+def test_other_errors_are_not_called_out_of_memory(clock):
+    model = TimedModel(clock)
+    model.stream_generate = raising(RuntimeError, "shapes do not match")
+    with pytest.raises(RuntimeError, match="shapes"):
+        measure_model(lambda: model, stream_generate, workload(), 1.0)
+
+
+def test_table_shows_why_a_model_has_no_figures():
+    table = markdown_table([{"label": "a|b", "error": "out of memory"}, {"label": "c", "tokens_per_second": 1234.5}])
+    lines = table.splitlines()
+    assert lines[0] == "|  | a\\|b | c |"
+    assert lines[2] == "| token_number/s | out of memory | 1,234.50 |"
+
+
+# ---- refusals
+
+
+@pytest.fixture
+def no_loading(monkeypatch):
+    monkeypatch.setattr(Target, "load", lambda target: pytest.fail("a model was loaded"))
+
+
+def test_model_that_does_not_fit_is_refused_before_loading(model_dir, no_loading, monkeypatch):
+    (target,) = resolve_targets([str(model_dir)], [], False, "fp32", CPU)
+    weights, cache = estimate_bytes(target, 2, 60)
+    monkeypatch.setattr(inference_job, "free_bytes", lambda device: weights + cache - 1)
+    with pytest.raises(UserError, match=r"needs at least .* GB .* free"):
+        stage.inference_test(model_path=str(model_dir), dtype="fp32", batch_size=2, prompt_tokens=30, new_tokens=30)
+
+
+def test_estimate_at_6b_size(family, fixture_dir, model_dir, tmp_path, no_loading, monkeypatch):
+    """The message names the fp16 weights of the published model; only its config is read for that."""
+    published = json.loads((fixture_dir / "state_dict_6b.json").read_text())
+    for name in ("tokenizer_config.json", family.tokenizer_file, "model.safetensors"):
+        (tmp_path / name).write_bytes((model_dir / name).read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(published["config"]))
+    monkeypatch.setattr(inference_job, "free_bytes", lambda device: 10**10)
+    with pytest.raises(
+        UserError, match=f"{2 * published['n_params'] / 1e9:.2f} of weights as fp16.* 10.00 GB are free"
+    ):
+        stage.inference_test(model_path=str(tmp_path), dtype="fp16")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"batch_size": 0}, "--batch_size 0: expected 1 or more"),
+        ({"batch_size": -2}, "--batch_size -2"),
+        ({"new_tokens": 1}, "--new_tokens 1: expected 2 or more"),
+        ({"loop_number": 0}, "--loop_number 0"),
+        ({"max_time": -1.0}, "--max_time -1.0"),
+        ({"prompt_tokens": 10**6}, "1000000 prompt tokens and 128 new ones, its context holds"),
+        ({"new_tokens": 10**6}, "1000000 new ones, its context holds"),
+        ({"instruction_text": "长" * 9000}, "its context holds"),
+        ({"prompt_tokens": 1}, "--prompt_tokens 1"),
+        ({"instruction_text": "", "model_path": None}, "nothing to test"),
+        ({"model_path": []}, "nothing to test"),
+    ],
+)
+def test_bad_arguments_are_refused(model_dir, no_loading, flags, message):
+    with pytest.raises(UserError, match=message):
+        stage.inference_test(**{"model_path": str(model_dir), **flags})
+
+
+def test_bad_directories_are_refused(model_dir, int4_dir, tmp_path, no_loading):
+    """The last of several models is checked before the first is loaded."""
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="this is no model"):
+        stage.inference_test(model_path=[str(model_dir), str(tmp_path / "empty")])
+    with pytest.raises(UserError, match="no such directory"):
+        stage.inference_test(model_path=str(tmp_path / "absent"))
+    with pytest.raises(UserError, match="no such directory"):
+        stage.inference_test(lora_path=str(tmp_path / "absent"))
+    with pytest.raises(UserError, match="int4 already"):
+        stage.inference_test(model_path=str(int4_dir), load_in_4bit=True)
+
+
+def test_unknown_dtype_of_a_checkpoint(model_dir):
+    with pytest.raises(UserError, match="'float8'.*--dtype"):
+        inference_job.auto_dtype({"torch_dtype": "float8"}, model_dir, torch.device("cuda"))
+    assert inference_job.auto_dtype({"dtype": "bfloat16"}, model_dir, torch.device("cuda")) is torch.bfloat16
+    assert inference_job.auto_dtype({"torch_dtype": "float16"}, model_dir, CPU) is torch.float32
+
+
+def test_command_line(model_dir, capsys, monkeypatch):
+    """Several models joined by commas; the last line of stdout is the object."""
+    paths = f"{PROJECT_DIR / 'models/chatglm-tiny'},{PROJECT_DIR / 'models/chatglm2-tiny'}"
+    run_cli(stage.inference_test, ["--model_path", paths, "--loop_number=1", "--new_tokens=2", "--prompt_tokens", "9"])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["models"]
+    assert [(row["label"], row["num_prompt_tokens"]) for row in rows] == [("chatglm-tiny", 9), ("chatglm2-tiny", 9)]
+    with pytest.raises(SystemExit):
+        run_cli(stage.inference_test, ["--model_path", paths, "--batch_size", "0"])
+
+
+# ---- the benchmark
+
+
+def test_native_model_has_our_size(benchmark_modules, capsys):
+    import native_glm
+
+    model_dir = PROJECT_DIR / "models/chatglm2-tiny"
+    native_glm.native_glm(model_path=str(model_dir), prompt_tokens=7, new_tokens=3, batch_size=2, loop_number=1)
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["models"]
+    assert (row["num_new_tokens"], row["num_prompt_tokens"], row["batch_size"]) == (3, 7, 2)
+    ours = weight_bytes(load_base_model(model_dir, dtype=AUTO_DTYPE))
+    assert row["weight_bytes"] == pytest.approx(ours, rel=1e-4)  # but for the table of rotary frequencies
+    with pytest.raises(UserError, match="only ChatGLM2"):
+        native_glm.native_glm(model_path=str(PROJECT_DIR / "models/chatglm-tiny"), prompt_tokens=7)
+
+
+def test_cases_of_the_benchmark(benchmark_modules):
+    import bench_inference as bench
+
+    for part, cases in bench.PARTS.items():
+        groups = [weights for weights, _ in bench.itertools.groupby(case.weights for case in cases)]
+        assert len(groups) == len(set(groups)), part  # a directory is made once
+        assert set(groups) <= {"base", "adapter", *bench.WEIGHTS}
+        assert bench.choose_cases(part, None) == list(cases)
+    assert [case.name for case in bench.choose_cases("models", "QLoRA int4, fp16")] == ["fp16", "QLoRA int4"]
+    with pytest.raises(UserError, match="no case 'int5'"):
+        bench.choose_cases("models", "int5")
+
+
+@pytest.mark.slow
+def test_benchmark_measures_base_and_merged_models(tmp_path, benchmark_modules, capsys):
+    """The real command's steps, each script in a process of its own, on a small model."""
+    import bench_inference as bench
+
+    path, flags = tmp_path / "result.json", {"scale": "tiny", "new_tokens": 3, "loop_number": 1}
+    bench.bench_inference(work_dir=str(tmp_path / "w"), families="chatglm-6b", output_json=str(path), **flags)
+    result = json.loads(path.read_text("utf-8"))
+    assert [row["label"] for row in result["models"]] == [
+        f"chatglm-tiny {case.name}" for case in bench.PARTS["models"]
+    ]
+    assert [row["weight_format"] for row in result["models"]] == [AUTO_DTYPE, "int4", AUTO_DTYPE, "int4"]
+    assert all(row["num_prompt_tokens"] == bench.PROMPT_TOKENS for row in result["models"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+    assert not (tmp_path / "w").exists()
+    assert str(tmp_path) not in path.read_text("utf-8")
+
+
+def test_benchmark_goes_on_after_a_failed_case(tmp_path, benchmark_modules, monkeypatch):
+    import bench_inference as bench
+
+    def run(script, *flags):
+        if "--load_in_4bit" in flags:
+            raise UserError("exit code 1")
+        return 'text\n{"models": [{"label": "x", "tokens_per_second": 1.0}], "copy_bytes_per_second": 2.0}\n'
+
+    monkeypatch.setattr(bench, "run", run)
+    path, flags = tmp_path / "result.json", {"scale": "tiny", "part": "baselines", "cases": "fp16,nf4,nf4 + adapter"}
+    with pytest.raises(UserError, match=r"failed: chatglm2-tiny nf4, chatglm2-tiny nf4 \+ adapter"):
+        bench.bench_inference(work_dir=str(tmp_path / "w"), output_json=str(path), **flags)
+    first, *failed = json.loads(path.read_text("utf-8"))["models"]
+    assert first == {"label": "chatglm2-tiny fp16", "tokens_per_second": 1.0, "copy_bytes_per_second": 2.0}
+    assert [row["error"] for row in failed] == ["failed", "failed"]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(measure, model_dir):
+    """Times of events and memory figures are there and possible."""
+    _, result = measure(model_path=str(model_dir), new_tokens=8)
+    (row,) = result["models"]
+    assert row["weight_bytes"] <= row["peak_allocated_bytes"] <= row["peak_reserved_bytes"] <= row["driver_bytes"]
+    for run in row["runs"]:
+        assert 0 < run["ttft_seconds"] < run["total_seconds"]
+
+
+@pytest.mark.gpu
+def test_gpu_clock_waits_for_the_gpu():
+    """A product of known size takes as long on events as between synchronisations."""
+    matrix, clock = torch.randn(8192, 8192, device="cuda"), device_clock.CudaClock()
+    matrix @ matrix
+    clock.start()
+    start = device_clock.time.perf_counter()
+    for _ in range(5):
+        matrix @ matrix
+        clock.mark()
+    seconds = clock.seconds()
+    assert seconds == sorted(seconds)
+    assert seconds[-1] == pytest.approx(device_clock.time.perf_counter() - start, rel=0.2)
