@@ -1,0 +1,171 @@
+"""The Triton kernels against the reference: on a GPU where there is one, else the same tests in Triton's interpreter.
+
+The interpreter has to be chosen before Triton is imported, so `test_kernels_in_the_interpreter` runs this file again
+in a process of its own.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from glm_utils.family import FAMILIES
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+ON_KERNELS = [] if INTERPRETED else [pytest.mark.gpu]
+LAYER_SHAPES = {  # (N, K) of the four Linear modules of a layer
+    "chatglm2-6b": [(4608, 4096), (4096, 4096), (27392, 4096), (4096, 13696)],
+    "chatglm-6b": [(12288, 4096), (4096, 4096), (16384, 4096), (4096, 16384)],
+}
+
+
+def _load():
+    spec = importlib.util.spec_from_file_location("kernels_under_test", FAMILIES[0].remote_dir / "quantization.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+Q = _load()
+
+
+def _stored(num_rows, num_columns, bits, scale_dtype=torch.float16, seed=0):
+    """Return a weight of random bytes, which hold all codes, -8 and -128 too, and scales of both signs and 0."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randint(-128, 128, (num_rows, num_columns * bits // 8), dtype=torch.int8, generator=generator)
+    scale = 0.01 * torch.randn(num_rows, generator=generator)
+    scale[num_rows // 2 :: 7] = 0
+    return weight.to(DEVICE), scale.to(DEVICE, scale_dtype)
+
+
+def _random(*shape, dtype=torch.float16, seed=1):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def _exact(x, weight, scale, bits, bias=None):
+    """Return the product in fp64: neither the weight nor a sum is rounded."""
+    decoded = Q.dequantize_rows(weight, scale, bits, torch.float64)
+    return F.linear(x.double(), decoded, None if bias is None else bias.double())
+
+
+def _rounding(dtype):
+    """Return the largest relative error of one rounding; the interpreter cuts bf16 off instead of rounding it."""
+    cuts_off = INTERPRETED and dtype == torch.bfloat16
+    return torch.finfo(dtype).eps * (1 if cuts_off else 0.5)
+
+
+def _assert_close(found, expected, terms):
+    """Compare with an exact product: one rounding of the result and the fp32 rounding of a sum of that many terms."""
+    assert found.shape == expected.shape
+    largest = expected.abs().max().item()
+    error = (found.double() - expected).abs()
+    allowed = _rounding(found.dtype) * expected.abs() + 2**-24 * terms**0.5 * largest + torch.finfo(found.dtype).tiny
+    assert (error <= 1.01 * allowed).all(), (error / allowed).max().item()
+
+
+def _dtypes_of(num_rows):
+    """Return the dtypes that can be tested: the interpreter's tl.dot multiplies bf16's bit patterns as integers."""
+    return [torch.float16] if INTERPRETED and num_rows > Q.MATVEC_ROWS else [torch.float16, torch.bfloat16]
+
+
+def _on_kernels(test):
+    for mark in ON_KERNELS:
+        test = mark(test)
+    return test
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+@pytest.mark.slow
+def test_kernels_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout
+    assert " passed" in result.stdout
+
+
+# ---- the kernels
+
+
+@_on_kernels
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_byte_is_decoded_as_the_reference_does(bits):
+    every_byte = torch.arange(-128, 128).to(torch.int8).to(DEVICE)
+    for weight in (every_byte.reshape(8, 32), every_byte[:255].reshape(5, 51)):  # int32 words, then bytes
+        scale = torch.linspace(-0.02, 0.03, len(weight), device=DEVICE).half()
+        for dtype in (torch.float16, torch.float32):
+            expected = Q.dequantize_rows(weight, scale, bits, dtype)
+            assert torch.equal(Q.decode_rows(weight, scale, bits, dtype), expected)
+
+
+@_on_kernels
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("num_rows, num_columns", [(1, 2), (37, 1062), (5, 4104), (130, 64)])
+def test_decoding_a_weight(bits, num_rows, num_columns):
+    weight, scale = _stored(num_rows, num_columns, bits)
+    assert torch.equal(
+        Q.decode_rows(weight, scale, bits, torch.float16), Q.dequantize_rows(weight, scale, bits, torch.float16)
+    )
+    expected = Q.dequantize_rows(weight, scale, bits, torch.float32)
+    error = (Q.decode_rows(weight, scale, bits, torch.bfloat16).float() - expected).abs()
+    assert (error <= 2 * _rounding(torch.bfloat16) * expected.abs()).all()
+
+
+@_on_kernels
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 5, 17, 33, 64])
+@pytest.mark.parametrize("num_outputs, num_columns", [(37, 1064), (19, 1062), (1, 6), (16, 2048)])
+def test_products_of_ragged_sizes(bits, num_rows, num_outputs, num_columns):
+    weight, scale = _stored(num_outputs, num_columns, bits)
+    for dtype in _dtypes_of(num_rows):
+        x, bias = _random(num_rows, num_columns, dtype=dtype), _random(num_outputs, dtype=dtype, seed=2)
+        for added in (None, bias):
+            found = Q.quantized_matmul(x, weight, scale, bits, added)
+            assert found.dtype == dtype
+            _assert_close(found, _exact(x, weight, scale, bits, added), num_columns)
+
+
+@_on_kernels
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("num_rows", [1, 3, 17])
+def test_scales_in_fp32(bits, num_rows):
+    weight, scale = _stored(24, 136, bits, torch.float32)
+    x = _random(num_rows, 136)
+    _assert_close(Q.quantized_matmul(x, weight, scale, bits), _exact(x, weight, scale, bits), 136)
+
+
+@_on_kernels
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("num_rows", [1, 3, 17])
+def test_strides_batches_and_offsets(bits, num_rows):
+    """Neither activations nor weights have to be contiguous or to start at a multiple of 4 bytes."""
+    weight, scale = _stored(24, 128, bits)
+    x = _random(128, num_rows).T  # columns apart
+    expected = _exact(x, weight, scale, bits)
+    _assert_close(Q.quantized_matmul(x, weight, scale, bits), expected, 128)
+    batch = x.reshape(num_rows, 1, 1, 128)
+    found = Q.quantized_matmul(batch, weight, scale, bits)
+    assert found.shape == (num_rows, 1, 1, 24)
+    _assert_close(found.flatten(0, 2), expected, 128)
+    shifted = torch.cat((weight.new_zeros(1), weight.flatten()))[1:].view_as(weight)
+    _assert_close(Q.quantized_matmul(x, shifted, scale, bits), expected, 128)
+    _assert_close(Q.quantized_matmul(x, weight.T.contiguous().T, scale, bits), expected, 128)
+    x_shifted = torch.cat((x.new_zeros(1), x.flatten()))[1:].view_as(x)
+    _assert_close(Q.quantized_matmul(x_shifted, weight, scale, bits), expected, 128)
+
+
+@_on_kernels
+@pytest.mark.parametrize("num_rows", [1, 17])
+def test_large_activations_do_not_overflow(num_rows):
+    """Codes times activations exceed fp16's range long before their sum, scaled, does."""
+    weight = torch.full((8, 128), 127, dtype=torch.int8, device=DEVICE)
+    scale = torch.full((8,), 2.0**-14, device=DEVICE).half()
+    x = torch.full((num_rows, 128), 60000.0, device=DEVICE).half()
+    _assert_close(Q.quantized_matmul(x, weight, scale, 8), _exact(x, weight, scale, 8), 128)
