@@ -18,7 +18,6 @@ from glm_utils.family import FAMILIES
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
-ON_KERNELS = [] if INTERPRETED else [pytest.mark.gpu]
 LAYER_SHAPES = {  # (N, K) of the four Linear modules of a layer
     "chatglm2-6b": [(4608, 4096), (4096, 4096), (27392, 4096), (4096, 13696)],
     "chatglm-6b": [(12288, 4096), (4096, 4096), (16384, 4096), (4096, 16384)],
@@ -34,6 +33,7 @@ def _load():
 
 
 Q = _load()
+_on_kernels = (lambda test: test) if INTERPRETED else pytest.mark.gpu
 
 
 def _stored(num_rows, num_columns, bits, scale_dtype=torch.float16, seed=0):
@@ -75,13 +75,7 @@ def _dtypes_of(num_rows):
     return [torch.float16] if INTERPRETED and num_rows > Q.MATVEC_ROWS else [torch.float16, torch.bfloat16]
 
 
-def _on_kernels(test):
-    for mark in ON_KERNELS:
-        test = mark(test)
-    return test
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+@pytest.mark.skipif(INTERPRETED or Q.triton is None, reason="needs Triton, outside its interpreter")
 @pytest.mark.slow
 def test_kernels_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
@@ -169,3 +163,153 @@ def test_large_activations_do_not_overflow(num_rows):
     scale = torch.full((8,), 2.0**-14, device=DEVICE).half()
     x = torch.full((num_rows, 128), 60000.0, device=DEVICE).half()
     _assert_close(Q.quantized_matmul(x, weight, scale, 8), _exact(x, weight, scale, 8), 128)
+
+
+# ---- real sizes and modules, on a GPU only
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shape", sorted({shape for shapes in LAYER_SHAPES.values() for shape in shapes}))
+def test_products_of_real_sizes(bits, shape):
+    weight, scale = _stored(*shape, bits)
+    for num_rows in (1, 2, 4, 8, 16, 64):
+        for dtype in (torch.float16, torch.bfloat16):
+            x = _random(num_rows, shape[1], dtype=dtype)
+            _assert_close(Q.quantized_matmul(x, weight, scale, bits), _exact(x, weight, scale, bits), shape[1])
+    expected = Q.dequantize_rows(weight, scale, bits, torch.bfloat16)
+    assert torch.equal(Q.decode_rows(weight, scale, bits, torch.bfloat16), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("num_rows", [0, 1, 5, 300])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_module_and_its_gradients(monkeypatch, bits, num_rows, dtype):
+    """Forward and gradients with kernels and with the reference agree to the rounding of the decoded weight."""
+    linear = torch.nn.Linear(1064, 96, dtype=dtype, device="cuda")
+    module = Q.QuantizedLinear.from_linear(linear, bits)
+    x, grad = _random(num_rows, 1064, dtype=dtype), _random(num_rows, 96, dtype=dtype, seed=2)
+    results = []
+    for use_kernels in (True, False):
+        monkeypatch.setattr(Q, "use_kernels", use_kernels)
+        module.zero_grad()
+        inputs = x.clone().requires_grad_()
+        y = module(inputs)
+        y.backward(grad)
+        results.append((y.detach().double(), inputs.grad, module.bias.grad.clone()))
+    (y, grad_x, grad_bias), (expected, expected_grad_x, expected_grad_bias) = results
+    assert y.shape == expected.shape
+    assert ((y - expected).norm() <= torch.finfo(dtype).eps * expected.norm()).item()
+    assert torch.equal(grad_x, expected_grad_x)
+    assert torch.equal(grad_bias, expected_grad_bias)
+
+
+@pytest.mark.gpu
+def test_products_in_a_cuda_graph():
+    weight, scale = _stored(96, 1064, 4)
+    x = _random(1, 1064)
+    Q.quantized_linear(x, weight, scale, 4)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = Q.quantized_linear(x, weight, scale, 4)
+    x.copy_(_random(1, 1064, seed=3))
+    graph.replay()
+    _assert_close(y, _exact(x, weight, scale, 4), 1064)
+
+
+# ---- the dispatcher, on any machine
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Let the door believe in kernels, and note which it opens."""
+    noted = []
+
+    def note(name, compute):
+        monkeypatch.setattr(Q, name, lambda *args: noted.append(name) or compute(*args))
+
+    def product(x, weight, scale, bits, bias):
+        return F.linear(x, Q.dequantize_rows(weight, scale, bits, x.dtype), bias)
+
+    monkeypatch.setattr(Q, "_has_kernels", lambda x: True)
+    note("quantized_matmul", product)
+    note("decode_rows", Q.dequantize_rows)
+    return noted
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (2, 2, 8), (Q.MATMUL_ROWS, 8), (Q.MATMUL_ROWS + 1, 8), (2, 0, 8)])
+def test_door_chooses_by_rows(calls, shape):
+    weight = Q.pack_int4(torch.randint(-8, 8, (6, 8), dtype=torch.int8))
+    scale, x = torch.rand(6), torch.randn(shape, requires_grad=True)
+    y = Q.quantized_linear(x, weight, scale, 4)
+    few = 0 < x.shape[:-1].numel() <= Q.MATMUL_ROWS
+    assert calls == ["quantized_matmul" if few else "decode_rows"]
+    assert y.shape == (*shape[:-1], 6)
+    y.sum().backward()
+    assert calls[1:] == ["decode_rows"]
+    assert torch.allclose(x.grad, Q.dequantize_rows(weight, scale, 4, torch.float32).sum(0).expand(shape))
+
+
+@pytest.mark.parametrize(
+    "capability, dtype, expected",
+    [
+        ((7, 0), torch.float16, False),
+        ((7, 5), torch.float16, True),
+        ((7, 5), torch.bfloat16, False),
+        ((8, 0), torch.bfloat16, True),
+        ((12, 0), torch.bfloat16, True),
+        ((9, 0), torch.float32, False),
+        ((9, 0), torch.float64, False),
+    ],
+)
+def test_devices_and_dtypes_with_kernels(monkeypatch, capability, dtype, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    x = SimpleNamespace(is_cuda=True, dtype=dtype, device="cuda:0")
+    monkeypatch.setattr(Q, "use_kernels", True)
+    assert Q._has_kernels(x) is expected
+    assert not Q._has_kernels(torch.zeros(1, dtype=dtype))  # a CPU tensor
+    monkeypatch.setattr(Q, "use_kernels", False)
+    assert not Q._has_kernels(x)
+
+
+def test_file_works_without_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    alone = _load()
+    assert not alone.use_kernels
+    stored, scale = alone.quantize_rows(torch.randn(6, 8), 4)
+    assert alone.quantized_linear(torch.randn(2, 8), stored, scale, 4).shape == (2, 6)
+
+
+def _compile(kernel, capability, dtype, word, block_m, bits, tile):
+    """Compile a kernel for a GPU that is not there."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    types = {"x": dtype, "y": dtype, "bias": dtype, "out": dtype, "weight": word, "scale": "fp16"}
+    signature = {name: f"*{types[name]}" if name in types else "i32" for name in kernel.arg_names}
+    constants = {"BITS": bits, "BLOCK_N": tile[0], "BLOCK_K": tile[1]}
+    if block_m:
+        constants |= {"BLOCK_M": block_m, "STAGES": 3, "SLICES": tile[2]}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature |= dict.fromkeys(constants, "constexpr")
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name not in constants}
+    source = ASTSource(kernel, signature, constants, aligned)
+    return compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": tile[2]})
+
+
+@pytest.mark.skipif(INTERPRETED or Q.triton is None, reason="needs Triton, outside its interpreter")
+@pytest.mark.parametrize("word", ["i32", "i8"])
+@pytest.mark.parametrize("capability, dtype", [(75, "fp16"), (80, "bf16"), (86, "fp16"), (90, "bf16"), (120, "fp16")])
+def test_kernels_compile_for_every_gpu(monkeypatch, capability, dtype, word):
+    """Triton and the assembler take the kernels, PTX included, and their shared memory fits the smallest GPU."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    module = _load()
+    for (bits, block_m), tile in module._TILES.items():
+        matvec = block_m <= module.MATVEC_ROWS
+        kernel = module._quantized_matvec_kernel if matvec else module._quantized_matmul_kernel
+        compiled = _compile(kernel, capability, dtype, word, block_m, bits, tile)
+        assert compiled.metadata.shared <= 64 * 1024, (bits, block_m)
+        assert "0x6a" in compiled.asm["ptx"].lower()
+    for bits in (4, 8):
+        _compile(module._decode_rows_kernel, capability, dtype, word, 0, bits, (4, 1024, 4))
