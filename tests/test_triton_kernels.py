@@ -165,6 +165,13 @@ def test_large_activations_do_not_overflow(num_rows):
     _assert_close(Q.quantized_matmul(x, weight, scale, 8), _exact(x, weight, scale, 8), 128)
 
 
+@_on_kernels
+def test_activations_of_another_width_are_refused():
+    weight, scale = _stored(8, 64, 4)
+    with pytest.raises(ValueError, match="expected 64 columns of activations, found 32"):
+        Q.quantized_matmul(_random(1, 32), weight, scale, 4)
+
+
 # ---- real sizes and modules, on a GPU only
 
 

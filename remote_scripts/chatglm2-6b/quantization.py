@@ -264,10 +264,10 @@ def _column(word, COLUMN: tl.constexpr, BITS: tl.constexpr):
     ChatGLM2-6B takes 45.3 us on an H200, with two instructions 51.7.
     """
     shift: tl.constexpr = COLUMN * 8 if BITS == 8 else COLUMN // 2 * 8 + 4 - COLUMN % 2 * 4
-    down: tl.constexpr = 0 if shift + BITS <= 23 else 16  # a fraction has 23 bits
+    down: tl.constexpr = 0 if shift + BITS <= 23 else 16  # into the 23 bits of a fraction
     at: tl.constexpr = shift - down
     mask: tl.constexpr = ((1 << BITS) - 1) << at
-    flip: tl.constexpr = (150 - at) << 23 | 1 << (at + BITS - 1)
+    flip: tl.constexpr = (127 + 23 - at) << 23 | 1 << (at + BITS - 1)
     word = word >> down
     if _PTX:
         args = [word, tl.full((), mask, tl.int32), tl.full((), flip, tl.int32)]
@@ -409,20 +409,25 @@ def quantized_matmul(
 
     Returns:
         [*, N] in the dtype of x, rounded once.
+
+    Raises:
+        ValueError: When x has another number of columns than the weight.
     """
+    if x.shape[-1] * bits != weight.shape[1] * 8:
+        raise ValueError(f"expected {weight.shape[1] * 8 // bits} columns of activations, found {x.shape[-1]}")
     x, words = x.contiguous(), _words(weight)
     num_rows, num_outputs = x.shape[:-1].numel(), len(weight)
     y = x.new_empty(*x.shape[:-1], num_outputs)
-    block_m = triton.next_power_of_2(num_rows) if num_rows <= MATVEC_ROWS else max(8, triton.next_power_of_2(num_rows))
+    on_matrix_units = num_rows > MATVEC_ROWS
+    block_m = max(8 if on_matrix_units else 1, triton.next_power_of_2(num_rows))
     block_n, block_k, num_warps = _TILES[bits, block_m]
-    sizes = {"BITS": bits, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "STAGES": 3}
-    kernel = _quantized_matvec_kernel
-    if num_rows > MATVEC_ROWS:
-        kernel, sizes["SLICES"] = _quantized_matmul_kernel, num_warps
+    kernel = _quantized_matmul_kernel if on_matrix_units else _quantized_matvec_kernel
+    slices = {"SLICES": num_warps} if on_matrix_units else {}
     with torch.cuda.device_of(x):
         kernel[(triton.cdiv(num_outputs, block_n),)](
-            x, words, scale, bias, y, num_rows, num_outputs, words.shape[1], **sizes, num_warps=num_warps
-        )
+            x, words, scale, bias, y, num_rows, num_outputs, words.shape[1],
+            BITS=bits, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, STAGES=3, num_warps=num_warps, **slices,
+        )  # fmt: skip
     return y
 
 
