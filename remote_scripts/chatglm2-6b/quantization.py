@@ -26,17 +26,36 @@ The trade
     4.004 here, and no published ChatGLM decoder reads it. This layout needs one multiplication per row, which can be
     applied after the reduction over K, and plain torch suffices: no compiler, no prebuilt binary, any device.
 
-Order of this file: inverse pairs in plain torch (the reference), the choice of scales, the dispatcher, the autograd
-function, the modules, and the two functions that put the modules into a model.
+How a product is computed
+    On a GPU with Triton, fp16 and bf16 products of few rows read the packed weight once and never write it decoded:
+    up to MATVEC_ROWS rows on the plain arithmetic units, up to MATMUL_ROWS on the matrix units. More rows (a prompt,
+    a training step) share one decoded copy, made by a kernel, and cuBLAS multiplies. All kernels sum in fp32 and apply
+    the row's scale once, after the sum. Anything else (a CPU, fp32, no Triton) takes the reference. The tiles are
+    fixed, so nothing is tuned at start; Triton keeps compiled kernels on disk.
 
-Shapes: N out features, K in features, V vocabulary, C hidden size, * any leading dimensions.
+Order of this file: inverse pairs in plain torch (the reference), the choice of scales, the Triton kernels, the
+dispatcher, the autograd function, the modules, and the two functions that put the modules into a model.
+
+Shapes: N out features, K in features, M rows of activations, W words of a stored row, V vocabulary, C hidden size,
+* any leading dimensions.
 Source: the layout of THUDM/chatglm-6b-int4, THUDM/chatglm-6b-int8 and THUDM/chatglm2-6b-int4.
 """
+
+from __future__ import annotations
+
+import os
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
+
+use_kernels = triton is not None  # the one override: False sends every product to the reference
 QUANTIZED_LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")  # the Linear modules of a layer
 CPU_CHUNK = 2**18  # weights searched at once, per thread: 1 MB of fp32 stays in a core's L2
 GPU_CHUNK = 2**26  # 256 MB keep a GPU busy
@@ -45,6 +64,8 @@ FINE_POINTS = 6  # scales tried on either side of the best one, between its neig
 REFINE_STEPS = 3  # rounds of (round to codes, exact minimum)
 LOWEST_RMS_INT4 = 0.2  # the lowest int4 scale in units of rms(row); the best is 0.335 on Gaussian rows, more on others
 LOWEST_ABSMAX_INT8 = 0.7  # the lowest int8 scale in units of the absmax scale; clipping hardly pays at 255 levels
+MATVEC_ROWS = 2  # rows up to which the plain arithmetic units win: 57 us a layer for 2 rows, the matrix units 62
+MATMUL_ROWS = 32  # rows up to which decoding in registers wins: 130 us a layer, decoding to memory 256; 64: 276, 264
 
 
 def check_bits(bits: int) -> int:
@@ -224,6 +245,213 @@ class _ScaleSearch:
         return torch.where(denominator == 0, 0.0, numerator / denominator)
 
 
+def _jit(kernel):
+    """Leave a kernel to Triton to compile at its first launch; without Triton nobody launches it."""
+    return triton.jit(kernel) if triton else kernel
+
+
+# Whether kernels may hold PTX, the assembly language of NVIDIA's GPUs: AMD's and Triton's interpreter know none.
+_PTX = triton and tl.constexpr(torch.version.cuda is not None and os.environ.get("TRITON_INTERPRET") != "1")
+
+
+@_jit
+def _column(word, COLUMN: tl.constexpr, BITS: tl.constexpr):
+    """Return the codes of one column of int32 words, in fp32.
+
+    Keep the code's bits where they are in the word, flip its sign bit and set an exponent: in fp32 that is
+    code + 2^(BITS - 1) + 2^(23 - at), so one subtraction leaves the code and no integer has to be converted. Both
+    bitwise steps are one instruction, which the assembler does not find by itself: with it the four products of a
+    ChatGLM2-6B layer take 45.3 us on an H200, with two instructions 51.7.
+    """
+    shift: tl.constexpr = COLUMN * 8 if BITS == 8 else COLUMN // 2 * 8 + 4 - COLUMN % 2 * 4
+    down: tl.constexpr = 0 if shift + BITS <= 23 else 16  # into the 23 bits of a fraction
+    at: tl.constexpr = shift - down
+    mask: tl.constexpr = ((1 << BITS) - 1) << at
+    flip: tl.constexpr = (127 + 23 - at) << 23 | 1 << (at + BITS - 1)
+    word = word >> down
+    if _PTX:
+        args = [word, tl.full((), mask, tl.int32), tl.full((), flip, tl.int32)]
+        asm: tl.constexpr = "lop3.b32 $0, $1, $2, $3, 0x6a;"
+        word = tl.inline_asm_elementwise(asm, "=r,r,r,r", args, dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        word = (word & mask) ^ flip
+    return word.to(tl.float32, bitcast=True) - (2.0 ** (23 - at) + 2 ** (BITS - 1))
+
+
+@_jit
+def _columns(word, COLUMN: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr):
+    """Decode words [*, W] of C columns in order, fp32 [*, W * C / STEP]: COLUMN, COLUMN + STEP, ... of each word."""
+    if STEP == C:
+        return _column(word, COLUMN, BITS)
+    else:
+        even = _columns(word, COLUMN, STEP * 2, BITS, C)
+        return tl.interleave(even, _columns(word, COLUMN + STEP, STEP * 2, BITS, C))
+
+
+@_jit
+def _add_products(acc, x, word, COLUMN: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr):
+    """Add x [M, W * C / STEP] times those columns of word [N, W] to acc [M, N, W], each word's products in one sum."""
+    if STEP == C:
+        return acc + _column(word, COLUMN, BITS)[None, :, :] * x.to(tl.float32)[:, None, :]
+    else:
+        even, odd = tl.split(x.reshape(x.shape[0], x.shape[1] // 2, 2))
+        acc = _add_products(acc, even, word, COLUMN, STEP * 2, BITS, C)
+        return _add_products(acc, odd, word, COLUMN + STEP, STEP * 2, BITS, C)
+
+
+@_jit
+def _store_product(y, acc, scale, bias, m, n, M, N):
+    """Scale a sum [M, N] by row, add the bias and store it."""
+    acc *= tl.load(scale + n, mask=n < N, other=0).to(tl.float32)[None, :]
+    if bias is not None:
+        acc += tl.load(bias + n, mask=n < N, other=0).to(tl.float32)[None, :]
+    tl.store(y + m[:, None] * N + n[None, :], acc, mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+@_jit
+def _quantized_matvec_kernel(
+    x, weight, scale, bias, y, M, N, W,
+    BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Multiply a few rows without matrix units: a program owns BLOCK_N rows of the weight and the whole of K."""
+    C: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // BITS
+    BLOCK_W: tl.constexpr = BLOCK_K // C
+    m = tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    w, k = tl.arange(0, BLOCK_W)[None, :], tl.arange(0, BLOCK_K)[None, :]
+    weight += tl.minimum(n, N - 1)[:, None].to(tl.int64) * W
+    x += tl.minimum(m, M - 1)[:, None] * (W * C)
+    acc = tl.zeros((BLOCK_M, BLOCK_N, BLOCK_W), tl.float32)
+    for start in tl.range(0, W, BLOCK_W, num_stages=STAGES):
+        word = tl.load(weight + (start + w), mask=start + w < W, other=0).to(tl.int32)
+        tile = tl.load(x + (start * C + k), mask=start * C + k < W * C, other=0)
+        acc = _add_products(acc, tile, word, 0, 1, BITS, C)
+    _store_product(y, tl.sum(acc, axis=2), scale, bias, m, n, M, N)
+
+
+@_jit
+def _quantized_matmul_kernel(
+    x, weight, scale, bias, y, M, N, W,
+    BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    SLICES: tl.constexpr,
+):  # fmt: skip
+    """Multiply up to BLOCK_M rows on matrix units: each warp sums its own slices of K, so that small N fills a GPU."""
+    C: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // BITS
+    GROUP: tl.constexpr = min(C, 4)
+    BLOCK_W: tl.constexpr = BLOCK_K // C
+    m = tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    slices = tl.arange(0, SLICES)[:, None, None]
+    w = slices * BLOCK_W + tl.arange(0, BLOCK_W)[None, None, :]
+    k = tl.arange(0, BLOCK_W * GROUP)[None, None, :]
+    k = slices * BLOCK_K + k // GROUP * C + k % GROUP  # the first GROUP columns of each word
+    weight += tl.minimum(n, N - 1)[None, :, None].to(tl.int64) * W
+    x += tl.minimum(m, M - 1)[None, :, None] * (W * C)
+    acc = tl.zeros((SLICES, BLOCK_N, BLOCK_M), tl.float32)
+    for start in tl.range(0, W, SLICES * BLOCK_W, num_stages=STAGES):
+        word = tl.load(weight + (start + w), mask=start + w < W, other=0).to(tl.int32)
+        for first in tl.static_range(0, C, GROUP):
+            column = start * C + first + k
+            tile = tl.load(x + column, mask=column < W * C, other=0)
+            codes = _columns(word, first, 1, BITS, GROUP).to(tile.dtype)
+            acc = tl.dot(codes, tl.trans(tile, (0, 2, 1)), acc)
+    _store_product(y, tl.trans(tl.sum(acc, axis=0)), scale, bias, m, n, M, N)
+
+
+@_jit
+def _decode_rows_kernel(weight, scale, out, N, W, BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Decode a tile of a stored weight."""
+    C: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // BITS
+    BLOCK_W: tl.constexpr = BLOCK_K // C
+    n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None].to(tl.int64)
+    w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    word = tl.load(weight + n * W + w, mask=(n < N) & (w < W), other=0).to(tl.int32)
+    row_scale = tl.load(scale + n, mask=n < N, other=0).to(tl.float32)
+    tl.store(out + n * (W * C) + k, _columns(word, 0, 1, BITS, C) * row_scale, mask=(n < N) & (k < W * C))
+
+
+# (bits, BLOCK_M): rows and columns of a tile of the weight, warps. The best of a sweep over ChatGLM2-6B's four shapes
+# on an H200, among those whose shared memory fits every GPU from compute capability 7.5 (64 KB).
+_TILES = {
+    (4, 1): (8, 1024, 2),
+    (4, 2): (8, 1024, 2),
+    (4, 8): (16, 256, 2),
+    (4, 16): (32, 128, 4),
+    (4, 32): (32, 64, 4),
+    (8, 1): (8, 1024, 4),
+    (8, 2): (8, 512, 2),
+    (8, 8): (16, 256, 2),
+    (8, 16): (16, 128, 4),
+    (8, 32): (32, 128, 2),
+}
+
+
+def _words(weight: torch.Tensor) -> torch.Tensor:
+    """View a stored weight [N, bytes] as int32 words, [N, bytes / 4], or as bytes where rows are ragged."""
+    weight = weight.contiguous()
+    return weight.view(torch.int32) if weight.shape[1] % 4 == 0 and weight.data_ptr() % 4 == 0 else weight
+
+
+def quantized_matmul(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Multiply at most MATMUL_ROWS rows by a stored weight in Triton, without gradients.
+
+    Args:
+        x: fp16 or bf16 activations [*, K] on a GPU.
+        weight: int8 [N, K] or packed int4 [N, K/2].
+        scale: [N].
+        bits: 4 or 8.
+        bias: [N] or None.
+
+    Returns:
+        [*, N] in the dtype of x, rounded once.
+
+    Raises:
+        ValueError: When x has another number of columns than the weight.
+    """
+    if x.shape[-1] * bits != weight.shape[1] * 8:
+        raise ValueError(f"expected {weight.shape[1] * 8 // bits} columns of activations, found {x.shape[-1]}")
+    x, words = x.contiguous(), _words(weight)
+    num_rows, num_outputs = x.shape[:-1].numel(), len(weight)
+    y = x.new_empty(*x.shape[:-1], num_outputs)
+    on_matrix_units = num_rows > MATVEC_ROWS
+    block_m = max(8 if on_matrix_units else 1, triton.next_power_of_2(num_rows))
+    block_n, block_k, num_warps = _TILES[bits, block_m]
+    kernel = _quantized_matmul_kernel if on_matrix_units else _quantized_matvec_kernel
+    slices = {"SLICES": num_warps} if on_matrix_units else {}
+    with torch.cuda.device_of(x):
+        kernel[(triton.cdiv(num_outputs, block_n),)](
+            x, words, scale, bias, y, num_rows, num_outputs, words.shape[1],
+            BITS=bits, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, STAGES=3, num_warps=num_warps, **slices,
+        )  # fmt: skip
+    return y
+
+
+def decode_rows(weight: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
+    """Do in one Triton kernel what dequantize_rows does for a weight [N, K] or [N, K/2]."""
+    words = _words(weight)
+    out = torch.empty(len(weight), weight.shape[1] * 8 // bits, dtype=dtype, device=weight.device)
+    tile = {"BLOCK_N": 4, "BLOCK_K": 1024}
+    grid = triton.cdiv(out.shape[0], tile["BLOCK_N"]), triton.cdiv(out.shape[1], tile["BLOCK_K"])
+    with torch.cuda.device_of(weight):
+        _decode_rows_kernel[grid](words, scale, out, *words.shape, BITS=bits, **tile)
+    return out
+
+
+def _has_kernels(x: torch.Tensor) -> bool:
+    """Return whether the Triton kernels take activations of this dtype on this device."""
+    if not (use_kernels and x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)):
+        return False
+    return torch.cuda.get_device_capability(x.device) >= ((7, 5) if x.dtype == torch.float16 else (8, 0))
+
+
+def _decoded(weight: torch.Tensor, scale: torch.Tensor, bits: int, x: torch.Tensor) -> torch.Tensor:
+    """Decode a stored weight to the dtype of x, [N, K], with the kernel where there is one."""
+    return (decode_rows if _has_kernels(x) else dequantize_rows)(weight, scale, bits, x.dtype)
+
+
 def quantized_linear(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -249,10 +477,12 @@ class QuantizedMatMul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, scale, bits, bias):
-        """Compute [*, K] -> [*, N] through the reference decoder."""
+        """Compute [*, K] -> [*, N] on the packed weight when x has few rows, else on a decoded copy."""
         ctx.bits = bits
         ctx.save_for_backward(weight, scale)
-        return F.linear(x, dequantize_rows(weight, scale, bits, x.dtype), bias)
+        if _has_kernels(x) and 0 < x.shape[:-1].numel() <= MATMUL_ROWS:
+            return quantized_matmul(x, weight, scale, bits, bias)
+        return F.linear(x, _decoded(weight, scale, bits, x), bias)
 
     @staticmethod
     def backward(ctx, grad):
@@ -260,7 +490,7 @@ class QuantizedMatMul(torch.autograd.Function):
         weight, scale = ctx.saved_tensors
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ dequantize_rows(weight, scale, ctx.bits, grad.dtype)
+            grad_x = grad @ _decoded(weight, scale, ctx.bits, grad)
         if ctx.needs_input_grad[4]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
         return grad_x, None, None, None, grad_bias
@@ -317,7 +547,7 @@ class QuantizedLinear(_QuantizedWeight):
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, bits: int, method: str = "search", device=None) -> "QuantizedLinear":
+    def from_linear(cls, linear: nn.Linear, bits: int, method: str = "search", device=None) -> QuantizedLinear:
         """Quantise a Linear on device (default: its own); the result lies where the Linear was and shares its bias."""
         weight = linear.weight.detach()
         module = cls(linear.in_features, linear.out_features, bits, False, "meta", weight.dtype)
@@ -356,7 +586,7 @@ class QuantizedEmbedding(_QuantizedWeight):
     @classmethod
     def from_embedding(
         cls, embedding: nn.Embedding, bits: int, method: str = "search", device=None
-    ) -> "QuantizedEmbedding":
+    ) -> QuantizedEmbedding:
         """Quantise an Embedding on device (default: its own); the result lies where the Embedding was."""
         weight = embedding.weight.detach()
         module = cls(embedding.num_embeddings, embedding.embedding_dim, bits, weight.device, weight.dtype)

@@ -1,0 +1,154 @@
+"""Measure the products with quantised weights: microseconds for the four Linear modules of a layer, by path and rows.
+
+    python benchmarks/bench_kernels.py
+    python benchmarks/bench_kernels.py --family chatglm-6b --rows 1,2,8 --dtype bf16
+
+Needs a GPU. Each path is first compared with the product in fp64, then timed inside a CUDA graph over several copies
+of the weight that together exceed the L2 cache, as in a model, where every layer reads weights of its own. Writes
+benchmarks/results/kernels_<family>_<dtype>.json and prints one line for each path and number of rows.
+"""
+
+import functools
+import json
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.nn.functional as F
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from glm_utils.cli import UserError, run_cli
+from glm_utils.family import FAMILIES, PROJECT_DIR
+from glm_utils.run_record import git_commit, versions, write_json
+
+RESULTS_DIR = PROJECT_DIR / "benchmarks" / "results"
+LAYER_SHAPES = {  # (out, in) of query_key_value, dense, dense_h_to_4h, dense_4h_to_h
+    "chatglm-6b": [(12288, 4096), (4096, 4096), (16384, 4096), (4096, 16384)],
+    "chatglm2-6b": [(4608, 4096), (4096, 4096), (27392, 4096), (4096, 13696)],
+}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+CACHE_BYTES = 160e6  # more than twice the L2 of an H200
+LAUNCHES = 24  # at least so many in a graph
+REPEATS = 5
+
+
+@functools.cache
+def function(name: str):
+    """Return a function of the remote scripts' quantization.py, the same file for both families."""
+    return get_class_from_dynamic_module(f"quantization.{name}", str(FAMILIES[1].remote_dir))
+
+
+def cublas(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """Multiply by a weight that was decoded before."""
+    return F.linear(x, weight)
+
+
+def decoded(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """Decode to memory with the kernel, then multiply: the path of prompts and training."""
+    return F.linear(x, function("decode_rows")(weight, scale, bits, x.dtype))
+
+
+def triton(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """Multiply by the packed weight."""
+    return function("quantized_matmul")(x, weight, scale, bits)
+
+
+PATHS = {  # name -> function(x, weight, scale, bits), the widths it takes (16: the decoded weight), the most rows
+    "cublas": (cublas, (16,), None),
+    "decoded": (decoded, (4, 8), None),
+    "triton": (triton, (4, 8), 32),
+}
+
+
+def make_weights(shape: tuple[int, int], bits: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Return copies of a random stored (16 bits: decoded) weight that together exceed the L2 cache, and its scales."""
+    stored_bits = 4 if bits == 16 else bits
+    stored_shape = (shape[0], shape[1] * stored_bits // 8)
+    weight = torch.randint(-128, 128, stored_shape, dtype=torch.int8, device="cuda")
+    scale = (0.01 * torch.rand(shape[0], device="cuda")).half()
+    if bits == 16:
+        weight = function("dequantize_rows")(weight, scale, stored_bits, dtype)
+    num_copies = max(2, -(-int(CACHE_BYTES) // weight.nbytes))
+    return [weight.clone() for _ in range(num_copies)], scale
+
+
+def relative_error(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int):
+    """Return the norm of the difference to the product in fp64 over that product's norm."""
+    exact = weight.double() if bits == 16 else function("dequantize_rows")(weight, scale, bits, torch.float64)
+    expected = F.linear(x.double(), exact)
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+def microseconds(run, num_copies: int) -> float:
+    """Return the median time of run(copy) inside a CUDA graph that goes round the copies."""
+    run(0)
+    graph = torch.cuda.CUDAGraph()
+    num_rounds = -(-LAUNCHES // num_copies)
+    with torch.cuda.graph(graph):
+        for _ in range(num_rounds):
+            for copy in range(num_copies):
+                run(copy)
+    graph.replay()
+    times = []
+    for _ in range(REPEATS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(1000 * start.elapsed_time(end) / (num_rounds * num_copies))
+    return statistics.median(times)
+
+
+def measure(path: str, bits: int, num_rows: int, shapes: list[tuple[int, int]], dtype: torch.dtype) -> dict:
+    """Return error and microseconds of one path over the shapes of a layer."""
+    compute = PATHS[path][0]
+    result = {"path": path, "bits": bits, "rows": num_rows, "relative_error": 0.0, "us_by_shape": {}}
+    for shape in shapes:
+        weights, scale = make_weights(shape, bits, dtype)
+        x = torch.randn(num_rows, shape[1], device="cuda", dtype=dtype)
+        error = relative_error(compute(x, weights[0], scale, bits), x, weights[0], scale, bits)
+        if not error < torch.finfo(dtype).eps:
+            raise UserError(f"{path} at {bits} bits, {num_rows} rows, shape {shape}: relative error {error:.2e}")
+        result["relative_error"] = max(error, result["relative_error"])
+
+        def run(copy, x=x, weights=weights, scale=scale):
+            return compute(x, weights[copy], scale, bits)
+
+        result["us_by_shape"]["x".join(map(str, shape))] = round(microseconds(run, len(weights)), 2)
+    result["us_per_layer"] = round(sum(result["us_by_shape"].values()), 1)
+    return result
+
+
+@torch.no_grad()
+def bench_kernels(*, family: str = "chatglm2-6b", rows: str = "1,4,16,64", dtype: str = "fp16") -> None:
+    """Run the benchmark.
+
+    Args:
+        family: chatglm-6b or chatglm2-6b.
+        rows: Numbers of rows of activations, joined by commas.
+        dtype: fp16 or bf16.
+    """
+    if family not in LAYER_SHAPES or dtype not in DTYPES or not all(map(str.isdigit, rows.split(","))):
+        raise UserError(f"found --family {family} --rows {rows} --dtype {dtype}: see --help for what they take")
+    if not torch.cuda.is_available():
+        raise UserError("found no CUDA device: run this on a machine with a GPU")
+    torch.manual_seed(0)
+    results = []
+    for path, (_, widths, most_rows) in PATHS.items():
+        for bits in widths:
+            for num_rows in (n for n in map(int, rows.split(",")) if most_rows is None or n <= most_rows):
+                result = measure(path, bits, num_rows, LAYER_SHAPES[family], DTYPES[dtype])
+                results.append(result)
+                print(json.dumps(result))
+    record = {"benchmark": "kernels", "family": family, "dtype": dtype, "results": results}
+    record |= {"versions": versions(), "commit": git_commit()}
+    RESULTS_DIR.mkdir(exist_ok=True)
+    write_json(RESULTS_DIR / f"kernels_{family}_{dtype}.json", record)
+
+
+if __name__ == "__main__":
+    run_cli(bench_kernels)
