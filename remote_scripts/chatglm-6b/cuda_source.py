@@ -1,11 +1,11 @@
 r"""CUDA C++ kernels of the decode path, compiled at run time (this file is byte-identical in both directories).
 
-Why not Triton
-    At batch 1 a matrix product reads every weight once, so its limit is memory. A 4-bit weight must then be decoded
-    and multiplied in about two instructions, which needs packed half2 arithmetic straight into tensor-core operands
-    in registers; Triton cannot place a decoded tile there without a trip through shared memory. NVRTC comes with
-    PyTorch's CUDA builds: no nvcc, no headers, no prebuilt binary. The Triton kernels in quantization.py serve
-    whatever these do not.
+Why CUDA C++ beside the Triton kernels of quantization.py
+    Those serve every forward pass, on any GPU that Triton knows. A decode step needs more than a product: NF4 and
+    fp16 weights too, the residual, SwiGLU or GELU in the product's epilogue, weights that are fetched while the
+    kernel before still runs, and decoded weights that go straight into the tensor cores' registers, which Triton
+    cannot place there. NVRTC comes with PyTorch's CUDA builds: no nvcc, no headers, no prebuilt binary, and 0.05 to
+    0.25 s a kernel, so that nothing is cached or tuned at run time.
 
 matvec: y[M, N] = f(x[M, K] @ W[N, K].T), M <= 16
     One block owns 16 rows of W, its warps share K. A lane loads 16 bytes of row g and of row g + 8 and feeds them to
