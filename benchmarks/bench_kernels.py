@@ -56,10 +56,10 @@ def triton(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int
     return function("quantized_matmul")(x, weight, scale, bits)
 
 
-PATHS = {  # name -> function(x, weight, scale, bits), the widths it takes (16: the decoded weight)
-    "cublas": (cublas, (16,)),
-    "decoded": (decoded, (4, 8)),
-    "triton": (triton, (4, 8)),
+PATHS = {  # name -> function(x, weight, scale, bits), the widths it takes (16: the decoded weight), the most rows
+    "cublas": (cublas, (16,), None),
+    "decoded": (decoded, (4, 8), None),
+    "triton": (triton, (4, 8), 32),
 }
 
 
@@ -138,9 +138,9 @@ def bench_kernels(*, family: str = "chatglm2-6b", rows: str = "1,4,16,64", dtype
         raise UserError("found no CUDA device: run this on a machine with a GPU")
     torch.manual_seed(0)
     results = []
-    for path, (_, widths) in PATHS.items():
+    for path, (_, widths, most_rows) in PATHS.items():
         for bits in widths:
-            for num_rows in map(int, rows.split(",")):
+            for num_rows in (n for n in map(int, rows.split(",")) if most_rows is None or n <= most_rows):
                 result = measure(path, bits, num_rows, LAYER_SHAPES[family], DTYPES[dtype])
                 results.append(result)
                 print(json.dumps(result))

@@ -114,7 +114,7 @@ def test_decoding_a_weight(bits, num_rows, num_columns):
 
 @_on_kernels
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 5, 17, 33, 64])
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 8, 17, 32])
 @pytest.mark.parametrize("num_outputs, num_columns", [(37, 1064), (19, 1062), (1, 6), (16, 2048)])
 def test_products_of_ragged_sizes(bits, num_rows, num_outputs, num_columns):
     weight, scale = _stored(num_outputs, num_columns, bits)
@@ -180,7 +180,7 @@ def test_activations_of_another_width_are_refused():
 @pytest.mark.parametrize("shape", sorted({shape for shapes in LAYER_SHAPES.values() for shape in shapes}))
 def test_products_of_real_sizes(bits, shape):
     weight, scale = _stored(*shape, bits)
-    for num_rows in (1, 2, 4, 8, 16, 64):
+    for num_rows in (1, 2, 4, 16, 32):
         for dtype in (torch.float16, torch.bfloat16):
             x = _random(num_rows, shape[1], dtype=dtype)
             _assert_close(Q.quantized_matmul(x, weight, scale, bits), _exact(x, weight, scale, bits), shape[1])

@@ -64,8 +64,8 @@ FINE_POINTS = 6  # scales tried on either side of the best one, between its neig
 REFINE_STEPS = 3  # rounds of (round to codes, exact minimum)
 LOWEST_RMS_INT4 = 0.2  # the lowest int4 scale in units of rms(row); the best is 0.335 on Gaussian rows, more on others
 LOWEST_ABSMAX_INT8 = 0.7  # the lowest int8 scale in units of the absmax scale; clipping hardly pays at 255 levels
-MATVEC_ROWS = 2  # rows of activations up to which the plain arithmetic units are faster than the matrix units
-MATMUL_ROWS = 64  # rows up to which decoding in registers is faster than decoding to memory and cuBLAS
+MATVEC_ROWS = 2  # rows up to which the plain arithmetic units win: 57 us a layer for 2 rows, the matrix units 62
+MATMUL_ROWS = 32  # rows up to which decoding in registers wins: 130 us a layer, decoding to memory 256; 64: 276, 264
 
 
 def check_bits(bits: int) -> int:
@@ -259,9 +259,9 @@ def _column(word, COLUMN: tl.constexpr, BITS: tl.constexpr):
     """Return the codes of one column of int32 words, in fp32.
 
     Keep the code's bits where they are in the word, flip its sign bit and set an exponent: in fp32 that is
-    code + 2^(BITS - 1) + 2^(23 - at), so one subtraction leaves the code. An int to float conversion has a quarter of
-    the rate. Both bitwise steps are one instruction, which the assembler does not find by itself: with it a layer of
-    ChatGLM2-6B takes 45.3 us on an H200, with two instructions 51.7.
+    code + 2^(BITS - 1) + 2^(23 - at), so one subtraction leaves the code and no integer has to be converted. Both
+    bitwise steps are one instruction, which the assembler does not find by itself: with it the four products of a
+    ChatGLM2-6B layer take 45.3 us on an H200, with two instructions 51.7.
     """
     shift: tl.constexpr = COLUMN * 8 if BITS == 8 else COLUMN // 2 * 8 + 4 - COLUMN % 2 * 4
     down: tl.constexpr = 0 if shift + BITS <= 23 else 16  # into the 23 bits of a fraction
@@ -372,20 +372,18 @@ def _decode_rows_kernel(weight, scale, out, N, W, BITS: tl.constexpr, BLOCK_N: t
 
 
 # (bits, BLOCK_M): rows and columns of a tile of the weight, warps. The best of a sweep over ChatGLM2-6B's four shapes
-# on an H200, among those whose shared memory fits GPUs with 64 KB.
+# on an H200, among those whose shared memory fits every GPU from compute capability 7.5 (64 KB).
 _TILES = {
     (4, 1): (8, 1024, 2),
     (4, 2): (8, 1024, 2),
-    (4, 8): (16, 128, 4),
-    (4, 16): (16, 128, 4),
+    (4, 8): (16, 256, 2),
+    (4, 16): (32, 128, 4),
     (4, 32): (32, 64, 4),
-    (4, 64): (32, 64, 2),
     (8, 1): (8, 1024, 4),
     (8, 2): (8, 512, 2),
-    (8, 8): (16, 128, 4),
+    (8, 8): (16, 256, 2),
     (8, 16): (16, 128, 4),
-    (8, 32): (32, 64, 4),
-    (8, 64): (32, 64, 2),
+    (8, 32): (32, 128, 2),
 }
 
 
