@@ -64,7 +64,7 @@ FINE_POINTS = 6  # scales tried on either side of the best one, between its neig
 REFINE_STEPS = 3  # rounds of (round to codes, exact minimum)
 LOWEST_RMS_INT4 = 0.2  # the lowest int4 scale in units of rms(row); the best is 0.335 on Gaussian rows, more on others
 LOWEST_ABSMAX_INT8 = 0.7  # the lowest int8 scale in units of the absmax scale; clipping hardly pays at 255 levels
-MATVEC_ROWS = 2  # rows up to which the plain arithmetic units win: 57 us a layer for 2 rows, the matrix units 62
+MATVEC_ROWS = 2  # rows up to which the plain arithmetic units do it: 57 us a layer for 2 rows; matrix units 62 for 4
 MATMUL_ROWS = 32  # rows up to which decoding in registers wins: 130 us a layer, decoding to memory 256; 64: 276, 264
 
 
