@@ -300,15 +300,24 @@ def test_piped_lines_broken_bytes_and_the_end():
     assert "retry  answer the last question again" in errors
 
 
+# Ctrl-C reaches a process whose controlling terminal the pty is. pty.fork() would fork a process that has threads.
+TAKE_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
 class Terminal:
     """A command on a pty of its own, as a user sees it."""
 
     def __init__(self, *arguments):
-        self.pid, self.file = pty.fork()
-        if not self.pid:
-            os.chdir(PROJECT_DIR)
-            os.environ["TERM"] = "dumb"
-            os.execv(sys.executable, [sys.executable, *arguments])
+        self.file, other_end = pty.openpty()
+        command = [sys.executable, "-c", TAKE_TERMINAL, *arguments]
+        ends = {"stdin": other_end, "stdout": other_end, "stderr": other_end}
+        environment = {**os.environ, "TERM": "dumb"}
+        self.process = subprocess.Popen(command, cwd=PROJECT_DIR, env=environment, start_new_session=True, **ends)
+        os.close(other_end)
         self.text = ""
 
     def wait_for(self, pattern, seconds=90):
@@ -335,7 +344,7 @@ class Terminal:
         except OSError:
             pass
         os.close(self.file)
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.process.wait()
 
 
 @pytest.mark.slow
