@@ -300,9 +300,11 @@ def test_piped_lines_broken_bytes_and_the_end():
     assert "retry  answer the last question again" in errors
 
 
-# Ctrl-C reaches a process whose controlling terminal the pty is. pty.fork() would fork a process that has threads.
+# Ctrl-C reaches a process whose controlling terminal the pty is, unless SIGINT is ignored, as it is in what a shell
+# started in the background. pty.fork() would fork a process that has threads.
 TAKE_TERMINAL = """
-import fcntl, os, sys, termios
+import fcntl, os, signal, sys, termios
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
