@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 SOURCE, TARGET = "chatglm-6b", "chatglm2-6b"
-IDENTICAL_FILES = ("generation_chatglm.py", "masking_chatglm.py", "quantization.py")
+IDENTICAL_FILES = ("fused_chatglm.py", "generation_chatglm.py", "masking_chatglm.py", "packing_chatglm.py")
+IDENTICAL_FILES += ("quantization.py",)
 SCRIPTS_DIR = Path(__file__).resolve().parent.parent / "remote_scripts"
 REGION = re.compile(
     rb"^[ \t]*# region (?P<name>[^\r\n]+?)[ \t]*\r?\n.*?^[ \t]*# endregion\b[^\n]*", re.DOTALL | re.MULTILINE
