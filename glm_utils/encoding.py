@@ -5,6 +5,7 @@ uses, and text typed by users cannot become control tokens. Labels cover the ans
 """
 
 import bisect
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -178,6 +179,27 @@ class Collator:
             batch["attention_mask"][index, columns] = 1
             batch["labels"][index, columns] = torch.as_tensor(feature["labels"], dtype=torch.long)
         return batch
+
+
+@dataclass(frozen=True)
+class PackingCollator:
+    """Lay encoded rows end to end in one sequence, without padding.
+
+    The same rows are in the same batch as with padding. No token predicts the next row's first one.
+    """
+
+    def __call__(self, features: Sequence[dict]) -> dict[str, torch.Tensor | int]:
+        """Return input_ids and labels, int64 [1, T], and the rows' limits as transformers' FlashAttentionKwargs."""
+        lengths = [len(feature["input_ids"]) for feature in features]
+        labels = [[IGNORED_LABEL, *feature["labels"][1:]] for feature in features]
+        return {
+            "input_ids": torch.tensor(
+                [[*itertools.chain.from_iterable(feature["input_ids"] for feature in features)]]
+            ),
+            "labels": torch.tensor([[*itertools.chain.from_iterable(labels)]]),
+            "cu_seq_lens_q": torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
+            "max_length_q": max(lengths),
+        }
 
 
 def show_sample(sample: dict, tokenizer: PreTrainedTokenizer) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 IGNORED_LABEL = -100
-CHUNK_BYTES = 1 << 28  # fp32 logits of one chunk of the loss
+CHUNK_BYTES = 1 << 27  # fp32 logits of one chunk of the loss: 512 tokens of ChatGLM2-6B
 
 
 class SwiGLU(torch.autograd.Function):
@@ -23,8 +23,9 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
         """Return the gradient of the input, (M, 2F)."""
-        gate, up = ctx.saved_tensors[0].chunk(2, dim=-1)
-        grad_input = torch.empty_like(ctx.saved_tensors[0])
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grad_input = torch.empty_like(gate_up)
         grad_gate, grad_up = grad_input.chunk(2, dim=-1)
         torch.mul(grad, nn.functional.silu(gate), out=grad_up)
         grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
