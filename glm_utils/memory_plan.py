@@ -39,10 +39,10 @@ class MemoryPlan:
     checkpointing: bool | None
 
     def peak_bytes(self, num_tokens: int, num_recomputed: int, offloaded: bool = False) -> float:
-        """Estimate a step's peak; while one block goes backward it needs its saved tensors and as much again."""
-        num_kept = min(len(self.layers) - num_recomputed, len(self.layers) - 1)
+        """Estimate a step's peak: a block that goes backward needs what it keeps and about as much again."""
+        num_kept = max(len(self.layers) - num_recomputed, 1)
         states = 0 if offloaded else num_recomputed * self.state_bytes
-        return self.fixed_bytes + num_tokens * ((num_kept + 2) * self.saved_bytes + states)
+        return self.fixed_bytes + num_tokens * ((num_kept + 1) * self.saved_bytes + states)
 
     def num_recomputed(self, num_tokens: int) -> int:
         """Return how many blocks are recomputed for a batch of so many tokens."""
@@ -115,11 +115,13 @@ def count_saved_bytes(model: nn.Module, batch: dict) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             saved[storage.data_ptr()] = storage.nbytes()
-        return tensor  # the graph holds it until the end, so no address is used twice
+        # Held by the graph until the end, so no address is used twice. Detached, because an output that its own node
+        # holds is a cycle that is never freed.
+        return tensor.detach()
 
     was_training = model.training
     with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        loss = model.train()(**batch, skip_logits=True).loss
+        loss = model.train()(**batch).loss
     del loss
     model.train(was_training)
     return sum(saved.values())

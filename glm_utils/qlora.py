@@ -98,8 +98,6 @@ def make_training_args(
         raise UserError(f"{args_file.path}: eval_strategy asks for evaluation. Give --eval_data_path, or set it to no")
     if not packing and "train_sampling_strategy" not in values:
         overrides["train_sampling_strategy"] = "group_by_length"
-    if packing and values["include_num_input_tokens_seen"] == "non_padding":
-        overrides["include_num_input_tokens_seen"] = "all"  # there is no padding, and no mask to count it by
     overrides["seed"] = values.get("seed", DEFAULT_SEED) if seed is None else seed
     training_args = args_file.build(**overrides, label_names=["labels"])
     if training_args.n_gpu > 1:  # the Trainer would wrap the 4-bit model into DataParallel, which cannot copy it

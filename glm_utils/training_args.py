@@ -42,7 +42,7 @@ KEPT_KEYS = {"overwrite_output_dir": bool, "logging_dir": str | None}
 PROJECT_DEFAULTS = {
     "report_to": "tensorboard",
     "remove_unused_columns": False,
-    "include_num_input_tokens_seen": "non_padding",
+    "include_num_input_tokens_seen": "no",  # LoraTrainer counts; the Trainer's way waits for the GPU in every step
     "logging_nan_inf_filter": False,  # it waits for the GPU in every step, and hides a diverged loss
 }
 JSON_TYPES = (bool, int, float, str, list, dict, type(None))

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_chatglm import ChatGLMConfig
-from .fused_chatglm import linear_cross_entropy, swiglu
+from .fused_chatglm import Rotation, has_triton, linear_cross_entropy, swiglu
 from .generation_chatglm import ChatGLMGenerationMixin, eager_attention_forward
 from .masking_chatglm import blocked_to_keep, build_keep_mask
 from .packing_chatglm import PackedRows, packed_attention_forward
@@ -74,6 +74,8 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     Returns:
         (B, H or G, T, D); the second half passes through.
     """
+    if has_triton(x):
+        return Rotation.apply(x, cos, sin, 2, 1)
     rotated, rest = x.chunk(2, dim=-1)
     even, odd = rotated[..., 0::2], rotated[..., 1::2]
     rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
@@ -344,7 +346,7 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
         return_dict: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
-        skip_logits: bool = False,
+        loss_positions: torch.Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Compute logits and, with labels, the loss.
@@ -362,7 +364,8 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
             return_dict: False returns a tuple.
             logits_to_keep: Number of last positions to compute logits for (0 = all), or a tensor of positions.
             num_items_in_batch: Divisor of the summed loss; the number of counted tokens when absent.
-            skip_logits: Return the loss alone: the logits of the labels are then never held at once.
+            loss_positions: int64 (M,), places in (B * T) whose next token counts. With labels, the loss alone is then
+                computed, from these places, and their logits are never held at once.
             **kwargs: Passed on to the transformer.
         """
         outputs = self.transformer(
@@ -377,15 +380,17 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
             **kwargs,
         )
         output_layer, loss, logits = self.get_output_embeddings(), None, None
-        if labels is not None and skip_logits:
-            loss = linear_cross_entropy(outputs.last_hidden_state, output_layer, labels, num_items_in_batch)
+        if labels is not None and loss_positions is not None:
+            loss = linear_cross_entropy(
+                outputs.last_hidden_state, output_layer, labels, loss_positions, num_items_in_batch
+            )
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = output_layer(outputs.last_hidden_state[:, kept])  # (B, T, V)
-        if labels is not None and not skip_logits:
-            loss = self.loss_function(
-                logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
-            )
+            if labels is not None:
+                loss = self.loss_function(
+                    logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+                )
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
