@@ -27,7 +27,7 @@ from glm_utils.preflight import report_run
 from glm_utils.qlora import make_lora_config, make_lora_model, make_training_args, resolve_compute_dtype
 from glm_utils.resume import check_output_dir, check_same_run, find_checkpoint, remove_earlier_run
 from glm_utils.run_record import RUN_CONFIG_NAME, make_record, model_card, whole_files, write_json
-from glm_utils.trainer import make_trainer
+from glm_utils.trainer import LoraTrainer, make_trainer
 from glm_utils.training_args import TrainArgsFile, read_train_args
 
 SAMPLE_TRAIN_PATH, SAMPLE_EVAL_PATH = "data/train.jsonl", "data/dev.jsonl"
@@ -168,11 +168,10 @@ def begin_run(training_args: TrainingArguments, record: dict, checkpoint: Path |
     write_json(output_dir / RUN_CONFIG_NAME, record)
 
 
-def run_trainer(trainer: Trainer, checkpoint: Path | None) -> dict:
+def run_trainer(trainer: LoraTrainer, checkpoint: Path | None) -> dict:
     """Train, evaluate and write train_results.json, eval_results.json and all_results.json; return all metrics."""
     metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
-    if not checkpoint:  # of a resumed run the Trainer knows all tokens, but only the last part's seconds
-        metrics["train_tokens_per_second"] = trainer.state.num_input_tokens_seen / metrics["train_runtime"]
+    metrics["train_tokens_per_second"] = trainer.run_log.tokens_per_second(trainer.state)
     if torch.cuda.is_available():
         metrics["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     trainer.save_metrics("train", metrics)

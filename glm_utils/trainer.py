@@ -1,6 +1,7 @@
 """Transformers' Trainer with this project's batches, memory plan and log lines."""
 
 import datetime
+import math
 import shutil
 import time
 from pathlib import Path
@@ -23,17 +24,26 @@ from glm_utils.memory_plan import MemoryPlan
 from glm_utils.preflight import out_of_memory
 from glm_utils.run_record import RUN_CONFIG_NAME
 
-NUM_WARM_UP_STEPS = 10  # before the time of an epoch is told
+NUM_TIMED_STEPS = 10  # before the time of an epoch is told
+
+
+def clock() -> float:
+    """Return seconds, once the GPU has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.monotonic()
 
 
 class LoraTrainer(Trainer):
     """Run each batch under the memory plan, and count its tokens without waiting for the GPU.
 
     Attributes:
-        plan: Set by make_trainer.
+        plan: Set by make_trainer, as is run_log.
+        run_log: Logs the run and knows its speed.
     """
 
     plan: MemoryPlan
+    run_log: "RunCallback"
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Run forward and backward of one batch.
@@ -64,19 +74,26 @@ class RunCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control, **kwargs) -> None:
         """Start the clock."""
         self.first_step, self.start_seconds = state.global_step, time.monotonic()
+        self.warm_seconds, self.warm_tokens = self.start_seconds, state.num_input_tokens_seen
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control, **kwargs) -> None:
-        """Tell how long an epoch takes, once the first steps have warmed up what there is to warm up."""
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control, train_dataloader=None, **kwargs
+    ) -> None:
+        """Start the clock again after the first step, which warms up; tell how long an epoch takes ten steps later."""
         num_done = state.global_step - self.first_step
-        if num_done == 1:
-            self.warm_seconds = time.monotonic()
-        elif num_done == NUM_WARM_UP_STEPS + 1 and state.is_world_process_zero:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds = (time.monotonic() - self.warm_seconds) / NUM_WARM_UP_STEPS
-            num_steps = state.max_steps / max(state.num_train_epochs, 1e-9)
-            epoch = datetime.timedelta(seconds=round(seconds * num_steps))
-            logger.info(f"{seconds:.3f} s a step, {epoch} an epoch of {num_steps:.0f} steps")
+        if num_done == 1 and state.global_step < state.max_steps:
+            self.warm_seconds, self.warm_tokens = clock(), state.num_input_tokens_seen
+        elif num_done == NUM_TIMED_STEPS + 1 and state.is_world_process_zero:
+            seconds = (clock() - self.warm_seconds) / NUM_TIMED_STEPS
+            num_steps = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
+            logger.info(
+                f"{seconds:.3f} s a step, {self.tokens_per_second(state):,.0f} tokens a second, "
+                f"{datetime.timedelta(seconds=round(seconds * num_steps))} an epoch of {num_steps:,} steps"
+            )
+
+    def tokens_per_second(self, state: TrainerState) -> float:
+        """Return the rate since the first step, evaluations and checkpoints included, padding not."""
+        return (state.num_input_tokens_seen - self.warm_tokens) / (clock() - self.warm_seconds)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control, logs=None, **kwargs) -> None:
         """Log one line for each report of the Trainer."""
@@ -130,5 +147,6 @@ def make_trainer(
     trainer.remove_callback(PrinterCallback if training_args.disable_tqdm else ProgressCallback)
     if not training_args.disable_tqdm:
         trainer.add_callback(QuietProgress())
-    trainer.add_callback(RunCallback())
+    trainer.run_log = RunCallback()
+    trainer.add_callback(trainer.run_log)
     return trainer

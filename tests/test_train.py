@@ -385,12 +385,13 @@ def test_flags_are_the_issues():
     parameters = inspect.signature(stage.train_qlora).parameters
     expected = "train_args_json model_name_or_path train_data_path eval_data_path seed max_input_length "
     expected += "max_output_length lora_rank lora_alpha lora_dropout resume_from_checkpoint prompt_text compute_dtype "
-    assert " ".join(parameters) == expected + "lora_targets"
+    assert " ".join(parameters) == expected + "lora_targets packing dry_run"
     defaults = {name: parameter.default for name, parameter in parameters.items()}
     assert defaults["model_name_or_path"] == FAMILIES[1].hub_ids[0] == "THUDM/chatglm2-6b"
     assert (defaults["max_input_length"], defaults["max_output_length"]) == (512, 1536)
     assert (defaults["lora_rank"], defaults["lora_alpha"], defaults["lora_dropout"]) == (4, 32, 0.05)
-    assert (defaults["compute_dtype"], defaults["lora_targets"]) == ("fp32", "query_key_value")
+    assert (defaults["compute_dtype"], defaults["lora_targets"]) == ("auto", "query_key_value")
+    assert (defaults["packing"], defaults["dry_run"]) == (True, False)
 
 
 def test_a_misspelt_flag_ends_the_command(capsys, no_training):

@@ -28,7 +28,8 @@ if triton is not None:
 
     @triton.jit
     def _swiglu_kernel(gate_up, out, F, BLOCK: tl.constexpr):
-        row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = column < F
         gate = tl.load(gate_up + row * 2 * F + column, mask=inside, other=0).to(tl.float32)
         up = tl.load(gate_up + row * 2 * F + F + column, mask=inside, other=0).to(tl.float32)
@@ -36,7 +37,8 @@ if triton is not None:
 
     @triton.jit
     def _swiglu_backward_kernel(gate_up, grad, out, F, BLOCK: tl.constexpr):
-        row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = column < F
         gate = tl.load(gate_up + row * 2 * F + column, mask=inside, other=0).to(tl.float32)
         up = tl.load(gate_up + row * 2 * F + F + column, mask=inside, other=0).to(tl.float32)
@@ -74,9 +76,13 @@ if triton is not None:
     @triton.jit
     def _cross_entropy_kernel(logits, targets, losses, V, BLOCK: tl.constexpr):
         """Write one row's loss, and put the gradient of its logits in their place."""
-        row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-        target, row_logits = tl.load(targets + row), logits + row * V
-        top, total, wanted = -float("inf"), 0.0, 0.0
+        row = tl.program_id(0).to(tl.int64)
+        row_logits = logits + row * V
+        target = tl.load(targets + row)
+        columns = tl.arange(0, BLOCK)
+        top = float("-inf")
+        total = 0.0
+        wanted = 0.0
         for start in range(0, V, BLOCK):
             column = start + columns
             part = tl.load(row_logits + column, mask=column < V, other=-float("inf")).to(tl.float32)
