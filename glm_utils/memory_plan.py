@@ -15,7 +15,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 GRADIENT_AND_ADAM_BYTES = 12  # fp32 gradient and two fp32 moments per trained weight
-RESERVED_SHARE, RESERVED_BYTES = 0.03, 200 << 20  # of the device: the allocator's rounding, libraries' workspaces
+USABLE_SHARE, RESERVED_BYTES = 0.97, 200 << 20  # the rest is for the allocator's rounding and libraries' workspaces
 
 
 @dataclass(frozen=True)
@@ -136,4 +136,4 @@ def memory_of(device: torch.device) -> tuple[int, int]:
     allowed = min(
         free + torch.cuda.memory_reserved(device), total * torch.cuda.get_per_process_memory_fraction(device)
     )
-    return torch.cuda.memory_allocated(device), int(allowed - RESERVED_SHARE * total - RESERVED_BYTES)
+    return torch.cuda.memory_allocated(device), int(USABLE_SHARE * allowed - RESERVED_BYTES)

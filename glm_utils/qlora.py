@@ -122,6 +122,8 @@ def make_lora_model(
         training_args: Their seed fixes the LoRA weights.
     """
     on_gpu = training_args.device.type == "cuda"
+    if on_gpu:  # batches differ in tokens: whole blocks of the usual allocator would not fit the next one
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     device = {"": int(os.environ.get("LOCAL_RANK", 0)) if on_gpu else "cpu"}
     model = load_base_model(base_dir, True, compute_dtype, device, dtype=None if on_gpu else "fp32")
     model.name_or_path = base_name  # peft writes it into adapter_config.json

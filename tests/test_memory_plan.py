@@ -88,6 +88,21 @@ def test_the_chosen_blocks_are_recomputed_and_gradients_stay(golden_model, plan,
         assert all(torch.equal(one, two) for one, two in zip(gradients[0], other, strict=True))
 
 
+@pytest.mark.gpu
+def test_states_on_the_host_change_no_gradient(golden_model, batch):
+    golden_model.cuda().train().gradient_checkpointing_enable({"use_reentrant": False})
+    batch = {key: value.cuda() if torch.is_tensor(value) else value for key, value in batch.items()}
+    plan, gradients = make_plan(golden_model, batch, None), []
+    for limit in (plan.limit_bytes, 0):
+        choice = dataclasses.replace(plan, limit_bytes=limit)
+        assert choice.is_offloaded(batch["input_ids"].numel()) is (limit == 0)
+        golden_model.zero_grad()
+        with choice.applied(batch["input_ids"].numel()):
+            golden_model(**batch).loss.backward()
+        gradients.append([weight.grad.clone() for weight in golden_model.parameters() if weight.grad is not None])
+    assert all(torch.allclose(one, two, atol=1e-6) for one, two in zip(*gradients, strict=True))
+
+
 def test_batches_of_one_epoch():
     lengths = [3, 5, 7, 11, 13]
     packed, padded = batch_tokens(lengths, 2, True), batch_tokens(lengths, 2, False)

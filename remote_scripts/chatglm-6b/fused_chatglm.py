@@ -110,9 +110,9 @@ class SwiGLU(torch.autograd.Function):
             return nn.functional.silu(gate).mul_(up)
         gate_up = gate_up.contiguous()
         out = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
-        _swiglu_kernel[(out.numel() // out.shape[-1], triton.cdiv(out.shape[-1], 1024))](
-            gate_up, out, out.shape[-1], BLOCK=1024
-        )
+        width = out.shape[-1]
+        with torch.cuda.device_of(out):
+            _swiglu_kernel[(out.numel() // width, triton.cdiv(width, 1024))](gate_up, out, width, BLOCK=1024)
         return out
 
     @staticmethod
@@ -121,10 +121,11 @@ class SwiGLU(torch.autograd.Function):
         (gate_up,) = ctx.saved_tensors
         grad_input = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
         if has_triton(gate_up):
-            gate_up, grad = gate_up.contiguous(), grad.contiguous()
-            _swiglu_backward_kernel[(grad.numel() // grad.shape[-1], triton.cdiv(grad.shape[-1], 1024))](
-                gate_up, grad, grad_input, grad.shape[-1], BLOCK=1024
-            )
+            gate_up, grad, width = gate_up.contiguous(), grad.contiguous(), grad.shape[-1]
+            with torch.cuda.device_of(grad):
+                _swiglu_backward_kernel[(grad.numel() // width, triton.cdiv(width, 1024))](
+                    gate_up, grad, grad_input, width, BLOCK=1024
+                )
             return grad_input
         gate, up = gate_up.chunk(2, dim=-1)
         grad_gate, grad_up = grad_input.chunk(2, dim=-1)
@@ -186,12 +187,13 @@ def launch_rotation(x, cos, sin, step: int, gap: int, sign: int) -> torch.Tensor
     out = x.new_empty(batch, num_tokens, num_heads, dim)
     block_heads = min(triton.next_power_of_2(num_heads), 32)
     rest = dim - 2 * num_pairs
-    _rotate_kernel[(batch * num_tokens, triton.cdiv(num_heads, block_heads))](
-        x, out, cos, sin, x.stride(0), x.stride(1), x.stride(2), cos.stride(0) if len(cos) > 1 else 0,
-        num_tokens, num_heads, dim, num_pairs, num_pairs if step == 2 else gap, step, gap,
-        SIGN=sign, BLOCK_H=block_heads, BLOCK_P=triton.next_power_of_2(num_pairs),
-        BLOCK_REST=triton.next_power_of_2(rest) if rest else 0,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _rotate_kernel[(batch * num_tokens, triton.cdiv(num_heads, block_heads))](
+            x, out, cos, sin, x.stride(0), x.stride(1), x.stride(2), cos.stride(0) if len(cos) > 1 else 0,
+            num_tokens, num_heads, dim, num_pairs, num_pairs if step == 2 else gap, step, gap,
+            SIGN=sign, BLOCK_H=block_heads, BLOCK_P=triton.next_power_of_2(num_pairs),
+            BLOCK_REST=triton.next_power_of_2(rest) if rest else 0,
+        )  # fmt: skip
     return out.transpose(1, 2)
 
 
@@ -199,7 +201,8 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Te
     """Return the losses (M,), fp32, and the gradient of the logits (M, V), whose memory may be used for it."""
     if has_triton(logits):
         losses = torch.empty(len(logits), device=logits.device)
-        _cross_entropy_kernel[(len(logits),)](logits, targets, losses, logits.shape[-1], BLOCK=4096, num_warps=8)
+        with torch.cuda.device_of(logits):
+            _cross_entropy_kernel[(len(logits),)](logits, targets, losses, logits.shape[-1], BLOCK=4096, num_warps=8)
         return losses, logits
     scores, columns = logits.float(), targets[:, None]
     total = scores.logsumexp(dim=-1, keepdim=True)
