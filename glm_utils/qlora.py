@@ -53,10 +53,11 @@ def resolve_compute_dtype(compute_dtype: str, args_file: TrainArgsFile) -> str:
     """
     if compute_dtype != "auto":
         return compute_dtype
-    for dtype in ("fp16", "bf16"):
-        if args_file.values.get(dtype):
-            return dtype
-    return "bf16" if uses_gpu(args_file) and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    has_bf16 = uses_gpu(args_file) and torch.cuda.is_bf16_supported(including_emulation=False)
+    given = [dtype for dtype in ("fp16", "bf16") if args_file.values.get(dtype)]
+    resolved = given[0] if given else "bf16" if has_bf16 else "fp32"
+    logger.info(f"--compute_dtype auto: {resolved}")
+    return resolved
 
 
 def make_training_args(
@@ -123,7 +124,7 @@ def make_lora_model(
     """
     on_gpu = training_args.device.type == "cuda"
     if on_gpu:  # batches differ in tokens: whole blocks of the usual allocator would not fit the next one
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     device = {"": int(os.environ.get("LOCAL_RANK", 0)) if on_gpu else "cpu"}
     model = load_base_model(base_dir, True, compute_dtype, device, dtype=None if on_gpu else "fp32")
     model.name_or_path = base_name  # peft writes it into adapter_config.json

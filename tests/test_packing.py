@@ -145,17 +145,23 @@ def test_the_loss_without_logits_in_many_chunks(sibling, monkeypatch):
             assert torch.allclose(torch.autograd.grad(loss, states)[0], gradient, atol=1e-6)
 
 
+def distance(found, expected):
+    """Return the relative distance of all gradients together, each in units of its own norm."""
+    assert found.keys() == expected.keys()
+    apart = [(found[name].float().cpu() - expected[name]).norm() / expected[name].norm() for name in expected]
+    return torch.stack(apart).square().mean().sqrt().item()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_packed_rows_on_a_gpu(model_dir, rows, dtype):
-    """Variable-length attention against the reference in fp32; the tolerance is that of the format."""
-    reference = load_base_model(model_dir)
-    losses, expected = row_by_row(reference, rows)
+    """Packing adds nothing to what the number format loses with each row alone."""
+    _, exact = row_by_row(load_base_model(model_dir), rows)
     model = load_base_model(model_dir, compute_dtype=dtype).cuda()
+    losses, alone = row_by_row(model, rows)
     loss, found = packed(model, rows)
-    tolerance = {"fp32": 1e-4, "bf16": 1e-1, "fp16": 2e-2}[dtype]
-    assert loss.item() == pytest.approx(losses.sum().item(), rel=tolerance / 10)
-    assert_close({name: gradient.float().cpu() for name, gradient in found.items()}, expected, tolerance)
+    assert loss.item() == pytest.approx(losses.sum().item(), rel={"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}[dtype])
+    assert distance(found, exact) < 1.5 * distance(alone, exact) + 1e-5
 
 
 @pytest.mark.gpu

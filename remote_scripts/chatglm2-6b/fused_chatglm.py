@@ -21,7 +21,7 @@ CHUNK_LOGITS = 512 * 65024  # held at once by the loss: 512 tokens of ChatGLM2-6
 
 def has_triton(x: torch.Tensor) -> bool:
     """Return whether a Triton kernel can take this tensor."""
-    return triton is not None and x.is_cuda
+    return triton is not None and x.is_cuda and x.dtype != torch.float64
 
 
 if triton is not None:
