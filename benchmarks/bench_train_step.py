@@ -93,7 +93,7 @@ def bench_train_step(
     common = ["--model_path", model_path, "--train_data_path", train_data_path, "--work_dir", work_dir]
     processes = {}
     for index, name in enumerate(names):
-        for ahead in names[index : index + 2]:  # the next process imports while this one measures
+        for ahead in names[index : index + 4]:  # the next processes import while this one measures
             if ahead not in processes:
                 command = [sys.executable, __file__, "--run", ahead, *common]
                 log = (Path(work_dir) / f"bench_train_{ahead}.log").open("w+")
