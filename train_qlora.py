@@ -1,7 +1,7 @@
 """Train a LoRA adapter on ChatGLM-6B or ChatGLM2-6B in 4 bit: instruction data + base model -> adapter directory.
 
     python train_qlora.py --model_name_or_path THUDM/chatglm2-6b --train_args_json chatGLM2_6B_QLoRA.json \
-        --train_data_path data/train.jsonl --eval_data_path data/dev.jsonl --compute_dtype bf16
+        --train_data_path data/train.jsonl --eval_data_path data/dev.jsonl
 
 Without a GPU or a network: --model_name_or_path models/chatglm2-tiny. The output directory (output_dir of the JSON
 file) gets the adapter, its tokenizer files, checkpoints, TensorBoard logs in runs/, results, run_config.json and a
@@ -13,20 +13,25 @@ from typing import Literal
 
 import torch
 from loguru import logger
+from peft import PeftModel
 from transformers import PreTrainedTokenizer, Trainer, TrainingArguments
 
 from glm_utils.checkpoint import load_tokenizer, project_path, resolve_checkpoint_dir
 from glm_utils.checkpoint_files import check_checkpoint
 from glm_utils.cli import UserError, run_cli
 from glm_utils.data import Row, read_rows
-from glm_utils.encoding import EncodedRows, EncodingLimits, encode_rows, show_sample
+from glm_utils.encoding import Collator, EncodedRows, EncodingLimits, PackingCollator, encode_rows, show_sample
 from glm_utils.family import Family, detect_family, resolve_lora_targets
-from glm_utils.qlora import make_lora_config, make_lora_model, make_trainer, make_training_args
+from glm_utils.memory_plan import MemoryPlan, make_plan
+from glm_utils.preflight import report_run
+from glm_utils.qlora import make_lora_config, make_lora_model, make_training_args, resolve_compute_dtype
 from glm_utils.resume import check_output_dir, check_same_run, find_checkpoint, remove_earlier_run
 from glm_utils.run_record import RUN_CONFIG_NAME, make_record, model_card, whole_files, write_json
+from glm_utils.trainer import LoraTrainer, make_trainer
 from glm_utils.training_args import TrainArgsFile, read_train_args
 
 SAMPLE_TRAIN_PATH, SAMPLE_EVAL_PATH = "data/train.jsonl", "data/dev.jsonl"
+NUM_PLAN_ROWS = 4  # whose memory is measured
 
 
 def train_qlora(
@@ -43,8 +48,10 @@ def train_qlora(
     lora_dropout: float = 0.05,
     resume_from_checkpoint: str | bool | None = None,
     prompt_text: str = "",
-    compute_dtype: Literal["fp32", "fp16", "bf16"] = "fp32",
+    compute_dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto",
     lora_targets: str | list[str] = "query_key_value",
+    packing: bool = True,
+    dry_run: bool = False,
 ) -> None:
     """Train a LoRA adapter on a 4-bit ChatGLM base model.
 
@@ -62,8 +69,10 @@ def train_qlora(
         lora_dropout: Dropout before the LoRA matrices, 0 to below 1.
         resume_from_checkpoint: A checkpoint-N directory, or latest for the newest one of output_dir.
         prompt_text: Text put in front of every question.
-        compute_dtype: Number format of the products with 4-bit weights: fp32, fp16 or bf16.
+        compute_dtype: Number format of the products: fp32, fp16, bf16, or auto (bf16 on a GPU that has it, else fp32).
         lora_targets: Modules that get LoRA: query_key_value, all-linear, or names joined by commas.
+        packing: Lay the rows of a batch end to end instead of padding them; the gradients are the same.
+        dry_run: Stop before training, once weights, steps and memory have been reported.
     """
     arguments = dict(locals())
     limits = EncodingLimits(max_input_length, max_output_length, prompt_text)
@@ -73,7 +82,8 @@ def train_qlora(
     base_config, family = check_trainable(base_dir)
     lora_config = make_lora_config(lora_rank, lora_alpha, lora_dropout, resolve_lora_targets(family, lora_targets))
     args_file = read_train_args(project_path(train_args_json or family.train_args_json))
-    training_args = make_training_args(args_file, seed, compute_dtype, has_eval="eval" in rows)
+    arguments["compute_dtype"] = compute_dtype = resolve_compute_dtype(compute_dtype, args_file)
+    training_args = make_training_args(args_file, seed, compute_dtype, "eval" in rows, packing)
     record = make_record(arguments, base_dir, family, data_paths, sorted(lora_config.target_modules), training_args)
     resume_from = resume_from_checkpoint or training_args.resume_from_checkpoint
     checkpoint = choose_checkpoint(resume_from, args_file, record["identity"])
@@ -81,8 +91,12 @@ def train_qlora(
     encoded = encode_data(rows, tokenizer, limits, base_config.get(family.max_length_key))
     record["data"] = {name: part.counts for name, part in encoded.items()}
     model = make_lora_model(base_dir, record["base"]["name"], compute_dtype, lora_config, training_args)
+    collator = PackingCollator() if packing else Collator(tokenizer.pad_token_id, family.padding_side)
+    plan = plan_run(model, encoded["train"], collator, args_file.checkpointing, training_args)
+    if dry_run:
+        return
     begin_run(training_args, record, checkpoint)
-    trainer = make_trainer(model, training_args, encoded, tokenizer, family.padding_side)
+    trainer = make_trainer(model, plan, training_args, encoded, tokenizer, collator)
     results = run_trainer(trainer, checkpoint)
     save_adapter(trainer, record, results)
 
@@ -129,6 +143,20 @@ def encode_data(
     return encoded
 
 
+def plan_run(
+    model: PeftModel,
+    encoded: EncodedRows,
+    collator: Collator | PackingCollator,
+    checkpointing: bool | None,
+    training_args: TrainingArguments,
+) -> MemoryPlan:
+    """Measure what a batch needs, and log it with the weights, tokens and steps of the run."""
+    sample = collator([encoded.dataset[index] for index in range(min(NUM_PLAN_ROWS, len(encoded.dataset)))])
+    plan = make_plan(model, sample, checkpointing)
+    report_run(model, plan, encoded.dataset["length"], training_args, isinstance(collator, PackingCollator))
+    return plan
+
+
 def begin_run(training_args: TrainingArguments, record: dict, checkpoint: Path | None) -> None:
     """Write run_config.json; what an earlier run left is deleted unless this one goes on from it."""
     if training_args.process_index != 0:
@@ -140,11 +168,10 @@ def begin_run(training_args: TrainingArguments, record: dict, checkpoint: Path |
     write_json(output_dir / RUN_CONFIG_NAME, record)
 
 
-def run_trainer(trainer: Trainer, checkpoint: Path | None) -> dict:
+def run_trainer(trainer: LoraTrainer, checkpoint: Path | None) -> dict:
     """Train, evaluate and write train_results.json, eval_results.json and all_results.json; return all metrics."""
     metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
-    if not checkpoint:  # of a resumed run the Trainer knows all tokens, but only the last part's seconds
-        metrics["train_tokens_per_second"] = trainer.state.num_input_tokens_seen / metrics["train_runtime"]
+    metrics["train_tokens_per_second"] = trainer.run_log.tokens_per_second(trainer.state)
     if torch.cuda.is_available():
         metrics["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     trainer.save_metrics("train", metrics)

@@ -5,6 +5,7 @@ uses, and text typed by users cannot become control tokens. Labels cover the ans
 """
 
 import bisect
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -151,6 +152,12 @@ def fit_answer(row: Row, tokenizer: PreTrainedTokenizer, limits: EncodingLimits)
     return [*ids[: limits.max_output_length - 1], ids[-1]], True
 
 
+def loss_positions(labels: torch.Tensor) -> torch.Tensor:
+    """Return the places in labels [B, S], flattened, whose next token counts: found here, no GPU waits for them."""
+    counts = torch.nn.functional.pad(labels[:, 1:] != IGNORED_LABEL, (0, 1))
+    return counts.flatten().nonzero().flatten()
+
+
 @dataclass(frozen=True)
 class Collator:
     """Pad encoded rows to one length.
@@ -164,7 +171,7 @@ class Collator:
     padding_side: str
 
     def __call__(self, features: Sequence[dict]) -> dict[str, torch.Tensor]:
-        """Return input_ids, attention_mask (1 = keep) and labels, each int64 [B, S]."""
+        """Return input_ids, attention_mask (1 = keep) and labels, int64 [B, S], and loss_positions, int64 [M]."""
         width = max(len(feature["input_ids"]) for feature in features)
         batch = {
             "input_ids": torch.full((len(features), width), self.pad_token_id),
@@ -177,7 +184,33 @@ class Collator:
             batch["input_ids"][index, columns] = torch.as_tensor(feature["input_ids"], dtype=torch.long)
             batch["attention_mask"][index, columns] = 1
             batch["labels"][index, columns] = torch.as_tensor(feature["labels"], dtype=torch.long)
-        return batch
+        return {**batch, "loss_positions": loss_positions(batch["labels"])}
+
+
+@dataclass(frozen=True)
+class PackingCollator:
+    """Lay encoded rows end to end in one sequence, without padding.
+
+    The same rows are in the same batch as with padding. No token predicts the next row's first one.
+    """
+
+    def __call__(self, features: Sequence[dict]) -> dict[str, torch.Tensor | int]:
+        """Return a batch.
+
+        It has input_ids and labels, int64 [1, T], loss_positions, int64 [M], and the rows' limits under the names of
+        transformers' FlashAttentionKwargs.
+        """
+        lengths = [len(feature["input_ids"]) for feature in features]
+        ids = itertools.chain.from_iterable(feature["input_ids"] for feature in features)
+        labels = torch.tensor([[*itertools.chain.from_iterable(feature["labels"] for feature in features)]])
+        labels[0, [0, *itertools.accumulate(lengths[:-1])]] = IGNORED_LABEL
+        return {
+            "input_ids": torch.tensor([[*ids]]),
+            "labels": labels,
+            "loss_positions": loss_positions(labels),
+            "cu_seq_lens_q": torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
+            "max_length_q": max(lengths),
+        }
 
 
 def show_sample(sample: dict, tokenizer: PreTrainedTokenizer) -> str:

@@ -29,8 +29,9 @@ CARD_KEYS = ("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_typ
 
 
 IDENTITY_ARGUMENTS = ("lora_rank", "lora_alpha", "lora_dropout", "max_input_length", "max_output_length")
-IDENTITY_ARGUMENTS += ("prompt_text", "compute_dtype")
+IDENTITY_ARGUMENTS += ("prompt_text", "compute_dtype", "packing")
 IDENTITY_TRAINING_ARGS = ("seed", "per_device_train_batch_size", "gradient_accumulation_steps")
+IDENTITY_TRAINING_ARGS += ("train_sampling_strategy",)
 
 
 def make_record(

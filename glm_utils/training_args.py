@@ -42,7 +42,9 @@ KEPT_KEYS = {"overwrite_output_dir": bool, "logging_dir": str | None}
 PROJECT_DEFAULTS = {
     "report_to": "tensorboard",
     "remove_unused_columns": False,
-    "include_num_input_tokens_seen": "non_padding",
+    "include_num_input_tokens_seen": "no",  # LoraTrainer counts; the Trainer's way waits for the GPU in every step
+    "accelerator_config": {"non_blocking": True},  # the next batch is copied while the GPU computes
+    "logging_nan_inf_filter": False,  # it waits for the GPU in every step, and hides a diverged loss
 }
 JSON_TYPES = (bool, int, float, str, list, dict, type(None))
 
@@ -56,12 +58,14 @@ class TrainArgsFile:
         values: Keyword arguments for today's TrainingArguments.
         overwrite_output_dir: An earlier run in output_dir may be replaced (a key of transformers 4.30).
         logging_dir: Directory of the TensorBoard files (likewise); None: <output_dir>/runs.
+        checkpointing: Whether the file turns the checkpointing of activations on or off; None: it does not say.
     """
 
     path: Path
     values: dict
     overwrite_output_dir: bool = False
     logging_dir: str | None = None
+    checkpointing: bool | None = None
 
     def build(self, **overrides: object) -> TrainingArguments:
         """Make the TrainingArguments.
@@ -174,19 +178,21 @@ def _translate(source: _Source, values: dict, known: set[str]) -> dict:
     if values.get("optim") == "adamw_hf":
         values["optim"] = "adamw_torch"
         logger.warning(f"{source.at('optim')} adamw_hf is gone: taken as adamw_torch, the same method")
-    _rename_checkpointing(source, values, known)
+    options["checkpointing"] = _rename_checkpointing(source, values, known)
     return options
 
 
-def _rename_checkpointing(source: _Source, values: dict, known: set[str]) -> None:
-    """Use the name that the installed transformers has; checkpointing is on unless the file says no."""
+def _rename_checkpointing(source: _Source, values: dict, known: set[str]) -> bool | None:
+    """Use the name that the installed transformers has; without a word it is on, for as many blocks as it takes."""
     new, old = sorted(("activation_checkpointing", "gradient_checkpointing"), key=lambda name: name not in known)
     for suffix in ("", "_kwargs"):
         if old + suffix in values:
             values[new + suffix] = values.pop(old + suffix)
             logger.warning(f"{source.at(old + suffix)} is now {new}{suffix}")
+    given = values.get(new)
     if values.setdefault(new, True):
         values[f"{new}_kwargs"] = {"use_reentrant": False, **(values.get(f"{new}_kwargs") or {})}
+    return given
 
 
 def _check_type(source: _Source, key: str, value: object, annotation: object) -> None:

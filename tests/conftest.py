@@ -10,11 +10,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import contextlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from loguru import logger
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; read when triton is imported
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent
 from glm_utils import checkpoint
@@ -62,6 +66,12 @@ def model_dir(fixture_dir):
 def model_classes(family):
     """Config, model and tokenizer class of a family."""
     return checkpoint.load_classes(family)
+
+
+@pytest.fixture
+def sibling(model_classes):
+    """Return a module that a family's model imported, e.g. packing_chatglm."""
+    return lambda name: sys.modules[model_classes.model.__module__.replace("modeling_chatglm", name)]
 
 
 @pytest.fixture

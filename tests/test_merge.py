@@ -34,7 +34,8 @@ VARIED = {  # rsLoRA, all Linear modules, ranks and alphas by module
     "alpha_pattern": {"dense": 5},
     "use_rslora": True,
 }
-SCRIPTS = {f"{name}_chatglm.py" for name in ("configuration", "generation", "masking", "modeling", "tokenization")}
+SCRIPT_NAMES = ("configuration", "fused", "generation", "masking", "modeling", "packing", "tokenization")
+SCRIPTS = {f"{name}_chatglm.py" for name in SCRIPT_NAMES}
 FILES = SCRIPTS | {"quantization.py", "README.md", "config.json", "generation_config.json", "model.safetensors"}
 FILES |= {"run_config.json", "tokenizer_config.json"}
 FILES |= {"cuda_kernels.py", "cuda_source.py", "decoding_chatglm.py"}

@@ -385,12 +385,13 @@ def test_flags_are_the_issues():
     parameters = inspect.signature(stage.train_qlora).parameters
     expected = "train_args_json model_name_or_path train_data_path eval_data_path seed max_input_length "
     expected += "max_output_length lora_rank lora_alpha lora_dropout resume_from_checkpoint prompt_text compute_dtype "
-    assert " ".join(parameters) == expected + "lora_targets"
+    assert " ".join(parameters) == expected + "lora_targets packing dry_run"
     defaults = {name: parameter.default for name, parameter in parameters.items()}
     assert defaults["model_name_or_path"] == FAMILIES[1].hub_ids[0] == "THUDM/chatglm2-6b"
     assert (defaults["max_input_length"], defaults["max_output_length"]) == (512, 1536)
     assert (defaults["lora_rank"], defaults["lora_alpha"], defaults["lora_dropout"]) == (4, 32, 0.05)
-    assert (defaults["compute_dtype"], defaults["lora_targets"]) == ("fp32", "query_key_value")
+    assert (defaults["compute_dtype"], defaults["lora_targets"]) == ("auto", "query_key_value")
+    assert (defaults["packing"], defaults["dry_run"]) == (True, False)
 
 
 def test_a_misspelt_flag_ends_the_command(capsys, no_training):
@@ -414,3 +415,45 @@ def test_adapters_are_peft_adapters(train, model_dir):
     out = train(args={"max_steps": 1, "save_strategy": "no"})
     model = peft.PeftModel.from_pretrained(load_base_model(model_dir), str(out))
     assert model.peft_config["default"].r == 4
+
+
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
+def test_the_file_chooses_the_optimizer(train, optim):
+    out = train(args={"max_steps": 2, "save_strategy": "no", "optim": optim}, lora_dropout=0.0)
+    assert all(tensor.abs().max() > 0 for key, tensor in adapter_state(out).items() if "lora_B" in key)
+
+
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+def test_resume_with_other_batches_is_refused(train, checkpoint, no_training):
+    with pytest.raises(UserError, match="packing is true in the checkpoint and false now"):
+        train(resume_from_checkpoint=str(checkpoint), packing=False)
+    with pytest.raises(UserError, match='train_sampling_strategy is "random" in the checkpoint and "sequential" now'):
+        train(args={"train_sampling_strategy": "sequential"}, resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+def test_padded_batches_are_made_of_like_lengths_unless_the_file_says_otherwise(train):
+    args = {"max_steps": 1, "save_strategy": "no"}
+    for name, more, expected in (
+        ("plain", {}, "group_by_length"),
+        ("random", {"train_sampling_strategy": "random"}, "random"),
+    ):
+        out = train(name, args={**args, **more}, packing=False)
+        record = json.loads((out / "run_config.json").read_text())
+        assert record["identity"]["train_sampling_strategy"] == expected
+        assert record["identity"]["packing"] is False
+        assert record["identity"]["compute_dtype"] in ("fp32", "bf16")  # what auto stands for here
+
+
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+def test_all_tokens_are_counted_without_padding(train):
+    counts = []
+    for packing in (True, False):
+        args = {"num_train_epochs": 1, "max_steps": -1, "save_strategy": "no"}
+        out = train(f"packing-{packing}", args=args, packing=packing)
+        state = json.loads((out / "trainer_state.json").read_text())
+        counts.append(state["num_input_tokens_seen"])
+        record = json.loads((out / "run_config.json").read_text())
+        assert counts[-1] == record["data"]["train"]["num_tokens"]
+        assert json.loads((out / "train_results.json").read_text())["train_tokens_per_second"] > 0

@@ -17,8 +17,10 @@ IDENTICAL_FILES = (
     "cuda_kernels.py",
     "cuda_source.py",
     "decoding_chatglm.py",
+    "fused_chatglm.py",
     "generation_chatglm.py",
     "masking_chatglm.py",
+    "packing_chatglm.py",
     "quantization.py",
 )
 SCRIPTS_DIR = Path(__file__).resolve().parent.parent / "remote_scripts"

@@ -21,8 +21,10 @@ from .configuration_chatglm import ChatGLMConfig
 from .cuda_kernels import MAX_ROWS  # noqa: F401 - transformers copies the siblings that this file names
 from .cuda_source import SOURCE  # noqa: F401
 from .decoding_chatglm import Block, DecodeParts
+from .fused_chatglm import Rotation, has_triton, linear_cross_entropy
 from .generation_chatglm import ChatGLMGenerationMixin, eager_attention_forward
 from .masking_chatglm import blocked_to_keep, build_keep_mask, padding_queries
+from .packing_chatglm import PackedRows, packed_attention_forward
 from .quantization import QuantizedEmbedding, output_layer_of, quantize, replace_linears
 
 # sqrt(2 * 28): the published block never learns the layer count, so this holds for any number of layers.
@@ -67,6 +69,8 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     Returns:
         (B, H, T, D).
     """
+    if has_triton(x):
+        return Rotation.apply(x, cos, sin, 1, x.shape[-1] // 4)
     first, second = x.unflatten(-1, (2, 2, -1)).unbind(-2)  # (B, H, T, 2, D/4) each
     return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-2).flatten(-3)
 
@@ -102,6 +106,8 @@ class SelfAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, S, D)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        if isinstance(attention_mask, PackedRows):
+            attend = packed_attention_forward
         context, probabilities = attend(
             self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs
         )  # (B, T, H, D)
@@ -266,26 +272,34 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             output_hidden_states: Also return L+1 states (B, T, C): the inputs of the blocks, then the output of the
                 final norm.
             output_attentions: Also return the probabilities (eager attention only).
-            **kwargs: Passed on to the attention function.
+            **kwargs: cu_seq_lens_q, int32 (R + 1,), and max_length_q: the batch is one sequence of R rows that do not
+                see each other. All others are passed on to the attention function.
 
         Raises:
             ValueError: When not exactly one of input_ids and inputs_embeds is given, or positions are needed.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        num_new = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        rows = PackedRows.from_kwargs(kwargs, num_new, attention_mask=attention_mask, past_key_values=past_key_values)
         if position_ids is None:
             if input_ids is None:
                 raise ValueError("inputs_embeds needs position_ids (B, 2, T): bos and gMASK are not visible in it")
             token_mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
-            position_ids = self.get_position_ids(input_ids, token_mask)
+            if rows is None:
+                position_ids = self.get_position_ids(input_ids, token_mask)
+            else:
+                position_ids = rows.pack(self.get_position_ids(rows.unpack(input_ids)))
         hidden_states = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        num_new = hidden_states.shape[1]
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if self.gradient_checkpointing and self.training:
+        if rows is not None or (self.gradient_checkpointing and self.training):
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        mask, padding = self._keep_mask(attention_mask, position_ids, num_new, past_key_values)
+        if rows is None:
+            mask, padding = self._keep_mask(attention_mask, position_ids, num_new, past_key_values)
+        else:
+            mask, padding = rows.with_prefix(position_ids[0, 1] == 0), None
         rotary = self.layers[0].attention.rotary_emb(position_ids, hidden_states.dtype)
 
         all_states, all_probabilities = [], []
@@ -368,6 +382,7 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
         return_dict: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        loss_positions: torch.Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Compute logits and, with labels, the loss.
@@ -385,7 +400,9 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
             return_dict: False returns a tuple.
             logits_to_keep: Number of last positions to compute logits for (0 = all), or a tensor of positions.
             num_items_in_batch: Divisor of the summed loss; the number of counted tokens when absent.
-            **kwargs: Passed on to the attention function.
+            loss_positions: int64 (M,), places in (B * T) whose next token counts. With labels, the loss alone is then
+                computed, from these places, and their logits are never held at once.
+            **kwargs: Passed on to the transformer.
         """
         outputs = self.transformer(
             input_ids=input_ids,
@@ -398,13 +415,18 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
             output_attentions=output_attentions,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.get_output_embeddings()(outputs.last_hidden_state[:, kept])  # (B, T, V)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+        output_layer, loss, logits = self.get_output_embeddings(), None, None
+        if labels is not None and loss_positions is not None:
+            loss = linear_cross_entropy(
+                outputs.last_hidden_state, output_layer, labels, loss_positions, num_items_in_batch
             )
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = output_layer(outputs.last_hidden_state[:, kept])  # (B, T, V)
+            if labels is not None:
+                loss = self.loss_function(
+                    logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+                )
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -20,8 +20,10 @@ from .configuration_chatglm import ChatGLMConfig
 from .cuda_kernels import MAX_ROWS  # noqa: F401 - transformers copies the siblings that this file names
 from .cuda_source import SOURCE  # noqa: F401
 from .decoding_chatglm import Block, DecodeParts
+from .fused_chatglm import Rotation, has_triton, linear_cross_entropy, swiglu
 from .generation_chatglm import ChatGLMGenerationMixin, eager_attention_forward
 from .masking_chatglm import blocked_to_keep, build_keep_mask
+from .packing_chatglm import PackedRows, packed_attention_forward
 from .quantization import quantize, replace_linears
 
 
@@ -35,9 +37,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the normalised states, (..., C) -> (..., C)."""
-        x = hidden_states.float()
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return (x * self.weight.float()).to(hidden_states.dtype)
+        return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps).to(hidden_states.dtype)
 
 
 class RotaryEmbedding(nn.Module):
@@ -77,6 +77,8 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     Returns:
         (B, H or G, T, D); the second half passes through.
     """
+    if has_triton(x):
+        return Rotation.apply(x, cos, sin, 2, 1)
     rotated, rest = x.chunk(2, dim=-1)
     even, odd = rotated[..., 0::2], rotated[..., 1::2]
     rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
@@ -114,6 +116,8 @@ class SelfAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, G, S, D)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        if isinstance(attention_mask, PackedRows):
+            attend = packed_attention_forward
         context, probabilities = attend(
             self,
             query,
@@ -137,8 +141,7 @@ class MLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return (B, T, C) for (B, T, C)."""
-        gate, up = self.dense_h_to_4h(hidden_states).chunk(2, dim=-1)  # (B, T, F) each
-        return self.dense_4h_to_h(nn.functional.silu(gate) * up)
+        return self.dense_4h_to_h(swiglu(self.dense_h_to_4h(hidden_states)))
 
 
 class GLMBlock(GradientCheckpointingLayer):
@@ -268,7 +271,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             output_hidden_states: Also return L+1 states (B, T, C): the inputs of the blocks, then the last output
                 before the final norm.
             output_attentions: Also return the probabilities (eager attention only).
-            **kwargs: Passed on to the attention function.
+            **kwargs: cu_seq_lens_q, int32 (R + 1,), and max_length_q: the batch is one sequence of R rows that do not
+                see each other. All others are passed on to the attention function.
 
         Raises:
             ValueError: When not exactly one of input_ids and inputs_embeds is given, or the mask does not fit.
@@ -277,15 +281,18 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         hidden_states = self.embedding.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         num_new, device = hidden_states.shape[1], hidden_states.device
+        rows = PackedRows.from_kwargs(kwargs, num_new, attention_mask=attention_mask, past_key_values=past_key_values)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if self.gradient_checkpointing and self.training:
+        if rows is not None or (self.gradient_checkpointing and self.training):
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
+        if position_ids is None and rows is None:
             num_past = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(num_new, device=device) + num_past)[None]
-        mask = self._keep_mask(attention_mask, num_new, past_key_values, device)
+        elif position_ids is None:
+            position_ids = rows.columns[None]
+        mask = self._keep_mask(attention_mask, num_new, past_key_values, device) if rows is None else rows
         rotary = self.rotary_pos_emb(position_ids, hidden_states.dtype)
 
         all_states, all_probabilities = [hidden_states], []
@@ -363,6 +370,7 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
         return_dict: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        loss_positions: torch.Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Compute logits and, with labels, the loss.
@@ -380,7 +388,9 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
             return_dict: False returns a tuple.
             logits_to_keep: Number of last positions to compute logits for (0 = all), or a tensor of positions.
             num_items_in_batch: Divisor of the summed loss; the number of counted tokens when absent.
-            **kwargs: Passed on to the attention function.
+            loss_positions: int64 (M,), places in (B * T) whose next token counts. With labels, the loss alone is then
+                computed, from these places, and their logits are never held at once.
+            **kwargs: Passed on to the transformer.
         """
         outputs = self.transformer(
             input_ids=input_ids,
@@ -393,13 +403,18 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
             output_attentions=output_attentions,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.get_output_embeddings()(outputs.last_hidden_state[:, kept])  # (B, T, V)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+        output_layer, loss, logits = self.get_output_embeddings(), None, None
+        if labels is not None and loss_positions is not None:
+            loss = linear_cross_entropy(
+                outputs.last_hidden_state, output_layer, labels, loss_positions, num_items_in_batch
             )
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = output_layer(outputs.last_hidden_state[:, kept])  # (B, T, V)
+            if labels is not None:
+                loss = self.loss_function(
+                    logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+                )
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -1,0 +1,192 @@
+"""Measure training at 6B size: the original recipe, a plain bf16 Trainer run and this project's, each in a process.
+
+    python benchmarks/random_checkpoint.py --output_path /data/random-6b --bin_files False
+    python benchmarks/bench_train_step.py --model_path /data/random-6b --train_data_path adgen_train.jsonl
+
+Runs named stock-* build transformers' native Glm with peft and bitsandbytes and use its Trainer as it is; runs named
+loop-* are a plain loop over this project's model, profiled; all others are the shipped command, `train_qlora.py`.
+Tokens are those of the rows, without padding. Writes benchmarks/results/train_<family>_<device>.json after each run.
+"""
+
+import fcntl
+import json
+import re
+import runpy
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import peft
+import torch
+from step_profile import DEVICE, profiled, synchronize
+from stock_glm import encode, stock_run
+
+from glm_utils.checkpoint import check_checkpoint, load_base_model
+from glm_utils.cli import UserError, run_cli
+from glm_utils.encoding import PackingCollator
+from glm_utils.family import PROJECT_DIR, detect_family
+from glm_utils.lora_product import use_lean_products
+from glm_utils.qlora import make_lora_config
+from glm_utils.run_record import git_commit, versions, write_json
+
+GIB, SHIPPED_ROWS = 1 << 30, 32
+RECIPE = {"batch": 4, "parts": 8, "steps": 3, "fp32": True, "checkpointing": True}
+RUNS = {  # batch: rows; parts: gradient accumulation; limit: GiB; flags: of train_qlora.py
+    "shipped": {"batch": SHIPPED_ROWS, "steps": 35},
+    "7.5-gib": {"batch": SHIPPED_ROWS, "steps": 25, "limit": 7.5},
+    "11-gib": {"batch": SHIPPED_ROWS, "steps": 25, "limit": 11.0},
+    "11-gib-half": {"batch": SHIPPED_ROWS // 2, "parts": 2, "steps": 20, "limit": 11.0},
+    "largest": {"batch": 128, "steps": 12},
+    "recipe-rows": {"batch": 4, "parts": 8, "steps": 4, "checkpointing": True},
+    "all-linear": {
+        "batch": SHIPPED_ROWS, "steps": 25, "flags": ["--lora_targets", "all-linear", "--lora_rank", "16"]
+    },
+    "padded": {"batch": SHIPPED_ROWS, "steps": 20, "flags": ["--packing", "false"]},
+    "loop-4bit": {"batch": SHIPPED_ROWS, "steps": 25},
+    "loop-unquantised": {"batch": SHIPPED_ROWS, "steps": 25, "unquantised": True},
+    "stock-bf16": {"batch": SHIPPED_ROWS, "steps": 8},
+    "stock-bf16-checkpointing": {"batch": SHIPPED_ROWS, "steps": 8, "checkpointing": True},
+    "stock-recipe": RECIPE,
+}  # fmt: skip
+
+
+def bench_train_step(
+    *,
+    model_path: str,
+    train_data_path: str = "data/train.jsonl",
+    runs: list[str] | str = "all",
+    run: str | None = None,
+    work_dir: str = "/tmp",
+    results_dir: str = str(PROJECT_DIR / "benchmarks" / "results"),
+    max_seconds: int = 900,
+) -> None:
+    """Measure each run in its own process.
+
+    Args:
+        model_path: A 6B-size base, e.g. of random_checkpoint.py.
+        train_data_path: Rows whose lengths are to be measured.
+        runs: Names joined by commas, or all.
+        run: Used by the processes: the one run to make now.
+        work_dir: For the runs' output directories and logs.
+        results_dir: For the result.
+        max_seconds: For all runs together.
+    """
+    if run:
+        with open(Path(work_dir) / "bench_train.lock", "w") as lock:  # imports overlap, measurements do not
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            print("RESULT " + json.dumps(measure(run, Path(model_path), train_data_path, Path(work_dir))), flush=True)
+        return
+    names = list(RUNS) if runs == "all" else [runs] if isinstance(runs, str) else runs
+    unknown = [name for name in names if name not in RUNS]
+    if unknown:
+        raise UserError(f"--runs {', '.join(unknown)}: expected of {', '.join(RUNS)}")
+    family = detect_family(check_checkpoint(Path(model_path)), model_path)
+    device = re.sub(r"\W+", "_", versions()["device"]).lower()
+    path = Path(results_dir) / f"train_{family.name}_{device}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = {"benchmark": "train_step", "family": family.name, "versions": versions(), "commit": git_commit()}
+    result["runs"], deadline = {}, time.monotonic() + max_seconds
+    common = ["--model_path", model_path, "--train_data_path", train_data_path, "--work_dir", work_dir]
+    processes = {}
+    for index, name in enumerate(names):
+        for ahead in names[index : index + 4]:  # the next processes import while this one measures
+            if ahead not in processes:
+                command = [sys.executable, __file__, "--run", ahead, *common]
+                log = (Path(work_dir) / f"bench_train_{ahead}.log").open("w+")
+                processes[ahead] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT), log
+        process, log = processes[name]
+        try:
+            process.wait(max(1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+        log.seek(0)
+        text = log.read()
+        found = re.search(r"^RESULT (.*)$", text, re.MULTILINE)
+        result["runs"][name] = json.loads(found[1]) if found else {"error": text[-600:]}
+        write_json(path, result)
+        print(name, json.dumps(result["runs"][name]), flush=True)
+
+
+def measure(name: str, model_dir: Path, train_data_path: str, work_dir: Path) -> dict:
+    """Make one run; return its settings, tokens a second and peak memory."""
+    settings = RUNS[name]
+    if "limit" in settings:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(settings["limit"] * GIB / total)
+    kind = {"stock": stock_run, "loop": loop_run}.get(name.partition("-")[0], shipped_run)
+    result = kind(settings, model_dir, train_data_path, Path(tempfile.mkdtemp(dir=work_dir)))
+    peaks = {
+        "peak_gib": torch.cuda.max_memory_allocated() / GIB,
+        "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
+    }
+    return {**settings, **result, **peaks}
+
+
+def shipped_run(settings: dict, model_dir: Path, train_data_path: str, work_dir: Path) -> dict:
+    """Run train_qlora.py in this process, with the family's JSON file and LoRA of rank 8."""
+    family = detect_family(check_checkpoint(model_dir), model_dir)
+    values = json.loads((PROJECT_DIR / family.train_args_json).read_text())
+    values |= {"output_dir": str(work_dir / "out"), "max_steps": settings["steps"], "logging_steps": 10}
+    values |= {"eval_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    values |= {
+        "per_device_train_batch_size": settings["batch"],
+        "gradient_accumulation_steps": settings.get("parts", 1),
+    }
+    if "checkpointing" in settings:
+        values["gradient_checkpointing"] = settings["checkpointing"]
+    (work_dir / "args.json").write_text(json.dumps(values))
+    flags = ["--train_args_json", str(work_dir / "args.json"), "--model_name_or_path", str(model_dir)]
+    flags += ["--train_data_path", train_data_path, "--lora_rank", "8", *settings.get("flags", [])]
+    sys.argv = ["train_qlora.py", *flags]
+    runpy.run_path(str(PROJECT_DIR / "train_qlora.py"), run_name="__main__")
+    results = json.loads((work_dir / "out" / "train_results.json").read_text())
+    return {"tokens_per_second": results["train_tokens_per_second"], "train_loss": results["train_loss"]}
+
+
+def loop_run(settings: dict, model_dir: Path, train_data_path: str, work_dir: Path) -> dict:
+    """Run steps of this project's model without a Trainer, on batches made beforehand, and profile two."""
+    dataset, _ = encode(model_dir, train_data_path)
+    four_bit = not settings.get("unquantised")
+    base = load_base_model(model_dir, four_bit, "bf16", {"": DEVICE})
+    model = peft.get_peft_model(base, make_lora_config(8, 32, 0.05, ["query_key_value"])).train()
+    use_lean_products(model)
+    size = settings["batch"]
+    batches = [
+        {
+            key: value.to(DEVICE) if torch.is_tensor(value) else value
+            for key, value in PackingCollator()(
+                [dataset[(start * size + index) % len(dataset)] for index in range(size)]
+            ).items()
+        }
+        for start in range(settings["steps"])
+    ]
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=3e-4, fused=True)
+
+    def step(batch: dict) -> None:
+        model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    result = timed(step, batches, [batch["input_ids"].numel() for batch in batches])
+    return {**result, "profile": profiled(step, batches[:2])}
+
+
+def timed(step, batches: list, tokens: list[int]) -> dict:
+    """Return the rate of steps after the first."""
+    step(batches[0])
+    synchronize()
+    start = time.perf_counter()
+    for batch in batches[1:]:
+        step(batch)
+    synchronize()
+    return {"tokens_per_second": sum(tokens[1:]) / (time.perf_counter() - start)}
+
+
+if __name__ == "__main__":
+    run_cli(bench_train_step)

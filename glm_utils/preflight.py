@@ -1,0 +1,103 @@
+"""What a run will take, said before it starts: weights that train, tokens and steps, memory against what is free."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import peft
+import torch
+from loguru import logger
+from transformers import TrainingArguments
+
+from glm_utils.cli import UserError
+from glm_utils.memory_plan import MemoryPlan
+
+GIB = 1 << 30
+
+
+def batch_tokens(lengths: Sequence[int], batch_size: int, packing: bool) -> np.ndarray:
+    """Return the tokens that each batch of one shuffled epoch computes, padding included.
+
+    Args:
+        lengths: Tokens of each row.
+        batch_size: Rows of a batch.
+        packing: Whether rows are laid end to end, else padded to the longest of the batch.
+    """
+    shuffled = np.random.default_rng(0).permutation(np.asarray(lengths))
+    batches = np.split(shuffled, range(batch_size, len(shuffled), batch_size))
+    return np.array([batch.sum() if packing else batch.max() * len(batch) for batch in batches])
+
+
+def num_steps(num_rows: int, training_args: TrainingArguments) -> int:
+    """Return the optimizer steps of a run, as the Trainer counts them."""
+    if training_args.max_steps > 0:
+        return training_args.max_steps
+    rows = training_args.per_device_train_batch_size * training_args.world_size
+    num_batches = num_rows // rows if training_args.dataloader_drop_last else math.ceil(num_rows / rows)
+    per_epoch = max(1, math.ceil(num_batches / training_args.gradient_accumulation_steps))
+    return math.ceil(training_args.num_train_epochs * per_epoch)
+
+
+def report_run(
+    model: peft.PeftModel, plan: MemoryPlan, lengths: Sequence[int], training_args: TrainingArguments, packing: bool
+) -> None:
+    """Log what the run will take; warn where its largest batch may not fit.
+
+    Args:
+        model: The LoRA model.
+        plan: Its memory plan.
+        lengths: Tokens of each training row.
+        training_args: The run's settings.
+        packing: Whether rows are laid end to end.
+    """
+    trained, total = model.get_nb_trainable_parameters()
+    targets = ", ".join(sorted(model.active_peft_config.target_modules))
+    logger.info(f"LoRA on {targets}: {trained:,} of {total:,} weights train")
+    tokens = batch_tokens(lengths, training_args.per_device_train_batch_size, packing)
+    num_batches = training_args.gradient_accumulation_steps * training_args.world_size
+    logger.info(
+        f"a step: {training_args.per_device_train_batch_size * num_batches:,} rows, about "
+        f"{tokens.mean() * num_batches:,.0f} tokens ({'no' if packing else 'with'} padding); a batch: "
+        f"{tokens.mean():,.0f} tokens, {tokens.max():,} at most; {num_steps(len(lengths), training_args):,} steps"
+    )
+    largest = int(tokens.max())
+    needed, recomputed = plan.needed_bytes(largest), plan.num_recomputed(largest)
+    states = ", their inputs on the host" if plan.is_offloaded(largest) else ""
+    logger.info(
+        f"memory: about {needed / GIB:.1f} GiB of {plan.limit_bytes / GIB:.1f} for the largest batch, {recomputed} of "
+        f"{len(plan.layers)} blocks recomputed in the backward pass{states}"
+    )
+    if needed > plan.limit_bytes:
+        logger.warning(f"the largest batch may not fit. {memory_advice(training_args)}")
+
+
+def memory_advice(training_args: TrainingArguments) -> str:
+    """Return the settings that lower a step's memory."""
+    size, parts = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps
+    checkpointing = getattr(training_args, "activation_checkpointing", training_args.gradient_checkpointing)
+    advice = []
+    if size > 1:
+        advice.append(
+            f"halve per_device_train_batch_size (now {size}) and double gradient_accumulation_steps (now {parts}), "
+            "which trains the same"
+        )
+    if not checkpointing:
+        advice.append("delete gradient_checkpointing false from the JSON file")
+    advice.append("lower --max_input_length and --max_output_length")
+    return f"In this order: {'; '.join(advice)}"
+
+
+def out_of_memory(training_args: TrainingArguments, step: int, num_tokens: int) -> UserError:
+    """Say what to change after an out-of-memory error.
+
+    Args:
+        training_args: The run's settings.
+        step: The step that failed.
+        num_tokens: Tokens of its batch.
+    """
+    used = f"{torch.cuda.max_memory_allocated() / GIB:.1f} GiB" if torch.cuda.is_available() else "all there is"
+    return UserError(
+        f"out of memory in step {step} on a batch of {num_tokens:,} tokens, {used} in use. "
+        f"{memory_advice(training_args)}. Checkpoints written so far are whole: --resume_from_checkpoint latest goes "
+        "on from the last one as long as the settings are the same"
+    )

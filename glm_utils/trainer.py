@@ -1,0 +1,152 @@
+"""Transformers' Trainer with this project's batches, memory plan and log lines."""
+
+import datetime
+import math
+import shutil
+import time
+from pathlib import Path
+
+import peft
+import torch
+from loguru import logger
+from transformers import (
+    PreTrainedTokenizer,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
+
+from glm_utils.encoding import Collator, EncodedRows, PackingCollator
+from glm_utils.memory_plan import MemoryPlan
+from glm_utils.preflight import out_of_memory
+from glm_utils.run_record import RUN_CONFIG_NAME
+
+NUM_TIMED_STEPS = 10  # before the time of an epoch is told
+
+
+def clock() -> float:
+    """Return seconds, once the GPU has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.monotonic()
+
+
+class LoraTrainer(Trainer):
+    """Run each batch under the memory plan, and count its tokens without waiting for the GPU.
+
+    Attributes:
+        plan: Set by make_trainer, as is run_log.
+        run_log: Logs the run and knows its speed.
+    """
+
+    plan: MemoryPlan
+    run_log: "RunCallback"
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Run forward and backward of one batch.
+
+        Raises:
+            UserError: The device's memory does not suffice.
+        """
+        num_tokens = inputs["input_ids"].numel()
+        num_real = int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else num_tokens
+        self.state.num_input_tokens_seen += num_real * self.args.world_size  # ranks see alike
+        try:
+            with self.plan.applied(num_tokens):
+                return super().training_step(model, inputs, num_items_in_batch)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(self.args, self.state.global_step + 1, num_tokens) from error
+
+
+class QuietProgress(ProgressCallback):
+    """The Trainer's progress bar without its own line for each report."""
+
+    def on_log(self, args, state, control, **kwargs) -> None:
+        """Leave the report to RunCallback."""
+
+
+class RunCallback(TrainerCallback):
+    """Log losses and the time left, and keep the run's settings in every checkpoint."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control, **kwargs) -> None:
+        """Start the clock."""
+        self.first_step, self.start_seconds = state.global_step, time.monotonic()
+        self.warm_seconds, self.warm_tokens = self.start_seconds, state.num_input_tokens_seen
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control, train_dataloader=None, **kwargs
+    ) -> None:
+        """Start the clock again after the first step, which warms up; tell how long an epoch takes ten steps later."""
+        num_done = state.global_step - self.first_step
+        if num_done == 1 and state.global_step < state.max_steps:
+            self.warm_seconds, self.warm_tokens = clock(), state.num_input_tokens_seen
+        elif num_done == NUM_TIMED_STEPS + 1 and state.is_world_process_zero:
+            seconds = (clock() - self.warm_seconds) / NUM_TIMED_STEPS
+            num_steps = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
+            logger.info(
+                f"{seconds:.3f} s a step, {self.tokens_per_second(state):,.0f} tokens a second, "
+                f"{datetime.timedelta(seconds=round(seconds * num_steps))} an epoch of {num_steps:,} steps"
+            )
+
+    def tokens_per_second(self, state: TrainerState) -> float:
+        """Return the rate since the first step, evaluations and checkpoints included, padding not."""
+        return (state.num_input_tokens_seen - self.warm_tokens) / (clock() - self.warm_seconds)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control, logs=None, **kwargs) -> None:
+        """Log one line for each report of the Trainer."""
+        if not state.is_world_process_zero or not logs:
+            return
+        numbers = [
+            f"{key} {value:,}" if isinstance(value, int) else f"{key} {value:.4g}"
+            for key, value in logs.items()
+            if isinstance(value, float | int)
+        ]
+        num_done = state.global_step - self.first_step
+        if num_done and state.global_step < state.max_steps:
+            seconds = (time.monotonic() - self.start_seconds) / num_done * (state.max_steps - state.global_step)
+            numbers.append(f"{datetime.timedelta(seconds=round(seconds))} left")
+        logger.info(f"step {state.global_step}/{state.max_steps}: {', '.join(numbers)}")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control, **kwargs) -> None:
+        """Copy run_config.json into the checkpoint, where resume compares it."""
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and checkpoint.is_dir():
+            shutil.copyfile(Path(args.output_dir) / RUN_CONFIG_NAME, checkpoint / RUN_CONFIG_NAME)
+
+
+def make_trainer(
+    model: peft.PeftModel,
+    plan: MemoryPlan,
+    training_args: TrainingArguments,
+    encoded: dict[str, EncodedRows],
+    tokenizer: PreTrainedTokenizer,
+    collator: Collator | PackingCollator,
+) -> LoraTrainer:
+    """Build the Trainer.
+
+    Args:
+        model: LoRA model.
+        plan: Its memory plan.
+        training_args: Its settings.
+        encoded: Rows under "train" and, optionally, "eval".
+        tokenizer: Saved in every checkpoint.
+        collator: Makes the batches.
+    """
+    trainer = LoraTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=encoded["train"].dataset,
+        eval_dataset=encoded["eval"].dataset if "eval" in encoded else None,
+        data_collator=collator,
+        processing_class=tokenizer,
+    )
+    trainer.plan = plan
+    trainer.remove_callback(PrinterCallback if training_args.disable_tqdm else ProgressCallback)
+    if not training_args.disable_tqdm:
+        trainer.add_callback(QuietProgress())
+    trainer.run_log = RunCallback()
+    trainer.add_callback(trainer.run_log)
+    return trainer

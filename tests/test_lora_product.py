@@ -1,0 +1,120 @@
+"""The LoRA product with its own backward pass, against peft's chain of operations."""
+
+import types
+
+import bitsandbytes
+import numpy as np
+import peft
+import pytest
+import torch
+
+from glm_utils.lora_product import LoraProduct, use_lean_products
+from glm_utils.qlora import make_lora_config, make_lora_model
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def make_model(model_dir):
+    def make(dropout=0.0, compute_dtype="fp32", targets=("query_key_value", "dense_4h_to_h")):
+        config = make_lora_config(4, 8, dropout, list(targets))
+        args = types.SimpleNamespace(device=torch.device(DEVICE), seed=1)
+        model = make_lora_model(model_dir, "base", compute_dtype, config, args).train()
+        generator = torch.Generator().manual_seed(0)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.data.copy_(0.1 * torch.randn(weight.shape, generator=generator))
+        return model
+
+    return make
+
+
+@pytest.fixture
+def batch(fixture_dir):
+    golden = np.load(fixture_dir / "train_single.npz")
+    return {key: torch.tensor(golden[key], device=DEVICE).long() for key in ("input_ids", "labels")}
+
+
+def loss_and_gradients(model, batch):
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.detach(), {name: w.grad.clone() for name, w in model.named_parameters() if w.grad is not None}
+
+
+def as_peft(model):
+    for module in model.modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            del module.forward
+    return model
+
+
+def distance(found, expected):
+    """Return the largest relative distance of two sets of gradients."""
+    assert found.keys() == expected.keys()
+    return max(((found[name] - expected[name]).norm() / expected[name].norm()).item() for name in expected)
+
+
+def test_it_is_pefts(make_model, batch):
+    model = make_model()
+    loss, found = loss_and_gradients(model, batch)
+    expected_loss, expected = loss_and_gradients(as_peft(model), batch)
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-6)
+    assert all("lora_" in name for name in found)
+    assert distance(found, expected) < 1e-5
+
+
+def test_bf16_is_as_near_to_fp32_as_with_peft(make_model, batch):
+    _, exact = loss_and_gradients(make_model(), batch)
+    model = make_model(compute_dtype="bf16")
+    _, found = loss_and_gradients(model, batch)
+    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
+    _, with_peft = loss_and_gradients(as_peft(model), batch)
+    assert distance(found, exact) < 1.5 * distance(with_peft, exact)
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_gradients_with_dropout(four_bit):
+    """The same mask forward and backward, for x, A and B; gradcheck draws it anew with the same seed."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 32).double()
+    if four_bit:
+        quantised = bitsandbytes.nn.Linear4bit(64, 32, compute_dtype=torch.float64, quant_type="nf4")
+        quantised.load_state_dict(torch.nn.Linear(64, 32).state_dict())
+        linear = quantised.to("cpu")
+    linear.requires_grad_(False)
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 64), (3, 64), (32, 3))]
+
+    def product(x, a, b):
+        torch.manual_seed(1)
+        return LoraProduct.apply(x, a, b, linear, 2.0, 0.3)
+
+    assert torch.autograd.gradcheck(product, inputs)
+    x, a, b = inputs
+    torch.manual_seed(1)
+    dropped, mask = torch.native_dropout(x, 0.3, True)
+    assert 0 < mask.sum() < mask.numel()
+    assert torch.allclose(product(*inputs), linear(x) + 2 * dropped @ a.T @ b.T, atol=1e-5)
+
+
+def test_evaluation_and_disabled_adapters(make_model, batch):
+    model = make_model(dropout=0.5).eval()
+    with torch.no_grad():
+        found = model(**batch).logits
+        assert torch.equal(found, model(**batch).logits)  # no dropout
+        expected = as_peft(model)(**batch).logits
+        assert torch.allclose(found, expected, atol=1e-5)
+        use_lean_products(model)
+        with model.disable_adapter():
+            assert torch.allclose(model(**batch).logits, model.get_base_model()(**batch).logits, atol=1e-6)
+            assert not torch.allclose(model(**batch).logits, found, atol=1e-3)
+
+
+def test_it_keeps_the_input_and_little_else(make_model, batch):
+    """What one layer holds for its backward pass: x in the compute dtype, a mask, the small product."""
+    linear, saved = torch.nn.Linear(64, 512, bias=False), []
+    linear.requires_grad_(False)
+    x, a, b = (torch.randn(shape, requires_grad=True) for shape in ((10, 64), (2, 64), (512, 2)))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t.detach(), lambda t: t):
+        LoraProduct.apply(x, a, b, linear, 1.0, 0.1)
+    assert sorted(saved) == sorted([10 * 64, 10 * 64, 10 * 2, 2 * 64, 512 * 2])
