@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from peft import PeftModel
-from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizer
 
 from glm_utils.cli import UserError
 
@@ -70,8 +70,8 @@ def chat_settings(
 
 
 @dataclass
-class AnswerCounts(LogitsProcessor):
-    """Tokens and times of an answer, counted as each token's logits come.
+class AnswerCounts:
+    """Tokens and times of an answer.
 
     Attributes:
         num_prompt: Tokens of the prompt.
@@ -88,11 +88,6 @@ class AnswerCounts(LogitsProcessor):
     def __post_init__(self):
         self._start = time.monotonic()
 
-    def __call__(self, input_ids, scores):
-        """Count one token; the scores (1, V) stay as they are."""
-        self.num_tokens += 1
-        return scores
-
     def tick(self) -> None:
         """Note that a token has arrived."""
         self.seconds = time.monotonic() - self._start
@@ -102,6 +97,31 @@ class AnswerCounts(LogitsProcessor):
     def tokens_per_second(self) -> float:
         """Tokens of the answer over the whole time, reading the prompt included."""
         return self.num_tokens / max(self.seconds, 1e-9)
+
+
+class CountingTokenizer:
+    """A tokenizer that notes how many ids it decoded last: `stream_chat` decodes the whole answer after each token.
+
+    Counting in a logits processor would keep the decode path from running ahead of the host.
+
+    Args:
+        tokenizer: What it stands for.
+        counts: Where num_tokens is noted.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizer, counts: AnswerCounts):
+        self.tokenizer, self.counts = tokenizer, counts
+
+    def __getattr__(self, name: str):
+        return getattr(self.tokenizer, name)
+
+    def __len__(self) -> int:
+        return len(self.tokenizer)
+
+    def decode(self, ids: list[int], **settings) -> str:
+        """Decode the ids of the answer so far."""
+        self.counts.num_tokens = len(ids)
+        return self.tokenizer.decode(ids, **settings)
 
 
 class ChatSession:
@@ -162,10 +182,10 @@ class ChatSession:
         self.counts = AnswerCounts(self.count_prompt(query))
         answer = previous = shown = ""
         switch = contextlib.nullcontext() if self.use_adapter else self.model.disable_adapter()
-        arguments = self.settings.arguments() | {"logits_processor": [self.counts]}
+        tokenizer, arguments = CountingTokenizer(self.tokenizer, self.counts), self.settings.arguments()
         try:
             with switch:
-                for answer, _ in self.model.stream_chat(self.tokenizer, query, self.history, **arguments):
+                for answer, _ in self.model.stream_chat(tokenizer, query, self.history, **arguments):
                     self.counts.tick()
                     if answer.endswith(UNFINISHED):
                         continue

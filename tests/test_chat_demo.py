@@ -58,16 +58,17 @@ class ScriptedModel:
     def __init__(self, *snapshots):
         self.snapshots, self.prompts = snapshots, []
 
-    def stream_chat(self, tokenizer, query, history, logits_processor, **settings):
+    def stream_chat(self, tokenizer, query, history, **settings):
         self.prompts.append((query, list(history)))
-        for text in self.snapshots:
-            for processor in logits_processor:
-                processor(None, None)
+        for num_tokens, text in enumerate(self.snapshots, start=1):
+            tokenizer.decode([0] * num_tokens)
             yield text, [*history, (query, text)]
 
 
 def scripted(*snapshots):
-    tokenizer = SimpleNamespace(encode_prompt=lambda query, history: [0] * (len(query) + 10 * len(history)))
+    tokenizer = SimpleNamespace(
+        encode_prompt=lambda query, history: [0] * (len(query) + 10 * len(history)), decode=lambda ids: ""
+    )
     return ChatSession(ScriptedModel(*snapshots), tokenizer, ChatSettings(40, 0, 1.0))
 
 

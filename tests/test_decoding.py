@@ -1,6 +1,8 @@
 """The CUDA decode path: its wiring on the CPU with reference kernels, every kernel and the whole path on a GPU."""
 
+import gc
 import sys
+import weakref
 
 import peft
 import pytest
@@ -133,6 +135,37 @@ def test_graph_is_reused_until_weights_change(load, tiny_dir, reference_kernels)
         layer.enable_adapters(False)
     assert graph() is not second
     assert same_steps(greedy(model, ids, mask, 8), greedy(model, ids, mask, 8, use_cuda_graph=False))
+
+
+def test_a_graph_keeps_no_model_alive(load, tiny_dir, reference_kernels):
+    """A model that is dropped goes, and its graph with it."""
+    model, tokenizer = load("float16", "cpu"), checkpoint.load_tokenizer(tiny_dir)
+    ids, mask = prompts(tokenizer, [QUERY])
+    greedy(model, ids, mask, 3)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    assert not reference_kernels.DecodeGraph._of_model
+
+
+def test_own_processors_see_no_token_behind_the_end(load, tiny_dir, reference_kernels):
+    """A processor of the caller's is called once a token, with and without the decode path."""
+    model, tokenizer = load("float16", "cpu"), checkpoint.load_tokenizer(tiny_dir)
+    ids, mask = prompts(tokenizer, [QUERY])
+    eos = int(greedy(model, ids, mask, 10, use_cuda_graph=False)[-1][0, -1])
+    lengths = {}
+    for use_cuda_graph in (True, False):
+        lengths[use_cuda_graph] = []
+
+        def note(input_ids, scores, seen=lengths[use_cuda_graph]):
+            seen.append(input_ids.shape[1])
+            return scores
+
+        settings = {"logits_processor": [note], "eos_token_id": eos, "use_cuda_graph": use_cuda_graph}
+        greedy(model, ids, mask, 30, **settings)
+    assert lengths[True] == lengths[False]
+    assert lengths[True] == list(range(ids.shape[1], ids.shape[1] + len(lengths[True])))
 
 
 def test_end_token_stops_each_row(load, tiny_dir, reference_kernels):

@@ -440,11 +440,11 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
 
     def decode_parts(self) -> DecodeParts:
         """Describe the model to the CUDA decode path."""
+        embed, dtype, device = self.transformer.layers[0].attention.rotary_emb, self.dtype, self.device
 
-        def rotary(num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-            positions = torch.arange(num_positions, device=self.device).expand(1, 2, -1)
-            tables = self.transformer.layers[0].attention.rotary_emb(positions, self.dtype)
-            return tuple(table[0, 0, :, 0] for table in tables)
+        def rotary(num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:  # must not hold the model
+            positions = torch.arange(num_positions, device=device).expand(1, 2, -1)
+            return tuple(table[0, 0, :, 0] for table in embed(positions, dtype))
 
         return DecodeParts(
             embedding=self.get_input_embeddings(),

@@ -228,6 +228,7 @@ class DecodeGraph:
         """
         batch, length = cache.layers[0].keys.shape[0], cache.get_seq_length()
         if not available(model.device):
+            cls._of_model.pop(model, None)  # of a GPU that the model has left
             raise Unsupported(f"{model.device}: the kernels need CUDA, NVRTC and compute capability 8.0")
         if batch > MAX_ROWS:
             raise Unsupported(f"{batch} rows, more than {MAX_ROWS}")

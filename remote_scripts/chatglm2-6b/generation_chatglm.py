@@ -164,6 +164,7 @@ class GraphSteps:
         self.checks = len(kept) < len(sampler.processors)
         sampler.processors = LogitsProcessorList(kept)
         self.can_capture = all(type(item) in TokenSampler.SCORE_PROCESSORS for item in kept)
+        self.num_ahead = int(self.can_capture)  # other processors must not see a token behind the end
         self.replay_pick, self.captured_for = None, None
         batch, device = graph.token.shape[0], graph.token.device
         self.is_finite = torch.ones((), dtype=torch.bool, device=device)
@@ -174,7 +175,7 @@ class GraphSteps:
         """Yield the ids so far, (B, T + n), after each of up to num_new tokens.
 
         Without an end token nothing waits for the GPU. With one, or when the ids are wanted on the host, step n + 1
-        is launched before token n is read.
+        is launched before token n is read, unless a processor of the caller's would notice.
 
         Args:
             num_new: The most tokens to add.
@@ -189,23 +190,19 @@ class GraphSteps:
                 yield self.sampler.ids
             self._check(bool(self.is_finite), self.sampler.num_ids)
             return
-        ids = self.sampler.ids.cpu() if on_host else None
-        sent = None
-        for step in range(num_new + 1):
-            received, sent = sent, None
-            if step < num_new:
-                self._launch()
-                sent = self._send()
-            if received is None:
-                continue
-            status, arrived, num_ids = received
-            arrived.synchronize()
-            *tokens, finished, is_finite = status.tolist()
-            self._check(is_finite, num_ids)
-            ids = torch.cat((ids, torch.tensor(tokens)[:, None]), dim=1) if on_host else None
-            yield ids if on_host else self.sampler.all_ids[:, :num_ids]
-            if finished:
-                return
+        ids, sent = self.sampler.ids.cpu() if on_host else None, []
+        for step in range(num_new):
+            self._launch()
+            sent.append(self._send())
+            while len(sent) > (self.num_ahead if step + 1 < num_new else 0):
+                status, arrived, num_ids = sent.pop(0)
+                arrived.synchronize()
+                *tokens, finished, is_finite = status.tolist()
+                self._check(is_finite, num_ids)
+                ids = torch.cat((ids, torch.tensor(tokens)[:, None]), dim=1) if on_host else None
+                yield ids if on_host else self.sampler.all_ids[:, :num_ids]
+                if finished:
+                    return
 
     def _launch(self) -> None:
         """Compute the next logits and pick the next token."""

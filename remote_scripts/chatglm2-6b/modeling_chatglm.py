@@ -428,10 +428,11 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
 
     def decode_parts(self) -> DecodeParts:
         """Describe the model to the CUDA decode path."""
+        embed, dtype, device = self.transformer.rotary_pos_emb, self.dtype, self.device
 
-        def rotary(num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-            positions = torch.arange(num_positions, device=self.device)[None]
-            return tuple(table[0, 0] for table in self.transformer.rotary_pos_emb(positions, self.dtype))
+        def rotary(num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:  # must not hold the model
+            positions = torch.arange(num_positions, device=device)[None]
+            return tuple(table[0, 0] for table in embed(positions, dtype))
 
         return DecodeParts(
             embedding=self.get_input_embeddings(),
