@@ -33,25 +33,25 @@ class LoraProduct(torch.autograd.Function):
             drop: Probability that an element of x is zeroed for the LoRA matrices.
         """
         dropped, mask = torch.native_dropout(x, drop, True) if drop else (x, None)
-        product = dropped @ a.to(x.dtype).T  # (T, r)
+        ctx.dtype, a, b = a.dtype, a.to(x.dtype), b.to(x.dtype)
+        product = dropped @ a.T  # (T, r)
         bias = linear.bias if linear.bias is None else linear.bias.to(x.dtype)
         y = nn.functional.linear(x, frozen_weight(linear, x.dtype), bias)
         ctx.save_for_backward(x, mask, product, a, b)
         ctx.linear, ctx.scale, ctx.keep = linear, scale, 1 - drop
-        return y.addmm_(product, b.to(x.dtype).T, alpha=scale)
+        return y.addmm_(product, b.T, alpha=scale)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple:
         """Return the gradients of x, A and B."""
         x, mask, product, a, b = ctx.saved_tensors
-        grad_product = (grad @ b.to(grad.dtype)).mul_(ctx.scale)  # (T, r)
-        grad_b = (grad.T @ product).to(b.dtype).mul_(ctx.scale)
+        grad_product = (grad @ b).mul_(ctx.scale)  # (T, r)
+        grad_b = (grad.T @ product).to(ctx.dtype).mul_(ctx.scale)
         dropped = x if mask is None else torch.ops.aten.native_dropout_backward(x, mask, 1 / ctx.keep)
-        grad_a = (grad_product.T @ dropped).to(a.dtype)
+        grad_a = (grad_product.T @ dropped).to(ctx.dtype)
         if not ctx.needs_input_grad[0]:
             return None, grad_a, grad_b, None, None, None
         grad_x = grad @ frozen_weight(ctx.linear, grad.dtype)
-        a = a.to(grad.dtype)
         if mask is None:
             grad_x.addmm_(grad_product, a)
         else:

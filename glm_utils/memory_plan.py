@@ -53,8 +53,8 @@ class MemoryPlan:
 
     def is_offloaded(self, num_tokens: int) -> bool:
         """Return whether the states between the blocks go to the host's memory: only where nothing else helps."""
-        needed = self.peak_bytes(num_tokens, len(self.layers))
-        return self.checkpointing is None and self._on_gpu and needed > self.limit_bytes
+        on_gpu = next(self.layers[0].parameters()).is_cuda
+        return self.checkpointing is None and on_gpu and self.num_recomputed(num_tokens) == len(self.layers)
 
     def needed_bytes(self, num_tokens: int) -> float:
         """Estimate the peak under this plan."""
@@ -70,10 +70,6 @@ class MemoryPlan:
         offloaded = self.is_offloaded(num_tokens)
         with torch.autograd.graph.save_on_cpu(pin_memory=True) if offloaded else contextlib.nullcontext():
             yield
-
-    @property
-    def _on_gpu(self) -> bool:
-        return next(self.layers[0].parameters()).is_cuda
 
 
 def make_plan(model: nn.Module, batch: dict, checkpointing: bool | None) -> MemoryPlan:

@@ -52,8 +52,9 @@ class LoraTrainer(Trainer):
             UserError: The device's memory does not suffice.
         """
         num_tokens = inputs["input_ids"].numel()
-        num_real = int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else num_tokens
-        self.state.num_input_tokens_seen += num_real * self.args.world_size  # ranks see alike
+        if self.args.include_num_input_tokens_seen == "no":  # else the Trainer counts
+            num_real = int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else num_tokens
+            self.state.num_input_tokens_seen += num_real * self.args.world_size  # ranks see alike
         try:
             with self.plan.applied(num_tokens):
                 return super().training_step(model, inputs, num_items_in_batch)

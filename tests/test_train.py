@@ -449,9 +449,9 @@ def test_padded_batches_are_made_of_like_lengths_unless_the_file_says_otherwise(
 @pytest.mark.parametrize("family_name", ["chatglm2-6b"])
 def test_all_tokens_are_counted_without_padding(train):
     counts = []
-    for packing in (True, False):
-        args = {"num_train_epochs": 1, "max_steps": -1, "save_strategy": "no"}
-        out = train(f"packing-{packing}", args=args, packing=packing)
+    for packing, who in ((True, "no"), (False, "no"), (True, "all"), (False, "non_padding")):
+        args = {"num_train_epochs": 1, "max_steps": -1, "save_strategy": "no", "include_num_input_tokens_seen": who}
+        out = train(f"{packing}-{who}", args=args, packing=packing)
         state = json.loads((out / "trainer_state.json").read_text())
         counts.append(state["num_input_tokens_seen"])
         record = json.loads((out / "run_config.json").read_text())
