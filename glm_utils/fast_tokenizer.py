@@ -88,6 +88,7 @@ def fast_tokenizer(vocab_path: Path, tokenizer: PreTrainedTokenizer) -> Tokenize
     fast.decoder = decoders.Sequence(
         [
             decoders.Replace(SPACE, " "),
+            decoders.Replace("<0x0A>", "\n"),  # else an incomplete character behind it turns it into U+FFFD too
             decoders.ByteFallback(),
             decoders.Fuse(),
             decoders.Strip(" ", 1, 0),

@@ -168,6 +168,12 @@ def test_a_vocabulary_of_real_size(tmp_path, log_lines):
     agree(tokenizer, converted, [long_text])
 
 
+def test_newlines_before_an_incomplete_character_are_kept(auto):
+    ids = auto.encode("好\n\n😀", add_special_tokens=False)
+    for stop in range(2, len(ids) + 1):
+        assert auto.decode(ids[:stop]) == slow("golden").decode(ids[:stop])
+
+
 # ---- control tokens
 
 
