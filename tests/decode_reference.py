@@ -73,7 +73,7 @@ def rotate(x, positions, rotary, two_d):
 def attend(qkv, cache, rotary, positions, starts, length, scratch, out, two_d):
     """Attend with one new token; see cuda_kernels.attend."""
     keys, values = cache
-    batch, groups, slots, channels = keys.shape
+    batch, groups, _, channels = keys.shape
     heads = out.shape[1] // channels
     if two_d:
         query, key, value = qkv.view(batch, heads, 3, channels).unbind(2)
@@ -84,9 +84,9 @@ def attend(qkv, cache, rotary, positions, starts, length, scratch, out, two_d):
     keys[:, :, slot], values[:, :, slot] = rotate(key, positions, rotary, two_d).to(keys.dtype), value
     per_group = heads // groups
     query = rotate(query, positions, rotary, two_d)
+    keys, values = keys[:, :, : slot + 1], values[:, :, : slot + 1]  # what lies behind is never read
     scores = torch.einsum("bhd,bhsd->bhs", query, keys.double().repeat_interleave(per_group, dim=1)) / channels**0.5
-    columns = torch.arange(slots, device=qkv.device)
-    seen = (columns <= slot) & (columns >= starts[:, None])
+    seen = torch.arange(slot + 1, device=qkv.device) >= starts[:, None]
     probabilities = scores.masked_fill(~seen[:, None], float("-inf")).softmax(dim=-1)
     context = torch.einsum("bhs,bhsd->bhd", probabilities, values.double().repeat_interleave(per_group, dim=1))
     out.copy_(context.flatten(1))

@@ -60,7 +60,7 @@ def reference_kernels(load, monkeypatch, family):
         monkeypatch.setattr(decoding, name, getattr(decode_reference, name))
     monkeypatch.setattr(decoding, "available", lambda device: True)
     for module in (decoding, generation):
-        monkeypatch.setattr(module, "capture", lambda function: function)
+        monkeypatch.setattr(module, "capture", lambda function, device: function)
 
     def send(steps):
         arrived = type("Arrived", (), {"synchronize": lambda self: None})()
@@ -100,7 +100,7 @@ def test_wiring(load, tiny_dir, reference_kernels, weights):
         ids, mask = prompts(tokenizer, texts)
         slow = greedy(model, ids, mask, 12, use_cuda_graph=False)
         fast = greedy(model, ids, mask, 12)
-        assert model in reference_kernels.DecodeGraph._of_model
+        assert model in reference_kernels.DecodeGraph._idle
         assert same_steps(fast, slow)
 
 
@@ -110,7 +110,7 @@ def test_growing_context(load, tiny_dir, reference_kernels, monkeypatch):
     ids, mask = prompts(tokenizer, [QUERY])
     monkeypatch.setattr(reference_kernels, "MIN_SLOTS", 8)
     fast = greedy(model, ids, mask, 40)
-    _, graph = reference_kernels.DecodeGraph._of_model[model]
+    graph = reference_kernels.DecodeGraph._idle[model]
     assert graph.slots > 32 + ids.shape[1] - 8
     assert same_steps(fast, greedy(model, ids, mask, 40, use_cuda_graph=False))
 
@@ -122,7 +122,7 @@ def test_graph_is_reused_until_weights_change(load, tiny_dir, reference_kernels)
 
     def graph():
         greedy(model, ids, mask, 3)
-        return reference_kernels.DecodeGraph._of_model[model][1]
+        return reference_kernels.DecodeGraph._idle[model]
 
     first = graph()
     assert graph() is first
@@ -146,7 +146,7 @@ def test_a_graph_keeps_no_model_alive(load, tiny_dir, reference_kernels):
     del model
     gc.collect()
     assert gone() is None
-    assert not reference_kernels.DecodeGraph._of_model
+    assert not reference_kernels.DecodeGraph._idle
 
 
 def test_own_processors_see_no_token_behind_the_end(load, tiny_dir, reference_kernels):
@@ -192,14 +192,17 @@ def test_chat_and_stream_chat_agree(load, tiny_dir, reference_kernels):
 
 
 def test_nan_logits_are_an_error(load, tiny_dir, reference_kernels):
-    """A NaN that appears behind the prompt ends the stream of a chat, with the token's place."""
+    """A NaN that appears behind the prompt ends the stream of a chat, with the token's place, and leaves no trace."""
     model, tokenizer = load("float16", "cpu"), checkpoint.load_tokenizer(tiny_dir)
-    stream = model.stream_chat(tokenizer, QUERY, history=[], do_sample=False)
+    ids, mask = prompts(tokenizer, [QUERY])
+    expected = greedy(model, ids, mask, 8)
+    graph = reference_kernels.DecodeGraph._idle[model]
+    stream = model.stream_chat(tokenizer, QUERY, history=[], do_sample=False, max_length=120)
     next(stream), next(stream)
-    _, graph = reference_kernels.DecodeGraph._of_model[model]
     graph.caches[0][1].fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="NaN or infinite logits at token"):
         list(stream)
+    assert same_steps(greedy(model, ids, mask, 8), expected)
 
 
 def test_sampling_follows_the_processors(load, tiny_dir, reference_kernels):
@@ -213,7 +216,9 @@ def test_sampling_follows_the_processors(load, tiny_dir, reference_kernels):
     assert same_steps(greedy(model, ids, mask, 10, **settings), slow)
 
 
-@pytest.mark.parametrize("reason", ["fp32", "holes", "rows", "given cache"])
+@pytest.mark.parametrize(
+    "reason", ["fp32", "holes", "rows", "given cache", "final norm", "training", "hook", "positions"]
+)
 def test_what_is_not_covered_goes_through_the_model(load, tiny_dir, reference_kernels, reason):
     """Inputs that the path does not cover are answered without it, and equal."""
     model, tokenizer = load("float16", "cpu"), checkpoint.load_tokenizer(tiny_dir)
@@ -226,9 +231,133 @@ def test_what_is_not_covered_goes_through_the_model(load, tiny_dir, reference_ke
         mask[:, 2] = 0
     if reason == "given cache":
         settings["past_key_values"] = DynamicCache(config=model.config)
+    if reason == "final norm":
+        model.decode_parts().final_norm.float()
+    if reason == "training":
+        model.train()
+    if reason == "hook":
+        model.decode_parts().blocks[1].dense.register_forward_hook(lambda module, inputs, output: output * 0.5)
+    if reason == "positions":
+        positions = model._prompt_positions(ids, mask, 0)
+        settings["position_ids"] = positions + 1000
     fast = greedy(model, ids, mask, 3, **settings)
-    assert model not in reference_kernels.DecodeGraph._of_model
+    assert model not in reference_kernels.DecodeGraph._idle
     assert same_steps(fast, greedy(model, ids, mask, 3, use_cuda_graph=False))
+
+
+def test_streams_at_once(load, tiny_dir, reference_kernels):
+    """Streams of one model that run in turn have a graph each; a later stream takes one that was given back."""
+    model, tokenizer = load("float16", "cpu"), checkpoint.load_tokenizer(tiny_dir)
+    inputs = [prompts(tokenizer, [text]) for text in (QUERY, "类型#裙*颜色#红色")]
+    slow = [greedy(model, *each, 12, use_cuda_graph=False) for each in inputs]
+    streams = [model.stream_generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=[]) for ids, _ in inputs]
+    fast = [[], []]
+    for _ in range(12):
+        for steps, stream in zip(fast, streams, strict=True):
+            steps.append(next(stream).clone())
+    assert same_steps(fast[0], slow[0])
+    assert same_steps(fast[1], slow[1])
+    abandoned = model.stream_generate(inputs[0][0], max_new_tokens=12, do_sample=False, eos_token_id=[])
+    next(abandoned), next(abandoned)
+    assert model not in reference_kernels.DecodeGraph._idle
+    assert same_steps(greedy(model, *inputs[1], 12), slow[1])
+    abandoned.close()
+    assert model in reference_kernels.DecodeGraph._idle
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_graph_survives_an_error(load, tiny_dir, reference_kernels, error):
+    """An exception in the middle of a stream gives the graph back, fit for the next stream."""
+    model, tokenizer = load("float16", "cpu"), checkpoint.load_tokenizer(tiny_dir)
+    ids, mask = prompts(tokenizer, [QUERY])
+    calls = iter(range(100))
+
+    def fail(input_ids, scores):
+        if next(calls) == 4:
+            raise error
+        return scores
+
+    with pytest.raises(error):
+        greedy(model, ids, mask, 12, logits_processor=[fail])
+    assert model in reference_kernels.DecodeGraph._idle
+    assert same_steps(greedy(model, ids, mask, 12), greedy(model, ids, mask, 12, use_cuda_graph=False))
+
+
+def test_chat_takes_the_decode_path(load, tiny_dir, reference_kernels):
+    """The plain call does, with its default settings too; beam search and other forms of output go to generate."""
+    model, tokenizer = load("float16", "cpu"), checkpoint.load_tokenizer(tiny_dir)
+    expected, _ = model.chat(tokenizer, QUERY, do_sample=False, max_length=90, use_cuda_graph=False)
+    assert model not in reference_kernels.DecodeGraph._idle
+    for settings in ({"num_beams": 2}, {"num_return_sequences": 1, "max_time": 1e9}):
+        assert model.chat(tokenizer, QUERY, do_sample=False, max_length=90, **settings)[0]
+        assert model not in reference_kernels.DecodeGraph._idle
+    assert model.chat(tokenizer, QUERY, do_sample=False, max_length=90)[0] == expected
+    assert model in reference_kernels.DecodeGraph._idle
+
+
+def test_weights_that_move_take_the_graph_along(load, tiny_dir, reference_kernels):
+    """A graph that holds a model's old weights goes when they are cast, moved or quantised."""
+    model, tokenizer = load("float16", "cpu"), checkpoint.load_tokenizer(tiny_dir)
+    ids, mask = prompts(tokenizer, [QUERY])
+    for change in (lambda: model.to(torch.bfloat16), model.half, lambda: model.quantize(8)):
+        greedy(model, ids, mask, 3)
+        assert model in reference_kernels.DecodeGraph._idle
+        change()
+        assert model not in reference_kernels.DecodeGraph._idle
+        assert same_steps(greedy(model, ids, mask, 8), greedy(model, ids, mask, 8, use_cuda_graph=False))
+
+
+def test_a_graph_notices_the_scale_of_an_adapter(load, tiny_dir, reference_kernels):
+    """The scale of a LoRA layer is a plain number; the graph multiplies it into its copy of B."""
+    model, tokenizer = load("lora", "cpu"), checkpoint.load_tokenizer(tiny_dir)
+    ids, mask = prompts(tokenizer, [QUERY])
+    before = greedy(model, ids, mask, 12)
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.scale_layer(0.25)
+    after = greedy(model, ids, mask, 12)
+    assert not same_steps(before, after)
+    assert same_steps(after, greedy(model, ids, mask, 12, use_cuda_graph=False))
+
+
+def test_inference_mode(load, tiny_dir, reference_kernels):
+    """A graph made in inference mode is used again outside of it."""
+    model, tokenizer = load("float16", "cpu"), checkpoint.load_tokenizer(tiny_dir)
+    ids, mask = prompts(tokenizer, [QUERY])
+    with torch.inference_mode():
+        inside = greedy(model, ids, mask, 8)
+    graph = reference_kernels.DecodeGraph._idle[model]
+    outside = greedy(model, ids, mask, 8)
+    assert reference_kernels.DecodeGraph._idle[model] is graph
+    assert same_steps(outside, inside)
+    assert not graph.logits.requires_grad
+
+
+def test_the_decode_path_is_tried_once(load, tiny_dir, reference_kernels, monkeypatch):
+    """A model that it does not cover is not examined again after each token."""
+    model, tokenizer = load("float16", "cpu").train(), checkpoint.load_tokenizer(tiny_dir)
+    ids, mask = prompts(tokenizer, [QUERY])
+    tries = []
+    monkeypatch.setattr(reference_kernels, "available", lambda device: tries.append(device))
+    greedy(model, ids, mask, 6)
+    assert len(tries) == 1
+
+
+def test_the_prompts_cache_is_freed(load, tiny_dir, reference_kernels, monkeypatch):
+    """Keys and values of the prompt are held once, in the graph."""
+    model, tokenizer = load("float16", "cpu"), checkpoint.load_tokenizer(tiny_dir)
+    ids, _ = prompts(tokenizer, [QUERY])
+    caches, fill = [], reference_kernels.DecodeGraph.fill
+
+    def note(graph, cache, *arguments):
+        caches.append(weakref.ref(cache))
+        fill(graph, cache, *arguments)
+
+    monkeypatch.setattr(reference_kernels.DecodeGraph, "fill", note)
+    stream = model.stream_generate(ids, max_new_tokens=4, do_sample=False)
+    next(stream), next(stream)
+    gc.collect()
+    assert caches[0]() is None
 
 
 def random_weight(kernels, kind, rows, columns, dtype, device):
@@ -337,7 +466,7 @@ def test_greedy_ids_on_a_gpu(load, tiny_dir, weights):
     for texts in ([QUERY], [QUERY, "类型#裙*颜色#红色", "类型#裤"], [QUERY] * 16):
         ids, mask = prompts(tokenizer, texts, "cuda")
         fast = greedy(model, ids, mask, 40)
-        assert model in decoding.DecodeGraph._of_model
+        assert model in decoding.DecodeGraph._idle
         assert same_steps(fast, greedy(model, ids, mask, 40, use_cuda_graph=False))
 
 
@@ -348,7 +477,7 @@ def test_long_answers_on_a_gpu(load, tiny_dir):
     decoding = sibling(type(model), "decoding_chatglm")
     ids, mask = prompts(tokenizer, [QUERY], "cuda")
     fast = greedy(model, ids, mask, 600)[-1]
-    _, graph = decoding.DecodeGraph._of_model[model]
+    graph = decoding.DecodeGraph._idle[model]
     assert graph.slots == 1024
     expected = model(fast[:, :-1]).logits[:, -1].float()
     assert_close(graph.logits, expected, 2e-2)

@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import torch
 from transformers import (
     DynamicCache,
+    GenerationConfig,
     StaticCache,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -107,9 +107,7 @@ def test_stream_yields_every_token(golden_model, fixture_dir):
     """One step a token, the last one included: published ChatGLM-6B streaming lost it."""
     golden = tensors(fixture_dir, "generation.npz")
     ids, expected = golden["p1.input_ids"][None], golden["p1.generated_cache"]
-    steps = list(
-        golden_model.stream_generate(ids, max_length=ids.shape[1] + 32, do_sample=False, eos_token_id=None)
-    )
+    steps = list(golden_model.stream_generate(ids, max_length=ids.shape[1] + 32, do_sample=False, eos_token_id=None))
     lengths = [step.shape[1] - ids.shape[1] for step in steps]
     assert lengths == list(range(1, 33))
     published = golden["p1.stream_lengths"].tolist()
@@ -131,11 +129,9 @@ def test_sampling_order(golden_model, fixture_dir):
     """Temperature, top-k 50 and top-p of the chat defaults filter as published."""
     golden = tensors(fixture_dir, "generation.npz")
     scores = golden["sampling.in"]
-    config = golden_model.generation_config
     top_p, temperature = golden["sampling.top_p"].item(), golden["sampling.temperature"].item()
-    config.update(do_sample=True, top_p=top_p, temperature=temperature)
-    module = sys.modules[type(golden_model).__mro__[1].__module__]
-    processors = module._sampling_processors(config)
+    config, *_ = golden_model._merge_settings(do_sample=True, top_p=top_p, temperature=temperature)
+    processors = golden_model._get_logits_processor(config, 1)
     assert [type(p) for p in processors] == [TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper]
     assert processors[1].top_k == golden["sampling.top_k_default"].item()
     for processor in processors:
@@ -246,12 +242,88 @@ def test_cached_turns(golden_model, tokenizer, fixture_dir, family_name):
 
 def test_stream_errors(golden_model, tokenizer):
     """Settings that cannot be streamed and prompts without room say so."""
-    with pytest.raises(ValueError, match="beam"):
-        next(golden_model.stream_chat(tokenizer, "你好", num_beams=2))
+    for name, value in {"num_beams": 2, "num_return_sequences": 2, "stop_strings": ["好"], "max_time": 1}.items():
+        with pytest.raises(ValueError, match=f"{name} cannot be streamed"):
+            next(golden_model.stream_chat(tokenizer, "你好", **{name: value}))
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        next(golden_model.stream_chat(tokenizer, "你好", max_new_tokens=0))
     with pytest.raises(ValueError, match="unknown generation settings"):
         next(golden_model.stream_chat(tokenizer, "你好", temprature=2))
     with pytest.raises(ValueError, match="max_length"):
         next(golden_model.stream_chat(tokenizer, "你好", max_length=3))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bad_words_ids": True},
+        {"suppress_tokens": True},
+        {"min_new_tokens": 9, "eos_token_id": True},
+        {"min_length": 20, "eos_token_id": True},
+        {"no_repeat_ngram_size": 1},
+        {"repetition_penalty": 30.0},
+        {"forced_eos_token_id": 7},
+        {"exponential_decay_length_penalty": (3, 2.0), "eos_token_id": True},
+        {"do_sample": True, "min_p": 0.999, "top_k": 0},
+        {"do_sample": True, "typical_p": 0.2},
+    ],
+    ids=str,
+)
+def test_streams_honour_what_generate_does(golden_model, fixture_dir, settings):
+    """A left-padded batch and single rows: ids under a setting are those of generate, given or in the model's own."""
+    golden, batch = tensors(fixture_dir, "generation.npz"), tensors(fixture_dir, "batch_left_padded.npz")
+    usual = golden["p1.generated_cache"][2].item()  # a token that the setting rules out, or ends with
+    forms = {"bad_words_ids": [[usual]], "suppress_tokens": [usual], "eos_token_id": usual}
+    settings = {name: forms[name] if value is True and name in forms else value for name, value in settings.items()}
+    settings = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": [], "pad_token_id": 0, **settings}
+    has_effect = []
+    for inputs in (
+        {"input_ids": golden["p1.input_ids"][None]},
+        {name: batch[name] for name in ("input_ids", "attention_mask")},
+    ):
+        torch.manual_seed(0)
+        expected = golden_model.generate(**inputs, **{**settings, "eos_token_id": settings["eos_token_id"] or None})
+        for given in (settings, {"generation_config": GenerationConfig(**settings)}):
+            torch.manual_seed(0)
+            *_, last = golden_model.stream_generate(**inputs, **given)
+            assert torch.equal(last, expected)
+        plain = golden_model.generate(**inputs, max_new_tokens=16, do_sample=False, eos_token_id=None)
+        has_effect.append(not torch.equal(plain, expected))
+    assert any(has_effect) or settings["do_sample"]
+
+
+def test_a_given_config_leaves_the_models_own_end_token(golden_model, fixture_dir):
+    """As in generate: what a GenerationConfig leaves open is the model's."""
+    golden = tensors(fixture_dir, "generation.npz")
+    ids = golden["p1.input_ids"][None]
+    golden_model.generation_config.eos_token_id = golden["stop.eos_token_id"].item()
+    *_, last = golden_model.stream_generate(ids, generation_config=GenerationConfig(max_new_tokens=32))
+    assert torch.equal(last[0, ids.shape[1] :], golden["stop.generate"])
+
+
+def test_first_token_ends_it(golden_model, fixture_dir):
+    """An end token that comes first, and a limit of one token, end a stream after one step."""
+    golden = tensors(fixture_dir, "generation.npz")
+    ids, first = golden["p1.input_ids"][None], golden["p1.generated_cache"][0].item()
+    for settings in ({"max_new_tokens": 8, "eos_token_id": [0, first]}, {"max_new_tokens": 1}):
+        steps = list(golden_model.stream_generate(ids, do_sample=False, **settings))
+        assert [step[0, ids.shape[1] :].tolist() for step in steps] == [[first]]
+
+
+def test_chat_honours_what_generate_does(golden_model, tokenizer):
+    """Tokens that a setting rules out are no invalid logits; several sequences and stop strings go to generate."""
+    settings = {"do_sample": False, "max_length": 40}
+    plain, _ = golden_model.chat(tokenizer, "你好", **settings)
+    ids = tokenizer.encode_text(plain)
+    for banned in ({"suppress_tokens": ids}, {"bad_words_ids": [[token] for token in ids]}):
+        answer, _ = golden_model.chat(tokenizer, "你好", **settings, **banned)
+        *_, (streamed, _) = golden_model.stream_chat(tokenizer, "你好", **settings, **banned)
+        assert answer == streamed != plain
+        assert golden_model.chat(tokenizer, "你好", num_beams=2, **settings, **banned)[0] != plain
+    stopped, _ = golden_model.chat(tokenizer, "你好", stop_strings=[plain[1]], **settings)
+    assert len(stopped) < len(plain)
+    with pytest.raises(ValueError, match="temprature"):
+        golden_model.chat(tokenizer, "你好", temprature=2)
 
 
 def test_control_strings_in_a_query_stay_text(golden_model, tokenizer):

@@ -9,6 +9,8 @@ Covered: CUDA from compute capability 8.0, fp16 and bf16 models, fp16/bf16, int8
 LoRA adapters that are not merged, up to 16 rows, left padding. For anything else `DecodeGraph.of` says why not, and
 generation goes on through the model's forward.
 
+A graph serves one stream at a time: `of` takes a model's idle graph or makes one, the stream gives it back at its end.
+
 Shapes: B rows, T prompt tokens, S cache slots, L layers, H query heads, G key/value heads, D head channels, C hidden,
 V vocabulary rows, R LoRA rank.
 """
@@ -35,7 +37,7 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True)
 class Block:
-    """The modules of one layer.
+    """The modules of one layer; in a _Plan, what `read_norm` and `read_linear` make of them.
 
     Attributes:
         input_norm: RMSNorm or LayerNorm.
@@ -100,22 +102,44 @@ def read_linear(module: nn.Module, dtype: torch.dtype) -> Weight:
     """
     if hasattr(module, "lora_A"):
         return _with_lora(read_linear(module.base_layer, dtype), module, dtype)
-    bias = None if module.bias is None else module.bias.to(dtype)
-    state = getattr(module.weight, "quant_state", None)
+    stored, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    bias = None if bias is None else bias.to(dtype)
+    state = getattr(stored, "quant_state", None)
     if isinstance(module, QuantizedLinear):
         shape = (module.out_features, module.in_features)
-        weight = Weight(f"int{module.bits}", module.weight, shape, module.weight_scale.half(), bias)
+        weight = Weight(f"int{module.bits}", stored, shape, module.weight_scale.half(), bias)
     elif state is not None:
-        weight = Weight("nf4", module.weight.data, tuple(state.shape), _nf4_scale(state), bias)
-    elif type(module) is nn.Linear and module.weight.dtype == dtype:
-        weight = Weight("float", module.weight.data, tuple(module.weight.shape), None, bias)
+        weight = Weight("nf4", stored.data, tuple(state.shape), _nf4_scale(state), bias)
+    elif type(module) is nn.Linear and type(stored) is nn.Parameter and stored.dtype == dtype:
+        weight = Weight("float", stored.data, tuple(stored.shape), None, bias)
     else:
-        raise Unsupported(f"a {type(module).__name__} with {module.weight.dtype} weights in a {dtype} model")
+        found = getattr(stored, "dtype", "no")
+        raise Unsupported(f"a {type(module).__name__} with {found} weights in a {dtype} model")
     if not fits(weight.kind, weight.shape):
         raise Unsupported(f"{weight.kind} weights of shape {weight.shape}")
-    if weight.data.is_contiguous() and weight.data.data_ptr() % 16 == 0:
-        return weight
-    return replace(weight, data=weight.data.clone(memory_format=torch.contiguous_format))
+    return replace(weight, data=_aligned(weight.data))
+
+
+def read_norm(module: nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None, float]:
+    """Return weight, bias and epsilon of an RMSNorm or a LayerNorm to the kernel.
+
+    Args:
+        module: The norm.
+        dtype: The activations' dtype.
+
+    Raises:
+        Unsupported: Parameters in another dtype.
+    """
+    if any(tensor.dtype != dtype for tensor in module.parameters()):
+        raise Unsupported(f"norm weights of another dtype in a {dtype} model")
+    bias = getattr(module, "bias", None)
+    return _aligned(module.weight.data), None if bias is None else _aligned(bias.data), module.eps
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor as the kernels read it, contiguous and in 16-byte words: itself, or a copy."""
+    is_fit = tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
+    return tensor if is_fit else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _nf4_scale(state) -> torch.Tensor:
@@ -150,10 +174,22 @@ def _with_lora(weight: Weight, module: nn.Module, dtype: torch.dtype) -> Weight:
 
 
 class _Plan:
-    """The weights of a model in the kernels' form, and how they are put together."""
+    """The weights of a model in the kernels' form, and how they are put together.
 
-    def __init__(self, parts: DecodeParts, dtype: torch.dtype):
-        self.parts, self.dtype = parts, dtype
+    Args:
+        model: A ChatGLM model with `decode_parts`.
+        signature: Its `_signature`.
+
+    Raises:
+        Unsupported: The path does not cover the model.
+    """
+
+    def __init__(self, model: nn.Module, signature: tuple):
+        self.parts, self.dtype, self.device = parts, dtype, device = model.decode_parts(), model.dtype, model.device
+        self.signature = signature
+        self.sources = _tensors(model)  # alive, so that no other tensor gets an address of the signature
+        if devices := {str(tensor.device) for tensor in self.sources if tensor.device != device}:
+            raise Unsupported(f"weights on {device} and {sorted(devices)}")
         if dtype not in (torch.float16, torch.bfloat16):
             raise Unsupported(f"a {dtype} model")
         if parts.channels not in HEAD_CHANNELS or parts.heads > MAX_HEADS_PER_GROUP * parts.groups:
@@ -161,42 +197,36 @@ class _Plan:
         self.blocks = [
             replace(
                 block,
+                input_norm=read_norm(block.input_norm, dtype),
                 query_key_value=read_linear(block.query_key_value, dtype),
                 dense=read_linear(block.dense, dtype),
+                post_norm=read_norm(block.post_norm, dtype),
                 up=read_linear(block.up, dtype),
                 down=read_linear(block.down, dtype),
             )
             for block in parts.blocks
         ]
-        self.head = read_linear(parts.head, dtype)
+        self.final_norm, self.head = read_norm(parts.final_norm, dtype), read_linear(parts.head, dtype)
         if self.head.shape[1] > MAX_HIDDEN:
             raise Unsupported(f"{self.head.shape[1]} hidden channels, more than {MAX_HIDDEN}")
-        self.linears = [
+        linears = [self.head] + [
             linear for block in self.blocks for linear in (block.query_key_value, block.dense, block.up, block.down)
-        ] + [self.head]
-        tensors = [
-            *(linear.data for linear in self.linears),
-            *(norm.weight for block in self.blocks for norm in (block.input_norm, block.post_norm)),
         ]
-        devices = {tensor.device for tensor in tensors}
-        if len(devices) > 1:
-            raise Unsupported(f"weights on several devices, {sorted(map(str, devices))}")
-        if any(tensor.dtype != dtype for tensor in tensors[len(self.linears) :]):
-            raise Unsupported("norm weights in another dtype than the model's")
-        self.device = devices.pop()
-        self.max_rank = max(
-            (linear.lora_a.shape[0] for linear in self.linears if linear.lora_a is not None), default=0
-        )
+        self.max_rank = max((len(linear.lora_a) for linear in linears if linear.lora_a is not None), default=0)
+
+
+def _tensors(model: nn.Module) -> list[torch.Tensor]:
+    return [*model.parameters(), *model.buffers()]
 
 
 def _signature(model: nn.Module) -> tuple:
     """Return what changes when a model's weights, adapters or their use change."""
-    tensors = [*model.parameters(), *model.buffers()]
     adapters = [
-        (module.disable_adapters, bool(module.merged), tuple(module.active_adapters))
+        (module.disable_adapters, bool(module.merged), tuple(module.active_adapters), tuple(module.scaling.items()))
         for module in model.modules()
         if hasattr(module, "lora_A")
     ]
+    tensors = _tensors(model)
     versions = ((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
     return (*versions, *adapters)
 
@@ -210,11 +240,13 @@ class DecodeGraph:
         length: Tokens in the cache, as the host knows it.
     """
 
-    _of_model: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
+    _idle: "weakref.WeakKeyDictionary[nn.Module, DecodeGraph]" = weakref.WeakKeyDictionary()
 
     @classmethod
     def of(cls, model, cache, attention_mask, position_ids, num_new: int) -> "DecodeGraph":
-        """Return a graph that goes on from a prompt's cache; the one made last is used again where it fits.
+        """Return a graph that goes on from a prompt's cache: the model's idle one where it fits, else a new one.
+
+        It is the caller's until `give_back`.
 
         Args:
             model: A ChatGLM model with `decode_parts`.
@@ -228,25 +260,37 @@ class DecodeGraph:
         """
         batch, length = cache.layers[0].keys.shape[0], cache.get_seq_length()
         if not available(model.device):
-            cls._of_model.pop(model, None)  # of a GPU that the model has left
             raise Unsupported(f"{model.device}: the kernels need CUDA, NVRTC and compute capability 8.0")
         if batch > MAX_ROWS:
             raise Unsupported(f"{batch} rows, more than {MAX_ROWS}")
-        starts = _padding(attention_mask, batch, model.device)
-        key, (old_key, graph) = (_signature(model), batch), cls._of_model.get(model, (None, None))
-        needed = length + min(num_new, MIN_SLOTS)
-        if old_key != key:
-            graph = None
-            cls._of_model.pop(model, None)
-            plan = _Plan(model.decode_parts(), model.dtype)
+        if model.training:
+            raise Unsupported("a model in training mode, which may drop out")
+        modules = (module for module in model.modules() if module is not model.get_input_embeddings())
+        if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
+            raise Unsupported("forward hooks, which the kernels would not call")
+        starts, positions = _padding(attention_mask, batch, model.device), _last_positions(position_ids, batch, length)
+        graph, signature, needed = cls._idle.pop(model, None), _signature(model), length + min(num_new, MIN_SLOTS)
+        if graph is None or graph.plan.signature != signature:
+            graph, plan = None, _Plan(model, signature)
         else:
             plan = graph.plan
-        if graph is None or graph.slots < needed:
+        if graph is None or graph.batch != batch or graph.slots < needed:
+            graph = None  # frees its memory first
             graph = cls(plan, batch, _bucket(needed))
-        cls._of_model[model] = (key, graph)
-        graph.fill(cache, starts, position_ids)
+        graph.fill(cache, starts, positions)
         return graph
 
+    @classmethod
+    def forget(cls, model: nn.Module) -> None:
+        """Free a model's idle graph, and with it what it holds of the model's weights."""
+        cls._idle.pop(model, None)
+
+    def give_back(self, model: nn.Module) -> None:
+        """Leave this graph to the model's next stream."""
+        self._idle[model] = self
+
+    @torch.inference_mode(False)  # a later stream, outside of inference mode, writes to the buffers too
+    @torch.no_grad()
     def __init__(self, plan: _Plan, batch: int, slots: int):
         """Allocate the buffers and capture the graph.
 
@@ -270,16 +314,21 @@ class DecodeGraph:
         self.lora_t = torch.empty(batch * plan.max_rank, dtype=torch.float32, device=device)
         self.logits = torch.empty(batch, plan.head.shape[0], **new)
         self._run()  # compiles the kernels, which a capture must not do
-        self.replay = capture(self._run)
+        self.replay = capture(self._run, device)
 
-    def fill(self, cache, starts: torch.Tensor, position_ids: torch.Tensor) -> None:
-        """Take over a prompt's keys and values; see `of`."""
+    def fill(self, cache, starts: torch.Tensor, positions: torch.Tensor) -> None:
+        """Take over a prompt.
+
+        Args:
+            cache: See `of`.
+            starts: int32 (B,), padding columns of each row.
+            positions: (B, 2), position channels of the last token of each row.
+        """
         self.length = cache.get_seq_length()
         for (keys, values), layer in zip(self.caches, cache.layers, strict=True):
             keys[:, :, : self.length] = layer.keys
             values[:, :, : self.length] = layer.values
-        last = position_ids[..., -1:].expand(self.batch, *position_ids.shape[1:-1], 1)
-        self.positions.copy_(last.reshape(self.batch, -1).expand(self.batch, 2))
+        self.positions.copy_(positions)
         self.positions += self.advance
         self.starts.copy_(starts)
         self.length_on_device.fill_(self.length)
@@ -298,9 +347,6 @@ class DecodeGraph:
         for name in ("token", "positions", "starts", "length_on_device"):
             getattr(graph, name).copy_(getattr(self, name))
         graph.length = self.length
-        for model, (key, known) in list(self._of_model.items()):
-            if known is self:
-                self._of_model[model] = (key, graph)
         return graph
 
     def _multiply(self, x: torch.Tensor, weight: Weight, epilogue: str = "store", residual=None, alpha=1.0):
@@ -313,9 +359,9 @@ class DecodeGraph:
         return out
 
     @staticmethod
-    def _normalise(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    def _normalise(x: torch.Tensor, parameters: tuple) -> torch.Tensor:
         out = torch.empty_like(x)
-        norm(x, module.weight, getattr(module, "bias", None), module.eps, out)
+        norm(x, *parameters, out)
         return out
 
     def _run(self) -> None:
@@ -343,19 +389,21 @@ class DecodeGraph:
             wide = self._multiply(normed, block.up, parts.activation)
             residual = hidden if parts.residual_scale is None else normed
             hidden = self._multiply(wide, block.down, "residual", residual, scale)
-        matvec(self._normalise(hidden, parts.final_norm), self.plan.head, self.logits)
+        matvec(self._normalise(hidden, self.plan.final_norm), self.plan.head, self.logits)
         self.positions += self.advance
         self.length_on_device += 1
 
 
-def capture(function: Callable[[], None]) -> Callable[[], None]:
-    """Capture what a function launches, without running it; it must have run once before.
+def capture(function: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Capture what a function launches on a device, without running it; it must have run once before.
 
     Returns:
         What replays it.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # PyTorch's own capture stream belongs to the device that was current when a process first captured.
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         function()
     return graph.replay
 
@@ -377,3 +425,20 @@ def _padding(attention_mask: torch.Tensor | None, batch: int, device: torch.devi
     if not bool((mask.int().diff(dim=1) >= 0).all()):
         raise Unsupported("an attention mask with holes")
     return (~mask).sum(dim=1).to(torch.int32)
+
+
+def _last_positions(position_ids: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+    """Return the position channels of the last token of each row, (B, 2); a single channel twice.
+
+    Args:
+        position_ids: (B or 1, T) or (B or 1, 2, T).
+        batch: B.
+        length: T.
+
+    Raises:
+        Unsupported: Positions that the rotary table, one entry a slot, would not hold.
+    """
+    last = position_ids[..., -1].view(len(position_ids), -1).expand(batch, 2)
+    if not bool(((last >= 0) & (last < length)).all()):
+        raise Unsupported("positions that do not count the tokens")
+    return last

@@ -6,6 +6,7 @@ have no text. Here NaN logits are an error, every token is yielded, and ids with
 Shapes: B batch, T new tokens, S all tokens, H query heads, G key/value heads, D head channels, V vocabulary rows.
 """
 
+import collections
 import copy
 import logging
 
@@ -13,7 +14,6 @@ import torch
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -24,18 +24,18 @@ from .decoding_chatglm import DecodeGraph, Unsupported, capture
 
 logger = logging.getLogger(__name__)
 
-# What _stream_steps handles; chat leaves anything else to generate.
-STREAM_SETTINGS = {
-    "do_sample",
-    "eos_token_id",
-    "logits_processor",
-    "max_length",
-    "max_new_tokens",
-    "pad_token_id",
-    "repetition_penalty",
-    "temperature",
-    "top_k",
-    "top_p",
+# Settings that only `generate` handles, with the value that asks for nothing.
+GENERATE_ONLY = {
+    "constraints": None,
+    "dola_layers": None,
+    "force_words_ids": None,
+    "max_time": None,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "penalty_alpha": None,
+    "return_dict_in_generate": False,
+    "stop_strings": None,
+    "token_healing": False,
 }
 
 
@@ -76,15 +76,15 @@ INVALID_LOGITS = (
 
 
 class InvalidScoreLogitsProcessor(LogitsProcessor):
-    """Refuse NaN and infinite logits instead of hiding them."""
+    """Refuse NaN and infinite logits instead of hiding them; -inf is how processors before it rule a token out."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return the scores (B, V) unchanged.
 
         Raises:
-            FloatingPointError: When a score is NaN or infinite.
+            FloatingPointError: When a score is NaN or +inf.
         """
-        if not torch.isfinite(scores).all():
+        if not (scores < float("inf")).all():
             raise FloatingPointError(INVALID_LOGITS.format(input_ids.shape[1]))
         return scores
 
@@ -116,20 +116,21 @@ class TokenSampler:
         input_ids: The prompt, (B, T).
         num_new: The most tokens to pick.
         processors: Logits processors, in order.
-        config: GenerationConfig with do_sample, eos_token_id and pad_token_id.
+        config: GenerationConfig with do_sample and pad_token_id.
+        eos: End tokens, int64 (E,).
     """
 
     # What may be captured in a CUDA graph: a function of the scores alone.
     SCORE_PROCESSORS = (UnusedTokenLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 
-    def __init__(self, input_ids: torch.Tensor, num_new: int, processors: LogitsProcessorList, config):
+    def __init__(self, input_ids: torch.Tensor, num_new: int, processors: LogitsProcessorList, config, eos):
         batch, self.num_ids = input_ids.shape
         device = input_ids.device
         self.do_sample, self.pad = config.do_sample, config.pad_token_id or 0
         self.processors = processors
         self.all_ids = torch.cat((input_ids, input_ids.new_zeros(batch, num_new)), dim=1)
         self.column = torch.tensor([self.num_ids], device=device)
-        self.eos = torch.tensor(_as_list(config.eos_token_id), dtype=torch.long, device=device)
+        self.eos = eos
         self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
         self.token = None
 
@@ -160,7 +161,7 @@ class GraphSteps:
     def __init__(self, graph: DecodeGraph, sampler: TokenSampler):
         self.graph, self.sampler = graph, sampler
         # Checking the logits would wait for the GPU in each step: here the host reads the verdict with the token.
-        kept = [item for item in sampler.processors if not isinstance(item, InvalidScoreLogitsProcessor)]
+        kept = [item for item in sampler.processors if type(item) is not InvalidScoreLogitsProcessor]
         self.checks = len(kept) < len(sampler.processors)
         sampler.processors = LogitsProcessorList(kept)
         self.can_capture = all(type(item) in TokenSampler.SCORE_PROCESSORS for item in kept)
@@ -214,13 +215,13 @@ class GraphSteps:
         else:
             self._pick()
             if self.can_capture:
-                self.replay_pick, self.captured_for = capture(self._pick), self.graph
+                self.replay_pick, self.captured_for = capture(self._pick, self.status.device), self.graph
         self.sampler.num_ids += 1
 
     def _pick(self) -> None:
         logits = self.graph.logits
         if self.checks:
-            self.is_finite &= torch.isfinite(logits.float().sum())
+            self.is_finite &= logits.float().sum() < float("inf")
         token = self.sampler.pick(logits)
         self.graph.token.copy_(token)
         self.status[:-2] = token[:, 0]
@@ -232,7 +233,7 @@ class GraphSteps:
         status = torch.empty(self.status.shape, dtype=torch.long, pin_memory=True)
         status.copy_(self.status, non_blocking=True)
         arrived = torch.cuda.Event()
-        arrived.record()
+        arrived.record(torch.cuda.current_stream(self.status.device))
         return status, arrived, self.sampler.num_ids
 
     @staticmethod
@@ -243,6 +244,10 @@ class GraphSteps:
 
 class ChatGLMGenerationMixin:
     """Add streaming and the shared part of chat to a model with GenerationMixin."""
+
+    def _apply(self, fn, recurse=True):
+        DecodeGraph.forget(self)  # it would hold the weights as they were before `to`, `half` and the like
+        return super()._apply(fn, recurse)
 
     def build_inputs(self, tokenizer, query: str, history: list[tuple[str, str]] | None = None) -> dict:
         """Encode a prompt, with control strings typed by the user kept as text.
@@ -262,12 +267,37 @@ class ChatGLMGenerationMixin:
         history = list(history or [])
         inputs = self.build_inputs(tokenizer, query, history)
         settings["logits_processor"] = self._chat_processors(tokenizer, logits_processor)
-        if settings.pop("use_cuda_graph", True) and self.device.type == "cuda" and set(settings) <= STREAM_SETTINGS:
-            *_, (output, _) = self._stream_steps(**inputs, on_host=True, **settings)
+        use_cuda_graph = settings.pop("use_cuda_graph", True)
+        if any(self._merge_settings(**settings)[1:]):
+            output = self.generate(**inputs, tokenizer=tokenizer, **settings)
         else:
-            output = self.generate(**inputs, **settings)
+            steps = self._stream_steps(**inputs, on_host=True, use_cuda_graph=use_cuda_graph, **settings)
+            [(output, _)] = collections.deque(steps, maxlen=1)
         response = self.process_response(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :].tolist()))
         return response, [*history, (query, response)]
+
+    def _merge_settings(self, generation_config=None, logits_processor=None, **settings):
+        """Return a GenerationConfig as `generate` would merge it, and what keeps it from being streamed.
+
+        Args:
+            generation_config: Its settings that are not None stand above the model's own.
+            logits_processor: No setting: not looked at.
+            **settings: Stand above both.
+
+        Returns:
+            The config, the names that no GenerationConfig has, and those that only `generate` handles.
+        """
+        config = copy.deepcopy(self.generation_config)
+        given = {} if generation_config is None else generation_config.to_dict()
+        given = {name: value for name, value in given.items() if value is not None}
+        unknown = config.update(**{**given, **settings})
+        if config.top_k is None:
+            config.top_k = 50  # transformers' default, active in the published chat
+        return (
+            config,
+            sorted(unknown),
+            [name for name, none in GENERATE_ONLY.items() if getattr(config, name, None) not in (None, none)],
+        )
 
     def _stream_text(self, tokenizer, inputs, logits_processor, settings):
         """Yield (decoded answer so far, cache) after each token."""
@@ -284,10 +314,13 @@ class ChatGLMGenerationMixin:
 
         Args:
             input_ids: (B, T).
-            **kwargs: What ``generate`` takes, except beam search; ``max_length`` counts the prompt.
+            **kwargs: What ``generate`` takes, except GENERATE_ONLY; ``max_length`` counts the prompt.
 
         Yields:
             All ids so far, (B, T + n), after each of the n new tokens, the last one included.
+
+        Raises:
+            ValueError: At the first step: settings that are unknown or not streamed, or no room for a token.
         """
         for ids, _ in self._stream_steps(input_ids=input_ids, **kwargs):
             yield ids
@@ -307,14 +340,13 @@ class ChatGLMGenerationMixin:
     ):
         """Yield (ids so far, cache) after each new token; see stream_generate.
 
-        ``on_host`` asks for ids on the CPU. The cache is that of the prompt alone once a CUDA graph has taken over.
+        ``on_host`` asks for ids on the CPU. The cache is None once a CUDA graph has taken over.
         """
-        config = copy.deepcopy(generation_config or self.generation_config)
-        unknown = config.update(**settings)
+        config, unknown, not_streamed = self._merge_settings(generation_config, **settings)
         if unknown:
-            raise ValueError(f"unknown generation settings {sorted(unknown)}: pass those of GenerationConfig")
-        if (config.num_beams or 1) > 1:
-            raise ValueError("beam search cannot be streamed: use chat or generate, or num_beams=1")
+            raise ValueError(f"unknown generation settings {unknown}: pass those of GenerationConfig")
+        if not_streamed:
+            raise ValueError(f"{', '.join(not_streamed)} cannot be streamed: use chat or generate, or leave it out")
         use_cuda_graph = use_cuda_graph and past_key_values is None
         cache = DynamicCache(config=self.config) if past_key_values is None else past_key_values
         num_past, num_prompt = int(cache.get_seq_length()), input_ids.shape[1]
@@ -324,9 +356,19 @@ class ChatGLMGenerationMixin:
                 f"the prompt has {num_past + num_prompt} tokens and max_length is {config.max_length}, which leaves "
                 "nothing to generate: raise max_length or shorten the history"
             )
-        processors = LogitsProcessorList([*(logits_processor or []), *_sampling_processors(config)])
-        sampler = TokenSampler(input_ids, num_new, processors, config)
+        config.max_length = num_past + num_prompt + num_new
         attention_mask = self._token_mask(attention_mask)
+        eos = torch.tensor(_as_list(config.eos_token_id), dtype=torch.long, device=input_ids.device)
+        config._eos_token_tensor = eos if len(eos) else None
+        processors = self._get_logits_processor(
+            config,
+            num_prompt,
+            encoder_input_ids=input_ids,
+            logits_processor=logits_processor,
+            device=input_ids.device,
+            model_kwargs={"attention_mask": attention_mask},
+        )
+        sampler = TokenSampler(input_ids, num_new, processors, config, eos)
         if position_ids is None:
             position_ids = self._prompt_positions(input_ids, attention_mask, num_past)
         step_ids = input_ids
@@ -344,10 +386,16 @@ class ChatGLMGenerationMixin:
             yield sampler.ids.cpu() if on_host else sampler.ids, cache
             if not num_left or sampler.finished.all():
                 return
-            if use_cuda_graph and (graph := self._decode_graph(cache, attention_mask, position_ids, num_left)):
-                for ids in GraphSteps(graph, sampler).run(num_left, on_host):
-                    yield ids, cache
+            graph = self._decode_graph(cache, attention_mask, position_ids, num_left) if use_cuda_graph else None
+            if graph:
+                cache, steps = None, GraphSteps(graph, sampler)
+                try:
+                    for ids in steps.run(num_left, on_host):
+                        yield ids, cache
+                finally:
+                    steps.graph.give_back(self)
                 return
+            use_cuda_graph = False
             position_ids = self._next_positions(position_ids)
             if attention_mask is not None:
                 attention_mask = torch.cat((attention_mask, attention_mask.new_ones(len(step_ids), 1)), dim=1)
@@ -370,20 +418,3 @@ class ChatGLMGenerationMixin:
 
 def _as_list(value) -> list[int]:
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _sampling_processors(config) -> list[LogitsProcessor]:
-    """Build the processors in the published order: repetition penalty, temperature, top-k, top-p."""
-    processors = []
-    if config.repetition_penalty not in (None, 1.0):
-        processors.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
-    if not config.do_sample:
-        return processors
-    if config.temperature not in (None, 1.0):
-        processors.append(TemperatureLogitsWarper(float(config.temperature)))
-    top_k = 50 if config.top_k is None else config.top_k
-    if top_k:
-        processors.append(TopKLogitsWarper(top_k))
-    if config.top_p is not None and config.top_p < 1.0:
-        processors.append(TopPLogitsWarper(float(config.top_p)))
-    return processors

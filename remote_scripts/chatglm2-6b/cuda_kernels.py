@@ -168,8 +168,8 @@ class _Kernel:
     """
 
     def __init__(self, name: str, device: torch.device, defines: tuple[str, ...]):
-
         self.driver, nvrtc = _libraries()
+        self.device = device
         major, minor = torch.cuda.get_device_capability(device)
         self.overlaps = (major, minor) >= PDL_CAPABILITY
         cubin, mangled = compile_cubin(nvrtc, name, f"sm_{major}{minor}", defines)
@@ -183,18 +183,20 @@ class _Kernel:
             _check(status, "cuFuncSetAttribute")
 
     def launch(self, grid: tuple[int, int, int], num_threads: int, *arguments, shared_bytes: int = 0) -> None:
-        """Launch on the current stream; arguments are ctypes values."""
+        """Launch on the device's current stream; arguments are ctypes values."""
         attribute = _Attribute(id=PROGRAMMATIC_LAUNCH, value=1)
         config = _LaunchConfig(
             grid=(ctypes.c_uint * 3)(*grid),
             block=(ctypes.c_uint * 3)(num_threads, 1, 1),
             shared_bytes=shared_bytes,
-            stream=torch.cuda.current_stream().cuda_stream,
+            stream=torch.cuda.current_stream(self.device).cuda_stream,
             attributes=ctypes.pointer(attribute),
             num_attributes=int(self.overlaps),
         )
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
-        _check(self.driver.cuLaunchKernelEx(ctypes.byref(config), self.function, pointers, None), "cuLaunchKernelEx")
+        with torch.cuda.device(self.device):
+            status = self.driver.cuLaunchKernelEx(ctypes.byref(config), self.function, pointers, None)
+        _check(status, "cuLaunchKernelEx")
 
 
 @functools.cache
@@ -334,7 +336,7 @@ def attend(
 
     Args:
         qkv: The fused projection: (B, (H + 2 G) D) blocked, or with two_d (B, H 3 D) head by head.
-        cache: Keys and values, each (B, G, S, D); unused slots must be finite.
+        cache: Keys and values, each (B, G, S, D); slots behind the new one are not read.
         rotary: cos and sin of every position, each (positions, D / 4), in the dtype of qkv.
         positions: int32 (B, 2), the token's position channels; the second is used with two_d.
         starts: int32 (B,), the first slot that is no padding.

@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .configuration_chatglm import ChatGLMConfig
 from .cuda_kernels import MAX_ROWS  # noqa: F401 - transformers copies the siblings that this file names
 from .cuda_source import SOURCE  # noqa: F401
-from .decoding_chatglm import Block, DecodeParts
+from .decoding_chatglm import Block, DecodeGraph, DecodeParts
 from .fused_chatglm import Rotation, has_triton, linear_cross_entropy, swiglu
 from .generation_chatglm import ChatGLMGenerationMixin, eager_attention_forward
 from .masking_chatglm import blocked_to_keep, build_keep_mask
@@ -354,6 +354,7 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
         """
         if quantize_embeddings and not hasattr(self.config, "quantization_embeddings"):
             raise ValueError("quantize_embeddings: this family's checkpoints hold no quantised embedding")
+        DecodeGraph.forget(self)
         return quantize(self, bits, device=device, quantize_embeddings=quantize_embeddings)
 
     def forward(
