@@ -4,16 +4,21 @@ import contextlib
 import gc
 import itertools
 import re
-import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import torch
 from transformers import PreTrainedModel
 
 from glm_utils.cli import UserError
 from glm_utils.device_clock import make_clock
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 COPY_BYTES = 1 << 30  # far beyond any cache
 NUM_COPIES = 10
@@ -102,9 +107,11 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 
 
 def peak_rss_bytes() -> int:
-    """Return the peak resident set of this process; getrusage, which other systems have, starts with the parent's."""
+    """Return the peak resident set of this process; getrusage, on other Unix systems, starts with the parent's."""
     if PEAK_RESET.exists():
         return int(re.search(r"VmHWM:\s+(\d+) kB", PEAK_RESET.with_name("status").read_text())[1]) * 1024
+    if resource is None:
+        return psutil.Process().memory_info().peak_wset
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -266,6 +266,7 @@ def test_stream_errors(golden_model, tokenizer):
         {"exponential_decay_length_penalty": (3, 2.0), "eos_token_id": True},
         {"do_sample": True, "min_p": 0.999, "top_k": 0},
         {"do_sample": True, "typical_p": 0.2},
+        {"do_sample": True, "temperature": 2.0, "top_k": 0, "top_p": 0.5},
     ],
     ids=str,
 )
@@ -319,6 +320,9 @@ def test_chat_honours_what_generate_does(golden_model, tokenizer):
         answer, _ = golden_model.chat(tokenizer, "你好", **settings, **banned)
         *_, (streamed, _) = golden_model.stream_chat(tokenizer, "你好", **settings, **banned)
         assert answer == streamed != plain
+    whole = [golden_model.chat(tokenizer, "你好", max_length=40, temperature=value, top_p=0) for value in (2, 2.0)]
+    assert whole[0] == whole[1]
+    for banned in ({"suppress_tokens": ids}, {"bad_words_ids": [[token] for token in ids]}):
         assert golden_model.chat(tokenizer, "你好", num_beams=2, **settings, **banned)[0] != plain
     stopped, _ = golden_model.chat(tokenizer, "你好", stop_strings=[plain[1]], **settings)
     assert len(stopped) < len(plain)

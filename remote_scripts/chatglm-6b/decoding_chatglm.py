@@ -265,7 +265,8 @@ class DecodeGraph:
             raise Unsupported(f"{batch} rows, more than {MAX_ROWS}")
         if model.training:
             raise Unsupported("a model in training mode, which may drop out")
-        modules = (module for module in model.modules() if module is not model.get_input_embeddings())
+        embedding = model.get_input_embeddings()  # is called as a module, hooks and all
+        modules = (module for module in model.modules() if module is not embedding)
         if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
             raise Unsupported("forward hooks, which the kernels would not call")
         starts, positions = _padding(attention_mask, batch, model.device), _last_positions(position_ids, batch, length)
@@ -438,7 +439,7 @@ def _last_positions(position_ids: torch.Tensor, batch: int, length: int) -> torc
     Raises:
         Unsupported: Positions that the rotary table, one entry a slot, would not hold.
     """
-    last = position_ids[..., -1].view(len(position_ids), -1).expand(batch, 2)
+    last = position_ids[..., -1].reshape(len(position_ids), -1).expand(batch, 2)
     if not bool(((last >= 0) & (last < length)).all()):
         raise Unsupported("positions that do not count the tokens")
     return last

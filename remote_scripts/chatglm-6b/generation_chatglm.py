@@ -161,7 +161,7 @@ class GraphSteps:
     def __init__(self, graph: DecodeGraph, sampler: TokenSampler):
         self.graph, self.sampler = graph, sampler
         # Checking the logits would wait for the GPU in each step: here the host reads the verdict with the token.
-        kept = [item for item in sampler.processors if type(item) is not InvalidScoreLogitsProcessor]
+        kept = [item for item in sampler.processors if not isinstance(item, InvalidScoreLogitsProcessor)]
         self.checks = len(kept) < len(sampler.processors)
         sampler.processors = LogitsProcessorList(kept)
         self.can_capture = all(type(item) in TokenSampler.SCORE_PROCESSORS for item in kept)
@@ -291,13 +291,12 @@ class ChatGLMGenerationMixin:
         given = {} if generation_config is None else generation_config.to_dict()
         given = {name: value for name, value in given.items() if value is not None}
         unknown = config.update(**{**given, **settings})
-        if config.top_k is None:
-            config.top_k = 50  # transformers' default, active in the published chat
-        return (
-            config,
-            sorted(unknown),
-            [name for name, none in GENERATE_ONLY.items() if getattr(config, name, None) not in (None, none)],
-        )
+        config.top_k = 50 if config.top_k is None else config.top_k  # as in generate
+        config.temperature = float(1 if config.temperature is None else config.temperature)  # 2 is one too
+        not_streamed = [
+            name for name, none in GENERATE_ONLY.items() if getattr(config, name, None) not in (None, none)
+        ]
+        return config, sorted(unknown), not_streamed
 
     def _stream_text(self, tokenizer, inputs, logits_processor, settings):
         """Yield (decoded answer so far, cache) after each token."""

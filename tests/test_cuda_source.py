@@ -1,0 +1,123 @@
+"""Every CUDA kernel that the decode path can ask for, compiled for GPUs that are not there; needs NVRTC, no GPU."""
+
+import ctypes
+import importlib.util
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from glm_utils.family import FAMILIES
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_120")  # without and with programmatic dependent launch
+NUM_SMS = (28, 132)  # few and many tiles a multiprocessor choose different tunings
+
+
+def open_nvrtc():
+    """Return NVRTC from the library path or the nvidia packages, or None."""
+    spec = importlib.util.find_spec("nvidia")
+    roots = spec.submodule_search_locations if spec else ()
+    packaged = (str(path) for root in roots for path in sorted(Path(root).glob("*/lib/libnvrtc.so.*")))
+    for name in ("libnvrtc.so.13", "libnvrtc.so.12", *packaged):
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    return None
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """Load cuda_kernels.py of one family, whose files are those of the other."""
+    package = types.ModuleType("scripts_under_test")
+    package.__path__ = [str(FAMILIES[0].remote_dir)]
+    sys.modules[package.__name__] = package
+    return importlib.import_module("scripts_under_test.cuda_kernels")
+
+
+@pytest.fixture
+def launches(kernels, monkeypatch):
+    """Note (name, defines, grid, threads, shared bytes) of every launch instead of launching."""
+    noted = []
+
+    class Recorder:
+        def __init__(self, name, device, defines):
+            self.name, self.defines = name, defines
+
+        def launch(self, grid, num_threads, *arguments, shared_bytes=0):
+            noted.append((self.name, self.defines, grid, num_threads, shared_bytes))
+
+    monkeypatch.setattr(kernels, "_kernel", Recorder)
+    return noted
+
+
+def launch_everything(kernels, monkeypatch):
+    """Ask for every kernel through the functions that the decode path calls."""
+    for num_sms in NUM_SMS:
+        monkeypatch.setattr(kernels, "_num_sms", lambda device, num_sms=num_sms: num_sms)
+        for dtype in (torch.float16, torch.bfloat16):
+            for num_rows in (1, 8, 9, 16):
+                x = torch.empty(num_rows, 64, dtype=dtype)
+                for kind in kernels.FORMATS:
+                    for num_outputs in (16, 27392):
+                        weight = kernels.Weight(kind, torch.empty(0), (num_outputs, 64))
+                        for epilogue in kernels.EPILOGUES:
+                            kernels.matvec(x, weight, torch.empty(0, dtype=dtype), epilogue)
+            for bias in (None, x):
+                kernels.norm(x, x, bias, 1e-5, x)
+            for channels in (64, 128):
+                cache = (torch.empty(1, 2, 256, channels, dtype=dtype),) * 2
+                scratch = kernels.attend_scratch(1, 2, 256, channels, torch.device("cpu"))
+                qkv, out = torch.empty(1, 6 * channels, dtype=dtype), torch.empty(1, 2 * channels, dtype=dtype)
+                for two_d in (False, True):
+                    kernels.attend(qkv, cache, (x, x), x, x, x, scratch, out, two_d)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kernel_compiles(kernels, launches, monkeypatch, architecture):
+    """NVRTC takes each instance; its assembler refuses too many registers and too much static shared memory."""
+    nvrtc = open_nvrtc()
+    if nvrtc is None:
+        pytest.skip("no NVRTC library")
+    launch_everything(kernels, monkeypatch)
+    instances = sorted({(name, defines) for name, defines, *_ in launches})
+    matvecs = {name for name, _ in instances if name.startswith("matvec")}
+    assert len(matvecs) == 4 * 2 * 2 * 4  # formats, dtypes, row tiles, epilogues
+    assert len({name for name, _ in instances} - matvecs) == 4 + 8
+    for name, defines in instances:
+        cubin, mangled = kernels.compile_cubin(nvrtc, name, architecture, defines)
+        assert cubin[:4] == b"\x7fELF"
+        assert name.partition("<")[0].encode() in mangled
+
+
+def test_launches_cover_their_outputs(kernels, launches, monkeypatch):
+    """Blocks and threads are those of the compilation, no empty grid, shared memory for the NF4 table alone."""
+    launch_everything(kernels, monkeypatch)
+    assert launches
+    for name, defines, grid, num_threads, shared_bytes in launches:
+        settings = dict(define.split("=") for define in defines)
+        assert min(grid) >= 1, name
+        if name.startswith("matvec"):
+            assert num_threads == 32 * int(settings["WARPS"])
+            is_nf4 = name.startswith(f"matvec<{kernels.FORMATS['nf4']},")
+            assert shared_bytes == (kernels.NF4_TABLE_BYTES if is_nf4 else 0)
+
+
+def test_a_kernel_that_does_not_compile_says_why(kernels):
+    """The error names the instance and carries the compiler's log."""
+    nvrtc = open_nvrtc()
+    if nvrtc is None:
+        pytest.skip("no NVRTC library")
+    with pytest.raises(RuntimeError, match=r"norm<7> does not compile for sm_90:\n(.|\n)*error"):
+        kernels.compile_cubin(nvrtc, "norm<7>", "sm_90")
+
+
+def test_fits_is_whole_words(kernels):
+    """Rows of every format are whole 16-byte words; NF4 rows also whole blocks."""
+    for kind, bits in {"float": 16, "int8": 8, "int4": 4, "nf4": 4}.items():
+        step = 64 if kind == "nf4" else 128 // bits
+        assert kernels.fits(kind, (3, 5 * step))
+        assert not kernels.fits(kind, (3, 5 * step + step // 2))
