@@ -134,7 +134,7 @@ def answer(sessions: dict[str, ChatSession], query: str) -> None:
         query: The question.
 
     Raises:
-        UserError: The question is too long.
+        UserError: The question is too long, or the model computes NaN.
     """
     for session in sessions.values():
         session.count_prompt(query)  # of all before the first answer, so that they stay in step

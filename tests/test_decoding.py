@@ -191,13 +191,14 @@ def test_chat_and_stream_chat_agree(load, tiny_dir, reference_kernels):
     assert history == streamed_history == [(QUERY, answer)]
 
 
-def test_nan_logits_are_an_error(load, tiny_dir, reference_kernels):
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_nan_logits_are_an_error(load, tiny_dir, reference_kernels, do_sample):
     """A NaN that appears behind the prompt ends the stream of a chat, with the token's place, and leaves no trace."""
     model, tokenizer = load("float16", "cpu"), checkpoint.load_tokenizer(tiny_dir)
     ids, mask = prompts(tokenizer, [QUERY])
     expected = greedy(model, ids, mask, 8)
     graph = reference_kernels.DecodeGraph._idle[model]
-    stream = model.stream_chat(tokenizer, QUERY, history=[], do_sample=False, max_length=120)
+    stream = model.stream_chat(tokenizer, QUERY, history=[], do_sample=do_sample, max_length=120)
     next(stream), next(stream)
     graph.caches[0][1].fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="NaN or infinite logits at token"):
@@ -484,6 +485,30 @@ def test_long_answers_on_a_gpu(load, tiny_dir):
 
 
 @on_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_on_the_second_gpu(load, tiny_dir):
+    """Kernels, captures and events are those of the model's device, whichever is current."""
+    tokenizer = checkpoint.load_tokenizer(tiny_dir)
+    for device in ("cuda:0", "cuda:1"):
+        model = load("int4", device)
+        ids, mask = prompts(tokenizer, [QUERY], device)
+        fast = greedy(model, ids, mask, 40, eos_token_id=[0])
+        assert model in sibling(type(model), "decoding_chatglm").DecodeGraph._idle
+        assert same_steps(fast, greedy(model, ids, mask, 40, eos_token_id=[0], use_cuda_graph=False))
+
+
+@on_gpu
+def test_streams_at_once_on_a_gpu(load, tiny_dir):
+    """Two streams in turn give the ids that each gives alone."""
+    model, tokenizer = load("int4", "cuda"), checkpoint.load_tokenizer(tiny_dir)
+    inputs = [prompts(tokenizer, [text], "cuda")[0] for text in (QUERY, "类型#裙*颜色#红色")]
+    slow = [greedy(model, ids, None, 40, use_cuda_graph=False) for ids in inputs]
+    streams = [model.stream_generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=[]) for ids in inputs]
+    turns = [[step.clone() for step in steps] for steps in zip(*streams, strict=True)]
+    assert all(same_steps(list(fast), alone) for fast, alone in zip(zip(*turns, strict=True), slow, strict=True))
+
+
+@on_gpu
 def test_chat_on_a_gpu(load, tiny_dir):
     """chat and stream_chat use the path, sample from it, and the same seed gives the same answer."""
     model, tokenizer = load("int4", "cuda"), checkpoint.load_tokenizer(tiny_dir)
@@ -498,3 +523,18 @@ def test_chat_on_a_gpu(load, tiny_dir):
         answers.append(model.chat(tokenizer, QUERY, history=[], max_length=160, temperature=1.5)[0])
     assert answers[0] == answers[1]
     assert len(set(answers)) > 1
+
+
+@on_gpu
+def test_nan_logits_on_a_gpu(load, tiny_dir):
+    """NaN while sampling is this project's error and leaves the GPU fit for use: no assert on the device."""
+    model, tokenizer = load("float16", "cuda"), checkpoint.load_tokenizer(tiny_dir)
+    ids, mask = prompts(tokenizer, [QUERY], "cuda")
+    expected = greedy(model, ids, mask, 20)
+    graph = sibling(type(model), "decoding_chatglm").DecodeGraph._idle[model]
+    stream = model.stream_chat(tokenizer, QUERY, history=[], max_length=120)
+    next(stream), next(stream)
+    graph.caches[0][1].fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="NaN or infinite logits at token"):
+        list(stream)
+    assert same_steps(greedy(model, ids, mask, 20), expected)

@@ -150,6 +150,9 @@ def test_nan_logits_are_an_error(golden_model, tokenizer, fixture_dir):
         golden_model.chat(tokenizer, "你好", do_sample=False)
     with pytest.raises(FloatingPointError, match="NaN"):
         next(golden_model.stream_chat(tokenizer, "你好", do_sample=False))
+    ids = golden_model.build_inputs(tokenizer, "你好")["input_ids"]
+    with pytest.raises(FloatingPointError, match="NaN"):
+        next(golden_model.stream_generate(ids, do_sample=True, max_new_tokens=4))
 
 
 def test_rows_without_a_token_are_never_sampled(golden_model, tokenizer):

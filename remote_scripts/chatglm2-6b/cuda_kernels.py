@@ -29,7 +29,7 @@ class Tuning:
         warps: Warps of a block; they share K.
         depth: 16-byte loads in flight per row and lane.
         min_blocks: Blocks per multiprocessor that the registers must allow.
-        blocks_per_sm: Blocks launched per multiprocessor, each taking several tiles; 0: one block a tile.
+        blocks_per_sm: The most blocks launched per multiprocessor, each taking several tiles.
         row_tiles: Tiles of 16 rows of W that a warp works on at once, sharing the reads of x.
     """
 
@@ -42,10 +42,10 @@ class Tuning:
     def defines(self) -> tuple[str, ...]:
         """Return the macros of the compilation."""
         names = {"WARPS": self.warps, "DEPTH": self.depth, "MIN_BLOCKS": self.min_blocks, "ROW_TILES": self.row_tiles}
-        return (*(f"{name}={value}" for name, value in names.items()), *NORM_DEFINES)
+        return (*(f"{name}={value}" for name, value in names.items()), *COMMON_DEFINES)
 
 
-NORM_DEFINES = (f"MIN_KEYS={MIN_KEYS_PER_SPLIT}",)
+COMMON_DEFINES = (f"MIN_KEYS={MIN_KEYS_PER_SPLIT}",)
 
 
 def tuning(kind: str, row_tiles: int, num_tiles: int, num_sms: int) -> Tuning:
@@ -304,11 +304,9 @@ def matvec(
     )
     row_tiles = 1 if x.shape[0] <= 8 else 2
     name = f"matvec<{FORMATS[weight.kind]}, {bf16}, {row_tiles}, {EPILOGUES[epilogue]}>"
-    num_blocks, num_sms = -(-rows // 16), _num_sms(x.device)
-    chosen = tuning(weight.kind, row_tiles, num_blocks, num_sms)
-    num_blocks = -(-num_blocks // chosen.row_tiles)
-    if chosen.blocks_per_sm:
-        num_blocks = min(num_blocks, chosen.blocks_per_sm * num_sms)
+    num_tiles, num_sms = -(-rows // 16), _num_sms(x.device)
+    chosen = tuning(weight.kind, row_tiles, num_tiles, num_sms)
+    num_blocks = min(-(-num_tiles // chosen.row_tiles), chosen.blocks_per_sm * num_sms)
     shared_bytes = NF4_TABLE_BYTES if weight.kind == "nf4" else 0
     kernel = _kernel(name, x.device, chosen.defines())
     kernel.launch((num_blocks, 1, 1), chosen.warps * 32, arguments, shared_bytes=shared_bytes)
@@ -316,7 +314,7 @@ def matvec(
 
 def norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, out: torch.Tensor) -> None:
     """Normalise rows [M, C], C a multiple of 8 up to 16384: RMSNorm, or LayerNorm with a bias; out is overwritten."""
-    kernel = _kernel(f"norm<{int(x.dtype == torch.bfloat16)}, {int(bias is not None)}>", x.device, NORM_DEFINES)
+    kernel = _kernel(f"norm<{int(x.dtype == torch.bfloat16)}, {int(bias is not None)}>", x.device, COMMON_DEFINES)
     pointers = (ctypes.c_void_p(_pointer(tensor)) for tensor in (x, weight, bias, out))
     kernel.launch((x.shape[0], 1, 1), 512, *pointers, ctypes.c_int(x.shape[1]), ctypes.c_float(eps))
 
@@ -367,7 +365,7 @@ def attend(
     )
     name = f"attend<{int(qkv.dtype == torch.bfloat16)}, {channels}, {int(two_d)}>"
     grid = (_num_splits(batch, groups, slots, qkv.device), groups, batch)
-    _kernel(name, qkv.device, NORM_DEFINES).launch(grid, 128, arguments)
+    _kernel(name, qkv.device, COMMON_DEFINES).launch(grid, 128, arguments)
 
 
 def attend_scratch(batch: int, groups: int, slots: int, channels: int, device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -403,6 +403,7 @@ def capture(function: Callable[[], None], device: torch.device) -> Callable[[], 
     """
     graph = torch.cuda.CUDAGraph()
     # PyTorch's own capture stream belongs to the device that was current when a process first captured.
+    # thread_local: what other threads allocate or wait for meanwhile does not end the capture.
     stream = torch.cuda.Stream(device)
     with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         function()

@@ -142,7 +142,11 @@ class TokenSampler:
     def pick(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the next token of every row, (B, 1), for logits (B, V)."""
         scores = self.processors(self.ids, logits.float())
-        token = torch.multinomial(scores.softmax(-1), 1) if self.do_sample else scores.argmax(-1, keepdim=True)
+        if self.do_sample:
+            # torch.multinomial without its asserts: on a GPU, NaN would trip them and end all use of CUDA.
+            scores = scores.softmax(-1)
+            scores = scores / torch.empty_like(scores).exponential_()
+        token = scores.argmax(-1, keepdim=True)
         self.token = token.masked_fill(self.finished[:, None], self.pad)
         self.all_ids.index_copy_(1, self.column, self.token)
         self.column += 1
@@ -310,6 +314,8 @@ class ChatGLMGenerationMixin:
 
         On CUDA the tokens after the first come from a captured graph where decoding_chatglm.py covers the model;
         ``use_cuda_graph=False`` prevents that. Without an end token (``eos_token_id=[]``) nothing waits for the GPU.
+        Streams of one model may run in turn: each has a graph of its own. The last one to end leaves its graph, cache
+        included, to the next stream; ``model.to`` and the like free it.
 
         Args:
             input_ids: (B, T).
@@ -359,6 +365,9 @@ class ChatGLMGenerationMixin:
         attention_mask = self._token_mask(attention_mask)
         eos = torch.tensor(_as_list(config.eos_token_id), dtype=torch.long, device=input_ids.device)
         config._eos_token_tensor = eos if len(eos) else None
+        logits_processor = LogitsProcessorList(logits_processor or [])
+        if config.do_sample and not any(isinstance(item, InvalidScoreLogitsProcessor) for item in logits_processor):
+            logits_processor.insert(0, InvalidScoreLogitsProcessor())  # a draw from NaN would be noise
         processors = self._get_logits_processor(
             config,
             num_prompt,
