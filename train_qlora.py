@@ -11,6 +11,7 @@ model card.
 from pathlib import Path
 from typing import Literal
 
+import glm_utils  # noqa: F401  isort: skip  # before what it silences
 import torch
 from loguru import logger
 from peft import PeftModel
