@@ -422,6 +422,17 @@ def test_bad_input_as_a_command(write, tmp_path):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+def test_the_log_holds_no_hints_of_libraries(write, train_path, model_dir, tmp_path):
+    """One real process, because what libraries say while they are imported or once only is gone by now."""
+    args = write("args.json", {**ARGS, "max_steps": 1, "save_strategy": "no", "output_dir": str(tmp_path / "out")})
+    command = [sys.executable, "train_qlora.py", "--model_name_or_path", str(model_dir)]
+    command += ["--train_args_json", str(args), "--train_data_path", str(train_path)]
+    result = subprocess.run(command, cwd=PROJECT_DIR, capture_output=True, text=True, check=True)
+    hints = ("kernels-community", "is_gradient_checkpointing", "non_blocking")
+    assert [hint for hint in hints if hint in result.stderr] == []
+
+
 def test_adapters_are_peft_adapters(train, model_dir):
     out = train(args={"max_steps": 1, "save_strategy": "no"})
     model = peft.PeftModel.from_pretrained(load_base_model(model_dir), str(out))
