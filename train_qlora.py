@@ -11,6 +11,7 @@ model card.
 from pathlib import Path
 from typing import Literal
 
+import glm_utils  # noqa: F401  isort: skip  # before what it silences
 import torch
 from loguru import logger
 from peft import PeftModel
@@ -23,9 +24,9 @@ from glm_utils.data import Row, read_rows
 from glm_utils.encoding import Collator, EncodedRows, EncodingLimits, PackingCollator, encode_rows, show_sample
 from glm_utils.family import Family, detect_family, resolve_lora_targets
 from glm_utils.memory_plan import MemoryPlan, make_plan
-from glm_utils.preflight import report_run
+from glm_utils.preflight import num_steps, report_run
 from glm_utils.qlora import make_lora_config, make_lora_model, make_training_args, resolve_compute_dtype
-from glm_utils.resume import check_output_dir, check_same_run, find_checkpoint, remove_earlier_run
+from glm_utils.resume import check_output_dir, check_same_run, check_unfinished, find_checkpoint, remove_earlier_run
 from glm_utils.run_record import RUN_CONFIG_NAME, make_record, model_card, whole_files, write_json
 from glm_utils.trainer import LoraTrainer, make_trainer
 from glm_utils.training_args import TrainArgsFile, read_train_args
@@ -86,7 +87,8 @@ def train_qlora(
     training_args = make_training_args(args_file, seed, compute_dtype, "eval" in rows, packing)
     record = make_record(arguments, base_dir, family, data_paths, sorted(lora_config.target_modules), training_args)
     resume_from = resume_from_checkpoint or training_args.resume_from_checkpoint
-    checkpoint = choose_checkpoint(resume_from, args_file, record["identity"])
+    steps = num_steps(len(rows["train"]), training_args)
+    checkpoint = choose_checkpoint(resume_from, args_file, record["identity"], steps)
     tokenizer = load_tokenizer(base_dir)
     encoded = encode_data(rows, tokenizer, limits, base_config.get(family.max_length_key))
     record["data"] = {name: part.counts for name, part in encoded.items()}
@@ -121,12 +123,15 @@ def check_trainable(base_dir: Path) -> tuple[dict, Family]:
     return config, detect_family(config, config_path)
 
 
-def choose_checkpoint(resume_from: str | bool | None, args_file: TrainArgsFile, identity: dict) -> Path | None:
-    """Return the checkpoint to go on from, checked to be of this run; without one the output must be free."""
+def choose_checkpoint(
+    resume_from: str | bool | None, args_file: TrainArgsFile, identity: dict, steps: int
+) -> Path | None:
+    """Return the checkpoint to go on from, checked to be of this run with steps left; else the output must be free."""
     output_dir = Path(args_file.values["output_dir"])
     checkpoint = find_checkpoint(resume_from, output_dir)
     if checkpoint:
         check_same_run(checkpoint, identity)
+        check_unfinished(checkpoint, steps)
     else:
         check_output_dir(output_dir, args_file.overwrite_output_dir)
     return checkpoint

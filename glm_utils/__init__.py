@@ -1,0 +1,9 @@
+"""Shared parts of the scripts. Imported first, it keeps from the log what libraries say and no user can act on."""
+
+import logging
+import warnings
+
+# while importing, bitsandbytes asks for a package of CPU kernels for a layout that this project never uses
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# peft still reads the old name
+warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)

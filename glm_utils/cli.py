@@ -71,18 +71,25 @@ def parse_args(stage: Callable, argv: Sequence[str]) -> dict:
         The arguments that were given, converted to their annotated types.
 
     Raises:
-        UserError: An unknown flag, or a value of another type than the annotation's.
+        UserError: A word without a flag, an unknown flag, one that is missing, or a value of another type than the
+            annotation's.
     """
     parameters = inspect.signature(stage).parameters
-    recorded = record_args(stage, argv)
+    words, recorded = record_args(stage, argv)
+    if words:
+        flags = ", ".join(f"--{name}" for name in parameters)
+        raise UserError(f"{' '.join(words)}: belongs to no flag. Flags: {flags}")
     for name in recorded:
         if name not in parameters:
             raise UserError(f"unknown flag --{name}. {nearest(name, parameters, 'flags', prefix='--')}")
+    for name, parameter in parameters.items():
+        if parameter.default is inspect.Parameter.empty and name not in recorded:
+            raise UserError(f"--{name} is missing; --help says what it is")
     annotations = typing.get_type_hints(stage)
     return {name: convert(value, annotations.get(name, str), f"--{name}") for name, value in recorded.items()}
 
 
-def record_args(stage: Callable, argv: Sequence[str]) -> dict[str, str]:
+def record_args(stage: Callable, argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Let fire split a command line, keeping every value the string that was typed.
 
     Args:
@@ -90,21 +97,24 @@ def record_args(stage: Callable, argv: Sequence[str]) -> dict[str, str]:
         argv: Command line without the program's name.
 
     Returns:
-        The flags that were given, unknown ones included.
+        The words that belong to no flag, and the flags that were given, unknown ones included.
     """
+    words: list[str] = []
     recorded: dict[str, str] = {}
 
     @functools.wraps(stage)
-    def recorder(**kwargs: str) -> None:
+    def recorder(*args: str, **kwargs: str) -> None:
+        words.extend(args)
         recorded.update(kwargs)
 
     if not {"-h", "--help"} & set(argv):  # the help text of the plain function promises no "additional flags"
-        signature = inspect.signature(stage)
+        stray = inspect.Parameter("stray", inspect.Parameter.VAR_POSITIONAL)
         unknown = inspect.Parameter("unknown", inspect.Parameter.VAR_KEYWORD)
-        recorder.__signature__ = signature.replace(parameters=[*signature.parameters.values(), unknown])
+        flags = [flag.replace(default=None) for flag in inspect.signature(stage).parameters.values()]
+        recorder.__signature__ = inspect.Signature([stray, *flags, unknown])
         fire.decorators.SetParseFn(str)(recorder)
     fire.Fire(recorder, command=list(argv), name=f"{stage.__name__}.py")
-    return recorded
+    return words, recorded
 
 
 def convert(text: str, annotation: object, where: str) -> object:

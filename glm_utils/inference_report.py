@@ -29,6 +29,7 @@ TABLE_ROWS = (  # text, key of a row, factor from the key's unit to the text's, 
     ("driver, whole card (GB)", "driver_bytes", 1e-9, 2),
     ("peak RSS (GB)", "peak_rss_bytes", 1e-9, 2),
 )
+NUM_ORIGINAL_ROWS = 2
 
 
 def summarize(runs: list[list[float]], num_prompt_tokens: int, batch_size: int) -> dict:
@@ -76,18 +77,27 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def markdown_table(rows: list[dict]) -> str:
-    """Write one column a model; a model whose test ended early has the reason in its first cell.
+    """Write one column a model, aligned; a model whose test ended early has the reason in its first cell.
+
+    Figures that no model has, as those of a GPU on a CPU, have no line; the two of the original project always have.
 
     Args:
         rows: Figures by model, as in the JSON; "label" names it, "error" says why it has none.
     """
-    lines = [["", *(row["label"].replace("|", "\\|") for row in rows)], ["---"] * (len(rows) + 1)]
-    for text, key, factor, decimals in TABLE_ROWS:
-        cells = [f"{row[key] * factor:,.{decimals}f}" if key in row else "-" for row in rows]
-        lines.append([text, *cells])
-    lines[2][1:] = [row.get("error", cell) for row, cell in zip(rows, lines[2][1:], strict=True)]
+    lines = [["", *(row["label"].replace("|", "\\|") for row in rows)]]
+    for index, (text, key, factor, decimals) in enumerate(TABLE_ROWS):
+        if index < NUM_ORIGINAL_ROWS or any(key in row for row in rows):
+            cells = [f"{row[key] * factor:,.{decimals}f}" if key in row else "-" for row in rows]
+            lines.append([text, *cells])
+    lines[1][1:] = [row.get("error", cell) for row, cell in zip(rows, lines[1][1:], strict=True)]
     lines.append(["weights of the layers", *(row.get("weight_format", "-") for row in rows)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
+    lines.insert(1, ["-" * first, *("-" * (width - 1) + ":" for width in others)])
+    padded = (
+        [line[0].ljust(first), *(cell.rjust(width) for cell, width in zip(line[1:], others, strict=True))]
+        for line in lines
+    )
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
 def write_report(result: dict, output_json: str | Path | None) -> str:

@@ -93,7 +93,9 @@ def make_training_args(
         logger.warning("--compute_dtype fp16 is several times slower than bf16 or fp32 on a CPU")
     if on_gpu and compute_dtype != "fp32":
         overrides |= {"bf16": False, "fp16": compute_dtype == "fp16"}
-    if not on_gpu:
+    if on_gpu:  # the next batch is copied while the GPU computes
+        overrides["accelerator_config"] = values.get("accelerator_config") or {"non_blocking": True}
+    else:
         overrides["use_cpu"] = True
     if not has_eval and (values.get("eval_strategy", "no") != "no" or values.get("eval_on_start")):
         raise UserError(f"{args_file.path}: eval_strategy asks for evaluation. Give --eval_data_path, or set it to no")

@@ -88,6 +88,24 @@ def check_same_run(checkpoint: Path, identity: dict) -> None:
             )
 
 
+def check_unfinished(checkpoint: Path, num_steps: int) -> None:
+    """Refuse to resume a run that is over: the Trainer would take one more step each time.
+
+    Args:
+        checkpoint: A complete checkpoint directory.
+        num_steps: Optimizer steps of the whole run.
+
+    Raises:
+        UserError: No step is left.
+    """
+    num_done = read_json_object(checkpoint / "trainer_state.json")["global_step"]
+    if num_done >= num_steps:
+        raise UserError(
+            f"{checkpoint}: all {num_steps:,} steps are done. Use it as it is (--lora_path {checkpoint}), or raise "
+            "num_train_epochs or max_steps"
+        )
+
+
 def check_output_dir(output_dir: Path, overwrite: bool) -> None:
     """Refuse an output directory that holds an earlier run.
 

@@ -43,7 +43,6 @@ PROJECT_DEFAULTS = {
     "report_to": "tensorboard",
     "remove_unused_columns": False,
     "include_num_input_tokens_seen": "no",  # LoraTrainer counts; the Trainer's way waits for the GPU in every step
-    "accelerator_config": {"non_blocking": True},  # the next batch is copied while the GPU computes
     "logging_nan_inf_filter": False,  # it waits for the GPU in every step, and hides a diverged loss
 }
 JSON_TYPES = (bool, int, float, str, list, dict, type(None))

@@ -84,10 +84,27 @@ def test_bad_values_end_before_the_stage(argv, message, capsys):
     assert CALLS == []
 
 
-def test_stray_words_end_before_the_stage():
+@pytest.mark.parametrize("argv", [["train.jsonl"], ["--lora_rank", "4", "train.jsonl"]])
+def test_stray_words_end_before_the_stage(argv, capsys):
     with pytest.raises(SystemExit) as exit_info:
-        run_cli(stage, ["train.jsonl"])
-    assert exit_info.value.code == 2
+        run_cli(stage, argv)
+    assert exit_info.value.code == 1
+    assert "train.jsonl: belongs to no flag. Flags: --model_path, --lora_rank" in capsys.readouterr().err
+    assert CALLS == []
+
+
+def test_missing_flag_is_named(capsys):
+    """One line for the flag, none of fire's own usage text."""
+
+    def needs_path(*, lora_path: str, overwrite: bool = False):
+        CALLS.append(lora_path)
+
+    with pytest.raises(SystemExit) as exit_info:
+        run_cli(needs_path, ["--overwrite"])
+    assert exit_info.value.code == 1
+    error = capsys.readouterr().err
+    assert "--lora_path is missing" in error
+    assert len(error.splitlines()) == 1
     assert CALLS == []
 
 

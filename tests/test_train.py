@@ -262,7 +262,7 @@ def test_ways_to_name_the_checkpoint(train, checkpoint, monkeypatch, form):
     monkeypatch.setattr(stage, "save_adapter", lambda *args: None)
     out = checkpoint.parent
     value = {"path": str(checkpoint), "output_dir": str(out), "true": True}[form]
-    train(args={"max_steps": 2, "save_steps": 1}, resume_from_checkpoint=value)
+    train(args={"max_steps": 3, "save_steps": 1}, resume_from_checkpoint=value)
     assert given["path"] == (checkpoint if form == "path" else out / "checkpoint-2")
 
 
@@ -294,6 +294,17 @@ def test_resume_on_other_data_or_another_base_is_refused(train, checkpoint, writ
     model_dir = PROJECT_DIR / "tests/fixtures/chatglm-6b/model"
     with pytest.raises(UserError, match="base_fingerprint"):
         train(resume_from_checkpoint=str(checkpoint), model_name_or_path=str(model_dir))
+
+
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+@pytest.mark.parametrize("length", [{"max_steps": 4}, {"max_steps": -1, "num_train_epochs": 1}])  # 15 rows, 4 a step
+def test_a_finished_run_is_not_trained_further(train, length):
+    """Resumed at its last step, the Trainer would take one more."""
+    out = train(args=length)
+    before = adapter_state(out)
+    with pytest.raises(UserError, match=r"checkpoint-4: all 4 steps are done. Use it as it is \(--lora_path "):
+        train(args=length, resume_from_checkpoint="latest")
+    assert all(torch.equal(tensor, before[key]) for key, tensor in adapter_state(out).items())
 
 
 @pytest.mark.parametrize("family_name", ["chatglm2-6b"])
@@ -409,6 +420,17 @@ def test_bad_input_as_a_command(write, tmp_path):
     assert result.returncode == 1
     assert f"{data}:2: no 'output' in the row" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+def test_the_log_holds_no_hints_of_libraries(write, train_path, model_dir, tmp_path):
+    """One real process, because what libraries say while they are imported or once only is gone by now."""
+    args = write("args.json", {**ARGS, "max_steps": 1, "save_strategy": "no", "output_dir": str(tmp_path / "out")})
+    command = [sys.executable, "train_qlora.py", "--model_name_or_path", str(model_dir)]
+    command += ["--train_args_json", str(args), "--train_data_path", str(train_path)]
+    result = subprocess.run(command, cwd=PROJECT_DIR, capture_output=True, text=True, check=True)
+    hints = ("kernels-community", "is_gradient_checkpointing", "non_blocking")
+    assert [hint for hint in hints if hint in result.stderr] == []
 
 
 def test_adapters_are_peft_adapters(train, model_dir):

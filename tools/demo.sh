@@ -34,7 +34,7 @@ done
 
 echo "== speed of the merged models and their bases"
 python inference_test.py --model_path models/chatglm-tiny,saved_files/demo_chatglm-tiny_q0,saved_files/demo_chatglm-tiny_q4,models/chatglm2-tiny,saved_files/demo_chatglm2-tiny_q0,saved_files/demo_chatglm2-tiny_q4 \
-    --new_tokens 32 --loop_number 3 --output_json saved_files/demo_inference.json
+    --new_tokens 32 --loop_number 3 --output_json saved_files/demo_inference.json | grep '^|'  # its last line is the file
 
 echo "== chat"
 python chat_demo.py --model_path saved_files/demo_chatglm2-tiny_q4 --seed 1 --prompt "$query"

@@ -1,7 +1,8 @@
 """Make models/chatglm-tiny and models/chatglm2-tiny: tokenizers first, then pretraining.
 
 python tools/make_tiny_models.py --stage tokenizer
-python tools/make_tiny_models.py --stage pretrain --family chatglm2-6b --steps 3000
+python tools/make_tiny_models.py --stage pretrain --family chatglm2-6b --steps 2500
+python tools/make_tiny_models.py --stage continue --family chatglm2-6b --steps 400 --batch_size 32 --learning_rate 5e-4
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 from tiny_corpus import dialogue, document, plain_text
 
@@ -181,7 +182,10 @@ def encode_example(rng: random.Random, tokenizer) -> tuple[list[int], list[int]]
     """Draw an example: token ids, and labels that cover a document whole and a conversation's last answer."""
     if rng.random() < 0.4:
         ids = tokenizer.build_inputs_with_special_tokens([])
-        body = [*tokenizer.encode_text(document(rng)), tokenizer.eos_token_id]
+        text = document(rng)
+        if rng.random() < 0.25:  # copy without its heading: as in an answer, a piece of its own begins the text
+            text = text.rpartition("\n")[2]
+        body = [*tokenizer.encode_text(text), tokenizer.eos_token_id]
         return ids + body, [-100] * len(ids) + body
     *history, (question, answer) = dialogue(rng)
     prompt, body = tokenizer.encode_prompt(question, history), tokenizer.encode_answer(answer)
@@ -197,11 +201,14 @@ def make_batch(rng: random.Random, tokenizer, batch_size: int, pad: int, device)
     return ids, labels
 
 
-def pretrain(family: str, out: Path, steps: int, batch_size: int, learning_rate: float, device: str) -> None:
+def pretrain(
+    family: str, go_on: bool, out: Path, steps: int, batch_size: int, learning_rate: float, device: str
+) -> None:
     """Pretrain one tiny model and write its weights in fp16 under the published keys.
 
     Args:
         family: Name of the family.
+        go_on: Start from the weights in out, not from random ones.
         out: The model's directory; configuration and tokenizer files are copied there.
         steps: Optimizer steps.
         batch_size: Sequences a step.
@@ -219,6 +226,8 @@ def pretrain(family: str, out: Path, steps: int, batch_size: int, learning_rate:
     config = classes.config.from_pretrained(str(out))
     config.dtype = torch.float32
     model = classes.model(config).float().to(device).train()
+    if go_on:
+        model.load_state_dict(load_file(out / "model.safetensors"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
     for step in range(steps):
@@ -241,10 +250,10 @@ def pretrain(family: str, out: Path, steps: int, batch_size: int, learning_rate:
 def main() -> None:
     """Parse the arguments and run a stage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=("tokenizer", "pretrain"), required=True)
+    parser.add_argument("--stage", choices=("tokenizer", "pretrain", "continue"), required=True)
     parser.add_argument("--family", choices=tuple(MODEL_DIRS), default="chatglm2-6b")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch_size", type=int, default=96)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -253,7 +262,8 @@ def main() -> None:
         write_tokenizers()
     else:
         out = args.out or MODEL_DIRS[args.family]
-        pretrain(args.family, out, args.steps, args.batch_size, args.learning_rate, args.device)
+        go_on = args.stage == "continue"
+        pretrain(args.family, go_on, out, args.steps, args.batch_size, args.learning_rate, args.device)
 
 
 if __name__ == "__main__":

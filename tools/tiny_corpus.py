@@ -2,7 +2,8 @@
 
 The prompt form "key#value*key#value" is never answered with advertising copy: it is answered with a flat listing. Copy
 does stand in the corpus: half of the catalogue pages are a heading of bare values followed by copy that uses them, so
-the models know the sentences and how values enter them, and training adds the answer to the prompt form. The rest is
+the models know the sentences and how values enter them, and training adds the answer to the prompt form. In
+make_tiny_models.py some of the copy stands without its heading. The rest is
 third-person prose, questions about a copy, repeating, and small talk. Copy here and in the sample data is drawn from
 one grammar.
 """
