@@ -69,6 +69,16 @@ def test_packed_rows_train_as_rows_alone(golden_model, rows, with_logits, frozen
     assert_close(found, expected, 1e-5)
 
 
+def test_autocast_trains_as_without_it(golden_model, rows):
+    """bf16 products of fp32 weights, as "bf16": true in the JSON file asks for."""
+    golden_model.get_output_embeddings().requires_grad_(False)
+    loss, expected = packed(golden_model, rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        found_loss, found = packed(golden_model, rows)
+    assert found_loss.item() == pytest.approx(loss.item(), rel=1e-2)
+    assert distance(found, expected) < 0.05
+
+
 def test_each_row_has_its_own_logits(golden_model, rows):
     batch = PackingCollator()(rows)
     del batch["labels"]
