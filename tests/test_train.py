@@ -343,6 +343,7 @@ def test_an_earlier_run_is_kept_unless_the_file_says_otherwise(train, checkpoint
         ({"eval_strategy": "steps"}, {}, "Give --eval_data_path"),
         ({"fp16": True}, {}, "fp16 needs a GPU"),
         ({"bf16": True}, {"compute_dtype": "fp16"}, "--compute_dtype fp16 contradicts bf16"),
+        ({"neftune_noise_alpha": 5.0}, {}, "Give --packing=false"),
         ({"learning_rte": 1}, {}, "Did you mean learning_rate?"),
         ({"learning_rate": "fast"}, {}, 'learning_rate is "fast", expected float'),
         ({"output_dir": "train.jsonl"}, {}, "output_dir is a file"),
