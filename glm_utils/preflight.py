@@ -87,17 +87,17 @@ def memory_advice(training_args: TrainingArguments) -> str:
     return f"In this order: {'; '.join(advice)}"
 
 
-def out_of_memory(training_args: TrainingArguments, step: int, num_tokens: int) -> UserError:
+def out_of_memory(where: str, num_tokens: int, advice: str) -> UserError:
     """Say what to change after an out-of-memory error.
 
     Args:
-        training_args: The run's settings.
-        step: The step that failed.
+        where: The step that failed, in words.
         num_tokens: Tokens of its batch.
+        advice: The settings to change.
     """
     used = f"{torch.cuda.max_memory_allocated() / GIB:.1f} GiB" if torch.cuda.is_available() else "all there is"
     return UserError(
-        f"out of memory in step {step} on a batch of {num_tokens:,} tokens, {used} in use. "
-        f"{memory_advice(training_args)}. Checkpoints written so far are whole: --resume_from_checkpoint latest goes "
-        "on from the last one as long as the settings are the same"
+        f"out of memory in {where} on a batch of {num_tokens:,} tokens, {used} in use. {advice}. Checkpoints written "
+        "so far are whole: --resume_from_checkpoint latest goes on from the last one, also with other batch sizes as "
+        "long as a step has as many rows"
     )

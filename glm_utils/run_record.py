@@ -27,11 +27,9 @@ RUN_CONFIG_NAME = "run_config.json"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "sentencepiece")
 CARD_KEYS = ("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim")
 
-
 IDENTITY_ARGUMENTS = ("lora_rank", "lora_alpha", "lora_dropout", "max_input_length", "max_output_length")
 IDENTITY_ARGUMENTS += ("prompt_text", "compute_dtype", "packing")
-IDENTITY_TRAINING_ARGS = ("seed", "per_device_train_batch_size", "gradient_accumulation_steps")
-IDENTITY_TRAINING_ARGS += ("train_sampling_strategy",)
+IDENTITY_TRAINING_ARGS = ("seed", "data_seed", "dataloader_drop_last", "train_sampling_strategy")
 
 
 def make_record(
@@ -59,6 +57,9 @@ def make_record(
         "train_data_sha256": sha256(data_paths["train"]),
         **{key: arguments[key] for key in IDENTITY_ARGUMENTS},
         **{key: getattr(training_args, key) for key in IDENTITY_TRAINING_ARGS},
+        "rows_per_step": training_args.train_batch_size
+        * training_args.gradient_accumulation_steps
+        * training_args.world_size,
     }
     return {
         "stage": "train_qlora",

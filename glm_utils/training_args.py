@@ -40,7 +40,7 @@ DROPPED_KEYS = {
 }
 REFUSED_KEYS = {  # of transformers, which would take them and spoil the result without a word
     "label_smoothing_factor": "the Trainer would compare each position with its own token, not with the next one",
-    **dict.fromkeys(("fp16_full_eval", "bf16_full_eval"), "the trained weights would be rounded before they are saved"),
+    **dict.fromkeys(("fp16_full_eval", "bf16_full_eval"), "the LoRA weights would be rounded before they are saved"),
     "use_liger_kernel": "it knows no ChatGLM; fused operations are in use without it",
 }
 KEPT_KEYS = {"overwrite_output_dir": bool, "logging_dir": str | None}

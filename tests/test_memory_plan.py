@@ -197,6 +197,32 @@ def test_running_out_of_memory_names_the_setting_and_keeps_checkpoints(train, mo
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
 
 
+def test_running_out_of_memory_in_the_evaluation_names_its_own_setting(train, monkeypatch):
+    def fail(self, *args, forward=LoraTrainer.compute_loss_context_manager):
+        if not self.model.training:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, *args)
+
+    monkeypatch.setattr(LoraTrainer, "compute_loss_context_manager", fail)
+    with pytest.raises(UserError, match=r"in the evaluation on a batch of \d+ tokens.*Halve per_device_eval"):
+        train(args={"per_device_eval_batch_size": 2, "max_steps": 1}, eval_data_path="train.jsonl")
+
+
+def test_the_trainer_may_find_the_batch_size(train, monkeypatch):
+    sizes = []
+
+    def fail(self, model, inputs, num_items_in_batch=None, step=Trainer.training_step):
+        sizes.append(len(inputs["cu_seq_lens_q"]) - 1)
+        if sizes[-1] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return step(self, model, inputs, num_items_in_batch)
+
+    monkeypatch.setattr(Trainer, "training_step", fail)
+    out = train(args={"auto_find_batch_size": True, "max_steps": 1})
+    assert sizes == [2, 1]
+    assert (out / "adapter_model.safetensors").is_file()
+
+
 def test_packed_and_padded_runs_learn_the_same(train):
     """One step of plain descent on the same rows: equal weights, in fp32."""
     args = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 1e9, "warmup_steps": 0}

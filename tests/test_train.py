@@ -206,6 +206,27 @@ def test_the_seed_decides_everything(train):
     assert not torch.equal(*(next(iter(adapter_state(path).values())) for path in (first, other)))
 
 
+def test_the_evaluation_loss_is_the_mean_over_all_trained_tokens(train, write, model_dir):
+    """Rows of 1 to 40 characters: neither batches nor packing may change how much a token counts."""
+    rows = [{"content": "类型#上衣", "summary": "百搭又时尚，" * size} for size in (1, 7, 2, 5, 1)]
+    eval_path = str(write("dev.json", rows))
+    tokenizer, losses = load_tokenizer(model_dir), []
+    args = {"max_steps": 1, "save_strategy": "no", "learning_rate": 0.0}
+    for size, packing in ((1, True), (2, True), (2, False), (8, True)):
+        sizes = {"per_device_eval_batch_size": size}
+        out = train(f"{size}-{packing}", {**args, **sizes}, packing=packing, eval_data_path=eval_path)
+        losses.append(json.loads((out / "eval_results.json").read_text())["eval_loss"])
+    model = load_base_model(model_dir, load_in_4bit=True).eval()
+    total, num_tokens = 0, 0
+    for row in rows:
+        prompt, answer = tokenizer.encode_prompt(row["content"], []), tokenizer.encode_answer(row["summary"])
+        labels = torch.tensor([[-100] * len(prompt) + answer])
+        with torch.no_grad():
+            total += model(input_ids=torch.tensor([prompt + answer]), labels=labels).loss.item() * len(answer)
+        num_tokens += len(answer)
+    assert losses == pytest.approx([total / num_tokens] * 4, rel=1e-5)
+
+
 # ---- shipped and old TrainingArguments
 
 
@@ -249,6 +270,17 @@ def logged_losses(out):
     return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
 
 
+def test_a_run_goes_on_with_smaller_parts_of_the_same_step(train):
+    """What the message says after running out of memory; rows, order and gradients stay."""
+    args = {"max_steps": 6, "save_steps": 3}  # of 15 rows, 4 a step: the checkpoint lies inside the first epoch
+    whole = train("whole", args=args, lora_dropout=0.0)
+    shutil.copytree(whole / "checkpoint-3", whole.parent / "cut" / "checkpoint-3")
+    parts = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    resumed = train("cut", args={**args, **parts}, lora_dropout=0.0, resume_from_checkpoint="latest")
+    first, second, before = map(adapter_state, (whole, resumed, whole / "checkpoint-3"))
+    assert all((first[key] - second[key]).abs().max() < 1e-3 * (first[key] - before[key]).abs().max() for key in first)
+
+
 @pytest.fixture
 def checkpoint(train):
     return train(args={"max_steps": 2, "save_steps": 1}) / "checkpoint-1"
@@ -276,7 +308,8 @@ def test_ways_to_name_the_checkpoint(train, checkpoint, monkeypatch, form):
         ({}, {"seed": 1}, "seed is 42 in the checkpoint and 1 now"),
         ({}, {"prompt_text": "a"}, "prompt_text is"),
         ({}, {"max_input_length": 100}, "max_input_length is 512 in the checkpoint and 100 now"),
-        ({"per_device_train_batch_size": 1}, {}, "per_device_train_batch_size is 2 in the checkpoint and 1 now"),
+        ({"per_device_train_batch_size": 1}, {}, "rows_per_step is 4 in the checkpoint and 2 now"),
+        ({"dataloader_drop_last": True}, {}, "dataloader_drop_last is false in the checkpoint and true now"),
     ],
 )
 def test_resume_into_another_run_is_refused(train, checkpoint, no_training, args, flags, message):
