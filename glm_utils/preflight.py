@@ -8,6 +8,7 @@ import peft
 import torch
 from loguru import logger
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from glm_utils.cli import UserError
 from glm_utils.memory_plan import MemoryPlan
@@ -15,16 +16,21 @@ from glm_utils.memory_plan import MemoryPlan
 GIB = 1 << 30
 
 
-def batch_tokens(lengths: Sequence[int], batch_size: int, packing: bool) -> np.ndarray:
+def batch_tokens(lengths: Sequence[int], batch_size: int, packing: bool, group_size: int | None = None) -> np.ndarray:
     """Return the tokens that each batch of one shuffled epoch computes, padding included.
 
     Args:
         lengths: Tokens of each row.
         batch_size: Rows of a batch.
         packing: Whether rows are laid end to end, else padded to the longest of the batch.
+        group_size: Rows that the Trainer groups by length; None: it takes rows at random.
     """
-    shuffled = np.random.default_rng(0).permutation(np.asarray(lengths))
-    batches = np.split(shuffled, range(batch_size, len(shuffled), batch_size))
+    generator, lengths = torch.Generator().manual_seed(0), np.asarray(lengths)
+    if group_size:
+        order = get_length_grouped_indices(lengths.tolist(), group_size, generator=generator)
+    else:
+        order = torch.randperm(len(lengths), generator=generator).numpy()
+    batches = np.split(lengths[order], range(batch_size, len(lengths), batch_size))
     return np.array([batch.sum() if packing else batch.max() * len(batch) for batch in batches])
 
 
@@ -53,7 +59,9 @@ def report_run(
     trained, total = model.get_nb_trainable_parameters()
     targets = ", ".join(sorted(model.active_peft_config.target_modules))
     logger.info(f"LoRA on {targets}: {trained:,} of {total:,} weights train")
-    tokens = batch_tokens(lengths, training_args.per_device_train_batch_size, packing)
+    grouped = training_args.train_sampling_strategy == "group_by_length"
+    group_size = training_args.train_batch_size * training_args.gradient_accumulation_steps if grouped else None
+    tokens = batch_tokens(lengths, training_args.train_batch_size, packing, group_size)
     num_batches = training_args.gradient_accumulation_steps * training_args.world_size
     logger.info(
         f"a step: {training_args.per_device_train_batch_size * num_batches:,} rows, about "

@@ -113,6 +113,14 @@ def test_batches_of_one_epoch():
     assert batch_tokens(lengths, 8, False).tolist() == [65]
 
 
+def test_batches_of_like_lengths_are_longer_and_shorter():
+    lengths = np.random.default_rng(1).integers(1, 100, 400).tolist()
+    packed, padded = (batch_tokens(lengths, 8, packing, group_size=16) for packing in (True, False))
+    assert packed.max() > 1.1 * batch_tokens(lengths, 8, True).max()
+    assert packed.sum() == sum(lengths)
+    assert padded.sum() < 1.1 * packed.sum() < batch_tokens(lengths, 8, False).sum()
+
+
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("parts", [1, 2, 3])
 def test_steps_are_the_trainers(golden_model, tmp_path, drop_last, parts):
