@@ -32,7 +32,7 @@ vllm serve . --served-model-name chatglm2
     "gguf": """```bash
 llama-cli -m model.gguf --jinja
 ollama create my-chatglm2 -f Modelfile && ollama run my-chatglm2
-```"""
+```""",
 }
 
 
