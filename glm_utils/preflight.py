@@ -12,6 +12,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from glm_utils.cli import UserError
 from glm_utils.memory_plan import MemoryPlan
+from glm_utils.training_args import rows_per_step
 
 GIB = 1 << 30
 
@@ -59,14 +60,13 @@ def report_run(
     trained, total = model.get_nb_trainable_parameters()
     targets = ", ".join(sorted(model.active_peft_config.target_modules))
     logger.info(f"LoRA on {targets}: {trained:,} of {total:,} weights train")
+    num_rows, batch_size = rows_per_step(training_args), training_args.train_batch_size
     grouped = training_args.train_sampling_strategy == "group_by_length"
-    group_size = training_args.train_batch_size * training_args.gradient_accumulation_steps if grouped else None
-    tokens = batch_tokens(lengths, training_args.train_batch_size, packing, group_size)
-    num_batches = training_args.gradient_accumulation_steps * training_args.world_size
+    tokens = batch_tokens(lengths, batch_size, packing, num_rows if grouped else None)
     logger.info(
-        f"a step: {training_args.per_device_train_batch_size * num_batches:,} rows, about "
-        f"{tokens.mean() * num_batches:,.0f} tokens ({'no' if packing else 'with'} padding); a batch: "
-        f"{tokens.mean():,.0f} tokens, {tokens.max():,} at most; {num_steps(len(lengths), training_args):,} steps"
+        f"a step: {num_rows:,} rows, about {tokens.mean() * num_rows / batch_size:,.0f} tokens "
+        f"({'no' if packing else 'with'} padding); a batch: {tokens.mean():,.0f} tokens, {tokens.max():,} at most; "
+        f"{num_steps(len(lengths), training_args):,} steps"
     )
     largest = int(tokens.max())
     needed, recomputed = plan.needed_bytes(largest), plan.num_recomputed(largest)

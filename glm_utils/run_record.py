@@ -22,6 +22,7 @@ from transformers import TrainingArguments
 from glm_utils.checkpoint import project_path
 from glm_utils.checkpoint_files import fingerprint
 from glm_utils.family import PROJECT_DIR, Family
+from glm_utils.training_args import rows_per_step
 
 RUN_CONFIG_NAME = "run_config.json"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "sentencepiece")
@@ -57,9 +58,7 @@ def make_record(
         "train_data_sha256": sha256(data_paths["train"]),
         **{key: arguments[key] for key in IDENTITY_ARGUMENTS},
         **{key: getattr(training_args, key) for key in IDENTITY_TRAINING_ARGS},
-        "rows_per_step": training_args.train_batch_size
-        * training_args.gradient_accumulation_steps
-        * training_args.world_size,
+        "rows_per_step": rows_per_step(training_args),
     }
     return {
         "stage": "train_qlora",

@@ -4,6 +4,7 @@ import datetime
 import math
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import peft
@@ -18,11 +19,13 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from glm_utils.encoding import Collator, EncodedRows, PackingCollator
 from glm_utils.memory_plan import MemoryPlan
 from glm_utils.preflight import memory_advice, out_of_memory
 from glm_utils.run_record import RUN_CONFIG_NAME
+from glm_utils.training_args import rows_per_step
 
 NUM_TIMED_STEPS = 10  # before the time of an epoch is told
 
@@ -32,6 +35,25 @@ def clock() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.monotonic()
+
+
+class LengthGroups(LengthGroupedSampler):
+    """Rows of like length together, in an order that follows from the seed and the epoch.
+
+    The Trainer's own order follows from the random state where the epoch begins, which a resumed run does not have.
+    """
+
+    def __init__(self, trainer: Trainer):
+        super().__init__(rows_per_step(trainer.args), lengths=list(trainer.train_dataset["length"]))
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the rows of an epoch."""
+        args, epoch = self.trainer.args, int(self.trainer.state.epoch or 0)
+        self.generator = torch.Generator().manual_seed(
+            epoch + (args.seed if args.data_seed is None else args.data_seed)
+        )
+        return super().__iter__()
 
 
 class LoraTrainer(Trainer):
@@ -46,6 +68,11 @@ class LoraTrainer(Trainer):
     plan: MemoryPlan
     run_log: "RunCallback"
     eval_sums: torch.Tensor
+
+    def _get_train_sampler(self, train_dataset=None):
+        """Return the order of the rows."""
+        grouped = self.args.train_sampling_strategy == "group_by_length"
+        return LengthGroups(self) if grouped else super()._get_train_sampler(train_dataset)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Run forward and backward of one batch.

@@ -89,6 +89,11 @@ class TrainArgsFile:
             raise UserError(f"{self.path}: {error}") from error
 
 
+def rows_per_step(training_args: TrainingArguments) -> int:
+    """Return how many rows an optimizer step takes, on all GPUs together."""
+    return training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
+
+
 @dataclasses.dataclass(frozen=True)
 class _Source:
     """A JSON file and its text, to name the line of a key."""

@@ -107,9 +107,7 @@ def test_stream_yields_every_token(golden_model, fixture_dir):
     """One step a token, the last one included: published ChatGLM-6B streaming lost it."""
     golden = tensors(fixture_dir, "generation.npz")
     ids, expected = golden["p1.input_ids"][None], golden["p1.generated_cache"]
-    steps = list(
-        golden_model.stream_generate(ids, max_length=ids.shape[1] + 32, do_sample=False, eos_token_id=None)
-    )
+    steps = list(golden_model.stream_generate(ids, max_length=ids.shape[1] + 32, do_sample=False, eos_token_id=None))
     lengths = [step.shape[1] - ids.shape[1] for step in steps]
     assert lengths == list(range(1, 33))
     published = golden["p1.stream_lengths"].tolist()

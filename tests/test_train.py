@@ -251,11 +251,18 @@ def test_shipped_and_old_files_run(train_path, write, family, model_dir, name, t
 # ---- resume
 
 
-@pytest.mark.parametrize("gradient_checkpointing", [True, False])
-def test_a_resumed_run_ends_with_the_same_bits(train, write, gradient_checkpointing):
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": False},
+        {"train_sampling_strategy": "group_by_length"},
+    ],
+    ids=str,
+)
+def test_a_resumed_run_ends_with_the_same_bits(train, write, more):
     """7 steps of 2 x 2 rows over 15: the checkpoint lies inside the second epoch; dropout and evaluation are on."""
-    args = {"max_steps": 7, "save_steps": 5, "eval_strategy": "steps", "eval_steps": 2}
-    args["gradient_checkpointing"] = gradient_checkpointing
+    args = {"max_steps": 7, "save_steps": 5, "eval_strategy": "steps", "eval_steps": 2, **more}
     eval_path = str(write("dev.jsonl", json.dumps(ROWS[0])))
     whole = train("whole", args=args, eval_data_path=eval_path, lora_dropout=0.1)
     shutil.copytree(whole / "checkpoint-5", whole.parent / "cut" / "checkpoint-5")
