@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -225,6 +226,26 @@ def test_the_evaluation_loss_is_the_mean_over_all_trained_tokens(train, write, m
             total += model(input_ids=torch.tensor([prompt + answer]), labels=labels).loss.item() * len(answer)
         num_tokens += len(answer)
     assert losses == pytest.approx([total / num_tokens] * 4, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_two_processes_train_as_one_with_twice_the_batch(train, write, train_path, model_dir, tmp_path, strategy):
+    eval_path = str(write("dev.json", ROWS[:8]))
+    args = {"max_steps": 3, "save_strategy": "no", "optim": "sgd", "max_grad_norm": 1e9, "warmup_steps": 0}
+    args |= {"gradient_accumulation_steps": 1, "train_sampling_strategy": strategy, "use_cpu": True}
+    one = train("one", {**args, "per_device_train_batch_size": 4}, lora_dropout=0.0, eval_data_path=eval_path)
+    path = write("two.json", {**ARGS, **args, "per_device_train_batch_size": 2, "output_dir": str(tmp_path / "two")})
+    flags = {"train_args_json": path, "train_data_path": train_path, "eval_data_path": eval_path}
+    flags |= {"model_name_or_path": model_dir, "lora_dropout": 0}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(PROJECT_DIR / "train_qlora.py"), *(f"--{name}={value}" for name, value in flags.items())]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    first, second = adapter_state(one), adapter_state(tmp_path / "two")
+    assert any(first[key].abs().max() > 1e-3 for key in first if "lora_B" in key)
+    assert all(torch.allclose(first[key], second[key], atol=1e-6) for key in first)
+    losses = [json.loads((out / "eval_results.json").read_text())["eval_loss"] for out in (one, tmp_path / "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 # ---- shipped and old TrainingArguments
