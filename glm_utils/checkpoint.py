@@ -15,7 +15,7 @@ import peft
 import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizer
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from glm_utils.checkpoint_files import check_adapter, check_checkpoint
@@ -113,6 +113,22 @@ def load_tokenizer(checkpoint_dir: Path) -> PreTrainedTokenizer:
         raise UserError(f"{checkpoint_dir / family.tokenizer_file}: {error}") from error
 
 
+def load_config(checkpoint_dir: Path) -> PretrainedConfig:
+    """Read and check the configuration of a base model.
+
+    Args:
+        checkpoint_dir: The model's directory.
+
+    Raises:
+        UserError: Files that are missing or broken, or a setting that this project's model does not compute.
+    """
+    config, config_path = check_checkpoint(checkpoint_dir), checkpoint_dir / "config.json"
+    try:
+        return load_classes(detect_family(config, config_path)).config.from_dict(config)
+    except ValueError as error:
+        raise UserError(f"{config_path}: {error}") from error
+
+
 def load_base_model(
     checkpoint_dir: Path,
     load_in_4bit: bool = False,
@@ -146,6 +162,7 @@ def load_base_model(
         )
     model, loading_info = load_classes(family).model.from_pretrained(
         checkpoint_dir,
+        config=load_config(checkpoint_dir),
         dtype=dtype,
         device_map=device_map,
         quantization_config=quantization_config,

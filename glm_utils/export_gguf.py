@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from glm_utils import export_chatglm
-from glm_utils.checkpoint import load_classes, load_tokenizer
+from glm_utils.checkpoint import load_classes, load_config, load_tokenizer
 from glm_utils.cli import UserError
 from glm_utils.gguf_text import add_sampling, add_vocabulary, check_vocabulary, modelfile
 from glm_utils.merge import MergeJob
@@ -95,7 +95,7 @@ def check_config(job: MergeJob) -> None:
     Raises:
         UserError: It is not.
     """
-    config = load_config(job)
+    config = load_config(job.base_dir)
     heads, channels = config.num_attention_heads, config.kv_channels
     reasons = []
     if heads * channels != config.hidden_size:
@@ -119,7 +119,7 @@ def write(job: MergeJob, directory: Path) -> dict[str, int]:
     Returns:
         Name of each tensor and the CRC-32 of its bytes, for `verify`.
     """
-    config = load_config(job)
+    config = load_config(job.base_dir)
     writer = gguf.GGUFWriter(directory / WEIGHTS_NAME, job.family.gguf_architecture)
     add_settings(writer, job, config)
     add_vocabulary(writer, job.base_dir / job.family.tokenizer_file, load_tokenizer(job.base_dir), config.vocab_size)
@@ -146,14 +146,9 @@ def verify(job: MergeJob, directory: Path, reference: dict[str, int]) -> None:
     logger.info(f"read back: all {len(expected)} tensors of {WEIGHTS_NAME} are as written, bit for bit")
 
 
-def load_config(job: MergeJob) -> PretrainedConfig:
-    """Return the base's configuration."""
-    return load_classes(job.family).config.from_dict(job.base_config)
-
-
 def tensors(job: MergeJob) -> dict[str, Tensor]:
     """Return the file's tensors by their GGUF names, in the order in which the model holds them."""
-    config, model_class = load_config(job), load_classes(job.family).model
+    config, model_class = load_config(job.base_dir), load_classes(job.family).model
     model = empty_model(lambda: model_class(config))
     architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == job.family.gguf_architecture)
     names = gguf.get_tensor_name_map(architecture, config.num_layers)

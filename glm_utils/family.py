@@ -27,7 +27,6 @@ class Family:
         train_args_json: TrainingArguments file shipped for this family.
         padding_side: Side on which a training batch is padded. Right padding is exact for both families, as
             everything behind the prompt is causal; generation pads left.
-        default_lora_targets: Modules that get a LoRA pair unless others are named.
         linear_names: All Linear modules of a layer: the valid LoRA targets.
         native_class: Class of transformers that computes the same model, None if there is none.
         gguf_architecture: Name of the architecture in llama.cpp; None: it has none.
@@ -41,7 +40,6 @@ class Family:
     max_length_key: str
     train_args_json: str
     padding_side: str = "right"
-    default_lora_targets: tuple[str, ...] = ("query_key_value",)
     linear_names: tuple[str, ...] = LINEAR_NAMES
     native_class: str | None = None
     gguf_architecture: str | None = None

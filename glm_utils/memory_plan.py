@@ -115,8 +115,9 @@ def count_saved_bytes(model: nn.Module, batch: dict) -> int:
         # holds is a cycle that is never freed.
         return tensor.detach()
 
-    was_training = model.training
-    with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+    was_training, ids = model.training, batch["input_ids"]
+    own_gpu = [ids.device] if ids.is_cuda else []  # by default every GPU of the host is initialised
+    with torch.random.fork_rng(own_gpu), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         loss = model.train()(**batch).loss
     del loss
     model.train(was_training)

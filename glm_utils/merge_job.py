@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from loguru import logger
 
-from glm_utils.checkpoint import resolve_checkpoint_dir
+from glm_utils.checkpoint import load_config, resolve_checkpoint_dir
 from glm_utils.checkpoint_files import check_checkpoint, fingerprint
 from glm_utils.cli import UserError
 from glm_utils.family import FAMILIES, Family, detect_family
@@ -134,6 +134,7 @@ def make_job(
     """
     config = check_checkpoint(base_dir)
     family = detect_family(config, base_dir / "config.json")
+    load_config(base_dir)
     return MergeJob(
         base_dir=base_dir,
         base_config=config,

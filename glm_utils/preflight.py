@@ -8,23 +8,30 @@ import peft
 import torch
 from loguru import logger
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from glm_utils.cli import UserError
 from glm_utils.memory_plan import MemoryPlan
+from glm_utils.training_args import rows_per_step
 
 GIB = 1 << 30
 
 
-def batch_tokens(lengths: Sequence[int], batch_size: int, packing: bool) -> np.ndarray:
+def batch_tokens(lengths: Sequence[int], batch_size: int, packing: bool, group_size: int | None = None) -> np.ndarray:
     """Return the tokens that each batch of one shuffled epoch computes, padding included.
 
     Args:
         lengths: Tokens of each row.
         batch_size: Rows of a batch.
         packing: Whether rows are laid end to end, else padded to the longest of the batch.
+        group_size: Rows that the Trainer groups by length; None: it takes rows at random.
     """
-    shuffled = np.random.default_rng(0).permutation(np.asarray(lengths))
-    batches = np.split(shuffled, range(batch_size, len(shuffled), batch_size))
+    generator, lengths = torch.Generator().manual_seed(0), np.asarray(lengths)
+    if group_size:
+        order = get_length_grouped_indices(lengths.tolist(), group_size, generator=generator)
+    else:
+        order = torch.randperm(len(lengths), generator=generator).numpy()
+    batches = np.split(lengths[order], range(batch_size, len(lengths), batch_size))
     return np.array([batch.sum() if packing else batch.max() * len(batch) for batch in batches])
 
 
@@ -53,12 +60,13 @@ def report_run(
     trained, total = model.get_nb_trainable_parameters()
     targets = ", ".join(sorted(model.active_peft_config.target_modules))
     logger.info(f"LoRA on {targets}: {trained:,} of {total:,} weights train")
-    tokens = batch_tokens(lengths, training_args.per_device_train_batch_size, packing)
-    num_batches = training_args.gradient_accumulation_steps * training_args.world_size
+    num_rows, batch_size = rows_per_step(training_args), training_args.train_batch_size
+    grouped = training_args.train_sampling_strategy == "group_by_length"
+    tokens = batch_tokens(lengths, batch_size, packing, num_rows if grouped else None)
     logger.info(
-        f"a step: {training_args.per_device_train_batch_size * num_batches:,} rows, about "
-        f"{tokens.mean() * num_batches:,.0f} tokens ({'no' if packing else 'with'} padding); a batch: "
-        f"{tokens.mean():,.0f} tokens, {tokens.max():,} at most; {num_steps(len(lengths), training_args):,} steps"
+        f"a step: {num_rows:,} rows, about {tokens.mean() * num_rows / batch_size:,.0f} tokens "
+        f"({'no' if packing else 'with'} padding); a batch: {tokens.mean():,.0f} tokens, {tokens.max():,} at most; "
+        f"{num_steps(len(lengths), training_args):,} steps"
     )
     largest = int(tokens.max())
     needed, recomputed = plan.needed_bytes(largest), plan.num_recomputed(largest)
@@ -87,17 +95,17 @@ def memory_advice(training_args: TrainingArguments) -> str:
     return f"In this order: {'; '.join(advice)}"
 
 
-def out_of_memory(training_args: TrainingArguments, step: int, num_tokens: int) -> UserError:
+def out_of_memory(where: str, num_tokens: int, advice: str) -> UserError:
     """Say what to change after an out-of-memory error.
 
     Args:
-        training_args: The run's settings.
-        step: The step that failed.
+        where: The step that failed, in words.
         num_tokens: Tokens of its batch.
+        advice: The settings to change.
     """
     used = f"{torch.cuda.max_memory_allocated() / GIB:.1f} GiB" if torch.cuda.is_available() else "all there is"
     return UserError(
-        f"out of memory in step {step} on a batch of {num_tokens:,} tokens, {used} in use. "
-        f"{memory_advice(training_args)}. Checkpoints written so far are whole: --resume_from_checkpoint latest goes "
-        "on from the last one as long as the settings are the same"
+        f"out of memory in {where} on a batch of {num_tokens:,} tokens, {used} in use. {advice}. Checkpoints written "
+        "so far are whole: --resume_from_checkpoint latest goes on from the last one, also with other batch sizes as "
+        "long as a step has as many rows"
     )

@@ -99,6 +99,11 @@ def make_training_args(
         overrides["use_cpu"] = True
     if not has_eval and (values.get("eval_strategy", "no") != "no" or values.get("eval_on_start")):
         raise UserError(f"{args_file.path}: eval_strategy asks for evaluation. Give --eval_data_path, or set it to no")
+    if packing and values.get("neftune_noise_alpha"):
+        raise UserError(
+            f"{args_file.path}: neftune_noise_alpha scales its noise by the length of a row, and a packed batch is "
+            "one long row. Give --packing=false, or delete the line"
+        )
     if not packing and "train_sampling_strategy" not in values:
         overrides["train_sampling_strategy"] = "group_by_length"
     overrides["seed"] = values.get("seed", DEFAULT_SEED) if seed is None else seed

@@ -22,16 +22,15 @@ from transformers import TrainingArguments
 from glm_utils.checkpoint import project_path
 from glm_utils.checkpoint_files import fingerprint
 from glm_utils.family import PROJECT_DIR, Family
+from glm_utils.training_args import rows_per_step
 
 RUN_CONFIG_NAME = "run_config.json"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "sentencepiece")
 CARD_KEYS = ("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim")
 
-
 IDENTITY_ARGUMENTS = ("lora_rank", "lora_alpha", "lora_dropout", "max_input_length", "max_output_length")
 IDENTITY_ARGUMENTS += ("prompt_text", "compute_dtype", "packing")
-IDENTITY_TRAINING_ARGS = ("seed", "per_device_train_batch_size", "gradient_accumulation_steps")
-IDENTITY_TRAINING_ARGS += ("train_sampling_strategy",)
+IDENTITY_TRAINING_ARGS = ("seed", "data_seed", "dataloader_drop_last", "train_sampling_strategy")
 
 
 def make_record(
@@ -59,6 +58,7 @@ def make_record(
         "train_data_sha256": sha256(data_paths["train"]),
         **{key: arguments[key] for key in IDENTITY_ARGUMENTS},
         **{key: getattr(training_args, key) for key in IDENTITY_TRAINING_ARGS},
+        "rows_per_step": rows_per_step(training_args),
     }
     return {
         "stage": "train_qlora",

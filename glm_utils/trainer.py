@@ -4,6 +4,7 @@ import datetime
 import math
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import peft
@@ -18,11 +19,13 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from glm_utils.encoding import Collator, EncodedRows, PackingCollator
 from glm_utils.memory_plan import MemoryPlan
-from glm_utils.preflight import out_of_memory
+from glm_utils.preflight import memory_advice, out_of_memory
 from glm_utils.run_record import RUN_CONFIG_NAME
+from glm_utils.training_args import rows_per_step
 
 NUM_TIMED_STEPS = 10  # before the time of an epoch is told
 
@@ -34,16 +37,42 @@ def clock() -> float:
     return time.monotonic()
 
 
+class LengthGroups(LengthGroupedSampler):
+    """Rows of like length together, in an order that follows from the seed and the epoch.
+
+    The Trainer's own order follows from the random state where the epoch begins, which a resumed run does not have.
+    """
+
+    def __init__(self, trainer: Trainer):
+        super().__init__(rows_per_step(trainer.args), lengths=list(trainer.train_dataset["length"]))
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the rows of an epoch."""
+        args, epoch = self.trainer.args, int(self.trainer.state.epoch or 0)
+        self.generator = torch.Generator().manual_seed(
+            epoch + (args.seed if args.data_seed is None else args.data_seed)
+        )
+        return super().__iter__()
+
+
 class LoraTrainer(Trainer):
-    """Run each batch under the memory plan, and count its tokens without waiting for the GPU.
+    """Run each batch under the memory plan, and weigh and count tokens without waiting for the GPU.
 
     Attributes:
         plan: Set by make_trainer, as is run_log.
         run_log: Logs the run and knows its speed.
+        eval_sums: Summed loss and number of trained tokens of an evaluation, on this process.
     """
 
     plan: MemoryPlan
     run_log: "RunCallback"
+    eval_sums: torch.Tensor
+
+    def _get_train_sampler(self, train_dataset=None):
+        """Return the order of the rows."""
+        grouped = self.args.train_sampling_strategy == "group_by_length"
+        return LengthGroups(self) if grouped else super()._get_train_sampler(train_dataset)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Run forward and backward of one batch.
@@ -59,7 +88,39 @@ class LoraTrainer(Trainer):
             with self.plan.applied(num_tokens):
                 return super().training_step(model, inputs, num_items_in_batch)
         except torch.OutOfMemoryError as error:
-            raise out_of_memory(self.args, self.state.global_step + 1, num_tokens) from error
+            if self.args.auto_find_batch_size:
+                raise  # the Trainer begins again with smaller batches
+            step = f"step {self.state.global_step + 1}"
+            raise out_of_memory(step, num_tokens, memory_advice(self.args)) from error
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """Evaluate, and report the loss as the mean over all trained tokens, whatever the batches.
+
+        On several GPUs the rows that fill up the last batches count twice.
+        """
+        self.eval_sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        loss_sum, num_tokens = self.accelerator.reduce(self.eval_sums).tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = loss_sum / num_tokens
+        return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Return the mean loss of one batch, and add its sum to those of the evaluation.
+
+        Raises:
+            UserError: The device's memory does not suffice.
+        """
+        inputs = self._prepare_inputs(inputs)
+        num_tokens = inputs["loss_positions"].numel()
+        try:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = model(**inputs).loss
+        except torch.OutOfMemoryError as error:
+            advice = f"Halve per_device_eval_batch_size (now {self.args.per_device_eval_batch_size})"
+            raise out_of_memory("the evaluation", inputs["input_ids"].numel(), advice) from error
+        self.eval_sums[0] += loss * num_tokens
+        self.eval_sums[1] += num_tokens
+        return loss, None, None
 
 
 class QuietProgress(ProgressCallback):

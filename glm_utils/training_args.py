@@ -38,6 +38,11 @@ DROPPED_KEYS = {
     **dict.fromkeys(("jit_mode_eval", "past_index", "use_legacy_prediction_loop"), "evaluation does not use it"),
     "push_to_hub_organization": "hub_model_id holds it",
 }
+REFUSED_KEYS = {  # of transformers, which would take them and spoil the result without a word
+    "label_smoothing_factor": "the Trainer would compare each position with its own token, not with the next one",
+    **dict.fromkeys(("fp16_full_eval", "bf16_full_eval"), "the LoRA weights would be rounded before they are saved"),
+    "use_liger_kernel": "it knows no ChatGLM; fused operations are in use without it",
+}
 KEPT_KEYS = {"overwrite_output_dir": bool, "logging_dir": str | None}
 PROJECT_DEFAULTS = {
     "report_to": "tensorboard",
@@ -83,6 +88,11 @@ class TrainArgsFile:
             raise UserError(f"{self.path}: {error}") from error
 
 
+def rows_per_step(training_args: TrainingArguments) -> int:
+    """Return how many rows an optimizer step takes, on all GPUs together."""
+    return training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
+
+
 @dataclasses.dataclass(frozen=True)
 class _Source:
     """A JSON file and its text, to name the line of a key."""
@@ -103,7 +113,7 @@ def read_train_args(path: Path) -> TrainArgsFile:
         path: The JSON file.
 
     Raises:
-        UserError: A missing or broken file, an unknown key, or a value of a wrong type, with its line.
+        UserError: A missing or broken file, an unknown or refused key, or a value of a wrong type, with its line.
     """
     source, values = _read_json(path)
     annotations = typing.get_type_hints(TrainingArguments)
@@ -114,6 +124,8 @@ def read_train_args(path: Path) -> TrainArgsFile:
             hint = nearest(key, [*known, *RENAMED_KEYS, *KEPT_KEYS, "warmup_ratio"], "keys")
             raise UserError(f"{source.at(key)} is no TrainingArguments key. {hint}")
         _check_type(source, key, value, annotations[key])
+        if value and key in REFUSED_KEYS:
+            raise UserError(f"{source.at(key)} is not supported: {REFUSED_KEYS[key]}. Delete the line")
     if not values.get("output_dir"):
         raise UserError(f'{path}: output_dir is missing. Add "output_dir": "saved_files/NAME"')
     for key, value in PROJECT_DEFAULTS.items():

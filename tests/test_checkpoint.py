@@ -230,6 +230,14 @@ def test_weights_that_are_not_those_of_the_config_are_refused(base_dir, kind, lo
         load_base_model(base_dir, load_in_4bit=load_in_4bit)
 
 
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+def test_a_config_that_is_not_computed_is_a_user_error(base_dir):
+    path = base_dir / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rope_ratio": 50}))
+    with pytest.raises(UserError, match=r"config\.json: rope_ratio=50 is not supported"):
+        load_base_model(base_dir)
+
+
 def test_the_rotary_buffer_may_be_absent(base_dir):
     """Checkpoints that other tools wrote often lack inv_freq, which is computed anyway."""
     state = load_file(base_dir / "model.safetensors")

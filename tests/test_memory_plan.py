@@ -113,6 +113,14 @@ def test_batches_of_one_epoch():
     assert batch_tokens(lengths, 8, False).tolist() == [65]
 
 
+def test_batches_of_like_lengths_are_longer_and_shorter():
+    lengths = np.random.default_rng(1).integers(1, 100, 400).tolist()
+    packed, padded = (batch_tokens(lengths, 8, packing, group_size=16) for packing in (True, False))
+    assert packed.max() > 1.1 * batch_tokens(lengths, 8, True).max()
+    assert packed.sum() == sum(lengths)
+    assert padded.sum() < 1.1 * packed.sum() < batch_tokens(lengths, 8, False).sum()
+
+
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("parts", [1, 2, 3])
 def test_steps_are_the_trainers(golden_model, tmp_path, drop_last, parts):
@@ -195,6 +203,32 @@ def test_running_out_of_memory_names_the_setting_and_keeps_checkpoints(train, mo
             train(args=args)
     out = train(args=args, resume_from_checkpoint="latest")
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+
+
+def test_running_out_of_memory_in_the_evaluation_names_its_own_setting(train, monkeypatch):
+    def fail(self, *args, forward=LoraTrainer.compute_loss_context_manager):
+        if not self.model.training:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, *args)
+
+    monkeypatch.setattr(LoraTrainer, "compute_loss_context_manager", fail)
+    with pytest.raises(UserError, match=r"in the evaluation on a batch of \d+ tokens.*Halve per_device_eval"):
+        train(args={"per_device_eval_batch_size": 2, "max_steps": 1}, eval_data_path="train.jsonl")
+
+
+def test_the_trainer_may_find_the_batch_size(train, monkeypatch):
+    sizes = []
+
+    def fail(self, model, inputs, num_items_in_batch=None, step=Trainer.training_step):
+        sizes.append(len(inputs["cu_seq_lens_q"]) - 1)
+        if sizes[-1] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return step(self, model, inputs, num_items_in_batch)
+
+    monkeypatch.setattr(Trainer, "training_step", fail)
+    out = train(args={"auto_find_batch_size": True, "max_steps": 1})
+    assert sizes == [2, 1]
+    assert (out / "adapter_model.safetensors").is_file()
 
 
 def test_packed_and_padded_runs_learn_the_same(train):

@@ -365,6 +365,14 @@ def test_base_of_another_size(adapter, merge):
         merge(adapter_dir)
 
 
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+def test_base_that_is_not_computed(adapter, merge, base_dir):
+    adapter_dir, path = adapter(), base_dir / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rmsnorm": False}))
+    with pytest.raises(UserError, match=r"config\.json: rmsnorm=False is not supported"):
+        merge(adapter_dir)
+
+
 def test_base_that_changed_since_training(adapter, merge, base_dir):
     adapter_dir = adapter()
     record = {"identity": {"base_fingerprint": fingerprint(base_dir)}}

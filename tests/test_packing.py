@@ -69,6 +69,29 @@ def test_packed_rows_train_as_rows_alone(golden_model, rows, with_logits, frozen
     assert_close(found, expected, 1e-5)
 
 
+def test_autocast_trains_as_without_it(golden_model, rows):
+    """bf16 products of fp32 weights, as "bf16": true in the JSON file asks for."""
+    golden_model.get_output_embeddings().requires_grad_(False)
+    loss, expected = packed(golden_model, rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        found_loss, found = packed(golden_model, rows)
+    assert found_loss.item() == pytest.approx(loss.item(), rel=1e-2)
+    assert distance(found, expected) < 0.05
+
+
+@pytest.mark.parametrize("family_name", ["chatglm-6b"])
+def test_rows_without_a_prefix(golden_model):
+    """Where every row begins with bos, nothing is bidirectional."""
+    config = golden_model.config
+    start = [config.bos_token_id, config.gmask_token_id]
+    rows = [{"input_ids": [*start, 20, 21], "labels": [-100, -100, 20, 21]}]
+    rows.append({"input_ids": [*start, 30], "labels": [-100, -100, 30]})
+    losses, expected = row_by_row(golden_model, rows)
+    loss, found = packed(golden_model, rows)
+    assert loss.item() == pytest.approx(losses.sum().item(), rel=1e-6)
+    assert_close(found, expected, 1e-5)
+
+
 def test_each_row_has_its_own_logits(golden_model, rows):
     batch = PackingCollator()(rows)
     del batch["labels"]

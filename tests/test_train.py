@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -206,6 +207,47 @@ def test_the_seed_decides_everything(train):
     assert not torch.equal(*(next(iter(adapter_state(path).values())) for path in (first, other)))
 
 
+def test_the_evaluation_loss_is_the_mean_over_all_trained_tokens(train, write, model_dir):
+    """Rows of 1 to 40 characters: neither batches nor packing may change how much a token counts."""
+    rows = [{"content": "类型#上衣", "summary": "百搭又时尚，" * size} for size in (1, 7, 2, 5, 1)]
+    eval_path = str(write("dev.json", rows))
+    tokenizer, losses = load_tokenizer(model_dir), []
+    args = {"max_steps": 1, "save_strategy": "no", "learning_rate": 0.0}
+    for size, packing in ((1, True), (2, True), (2, False), (8, True)):
+        sizes = {"per_device_eval_batch_size": size}
+        out = train(f"{size}-{packing}", {**args, **sizes}, packing=packing, eval_data_path=eval_path)
+        losses.append(json.loads((out / "eval_results.json").read_text())["eval_loss"])
+    model = load_base_model(model_dir, load_in_4bit=True).eval()
+    total, num_tokens = 0, 0
+    for row in rows:
+        prompt, answer = tokenizer.encode_prompt(row["content"], []), tokenizer.encode_answer(row["summary"])
+        labels = torch.tensor([[-100] * len(prompt) + answer])
+        with torch.no_grad():
+            total += model(input_ids=torch.tensor([prompt + answer]), labels=labels).loss.item() * len(answer)
+        num_tokens += len(answer)
+    assert losses == pytest.approx([total / num_tokens] * 4, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_two_processes_train_as_one_with_twice_the_batch(train, write, train_path, model_dir, tmp_path, strategy):
+    eval_path = str(write("dev.json", ROWS[:8]))
+    args = {"max_steps": 3, "save_strategy": "no", "optim": "sgd", "max_grad_norm": 1e9, "warmup_steps": 0}
+    args |= {"gradient_accumulation_steps": 1, "train_sampling_strategy": strategy, "use_cpu": True}
+    one = train("one", {**args, "per_device_train_batch_size": 4}, lora_dropout=0.0, eval_data_path=eval_path)
+    path = write("two.json", {**ARGS, **args, "per_device_train_batch_size": 2, "output_dir": str(tmp_path / "two")})
+    flags = {"train_args_json": path, "train_data_path": train_path, "eval_data_path": eval_path}
+    flags |= {"model_name_or_path": model_dir, "lora_dropout": 0}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(PROJECT_DIR / "train_qlora.py"), *(f"--{name}={value}" for name, value in flags.items())]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    first, second = adapter_state(one), adapter_state(tmp_path / "two")
+    assert any(first[key].abs().max() > 1e-3 for key in first if "lora_B" in key)
+    assert all(torch.allclose(first[key], second[key], atol=1e-6) for key in first)
+    losses = [json.loads((out / "eval_results.json").read_text())["eval_loss"] for out in (one, tmp_path / "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 # ---- shipped and old TrainingArguments
 
 
@@ -230,11 +272,18 @@ def test_shipped_and_old_files_run(train_path, write, family, model_dir, name, t
 # ---- resume
 
 
-@pytest.mark.parametrize("gradient_checkpointing", [True, False])
-def test_a_resumed_run_ends_with_the_same_bits(train, write, gradient_checkpointing):
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": False},
+        {"train_sampling_strategy": "group_by_length"},
+    ],
+    ids=str,
+)
+def test_a_resumed_run_ends_with_the_same_bits(train, write, more):
     """7 steps of 2 x 2 rows over 15: the checkpoint lies inside the second epoch; dropout and evaluation are on."""
-    args = {"max_steps": 7, "save_steps": 5, "eval_strategy": "steps", "eval_steps": 2}
-    args["gradient_checkpointing"] = gradient_checkpointing
+    args = {"max_steps": 7, "save_steps": 5, "eval_strategy": "steps", "eval_steps": 2, **more}
     eval_path = str(write("dev.jsonl", json.dumps(ROWS[0])))
     whole = train("whole", args=args, eval_data_path=eval_path, lora_dropout=0.1)
     shutil.copytree(whole / "checkpoint-5", whole.parent / "cut" / "checkpoint-5")
@@ -247,6 +296,17 @@ def test_a_resumed_run_ends_with_the_same_bits(train, write, gradient_checkpoint
 def logged_losses(out):
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
     return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+
+
+def test_a_run_goes_on_with_smaller_parts_of_the_same_step(train):
+    """What the message says after running out of memory; rows, order and gradients stay."""
+    args = {"max_steps": 6, "save_steps": 3}  # of 15 rows, 4 a step: the checkpoint lies inside the first epoch
+    whole = train("whole", args=args, lora_dropout=0.0)
+    shutil.copytree(whole / "checkpoint-3", whole.parent / "cut" / "checkpoint-3")
+    parts = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    resumed = train("cut", args={**args, **parts}, lora_dropout=0.0, resume_from_checkpoint="latest")
+    first, second, before = map(adapter_state, (whole, resumed, whole / "checkpoint-3"))
+    assert all((first[key] - second[key]).abs().max() < 1e-3 * (first[key] - before[key]).abs().max() for key in first)
 
 
 @pytest.fixture
@@ -276,7 +336,8 @@ def test_ways_to_name_the_checkpoint(train, checkpoint, monkeypatch, form):
         ({}, {"seed": 1}, "seed is 42 in the checkpoint and 1 now"),
         ({}, {"prompt_text": "a"}, "prompt_text is"),
         ({}, {"max_input_length": 100}, "max_input_length is 512 in the checkpoint and 100 now"),
-        ({"per_device_train_batch_size": 1}, {}, "per_device_train_batch_size is 2 in the checkpoint and 1 now"),
+        ({"per_device_train_batch_size": 1}, {}, "rows_per_step is 4 in the checkpoint and 2 now"),
+        ({"dataloader_drop_last": True}, {}, "dataloader_drop_last is false in the checkpoint and true now"),
     ],
 )
 def test_resume_into_another_run_is_refused(train, checkpoint, no_training, args, flags, message):
@@ -354,6 +415,7 @@ def test_an_earlier_run_is_kept_unless_the_file_says_otherwise(train, checkpoint
         ({"eval_strategy": "steps"}, {}, "Give --eval_data_path"),
         ({"fp16": True}, {}, "fp16 needs a GPU"),
         ({"bf16": True}, {"compute_dtype": "fp16"}, "--compute_dtype fp16 contradicts bf16"),
+        ({"neftune_noise_alpha": 5.0}, {}, "Give --packing=false"),
         ({"learning_rte": 1}, {}, "Did you mean learning_rate?"),
         ({"learning_rate": "fast"}, {}, 'learning_rate is "fast", expected float'),
         ({"output_dir": "train.jsonl"}, {}, "output_dir is a file"),

@@ -134,6 +134,8 @@ def test_tensorboard_is_on_unless_the_file_says_otherwise(write):
         ('{"output_dir": "x",\n"seed": 1,\n"seed": 2}', "seed is given twice"),
         ('{"eval_strategy": "no",\n"evaluation_strategy": "no",\n"output_dir": "x"}', ":2: evaluation_strategy and"),
         ('{"output_dir": "x",\n\n"seed": }', ":3: broken JSON"),
+        ('{"output_dir": "x",\n"label_smoothing_factor": 0.1}', ":2: label_smoothing_factor is not supported"),
+        ('{"output_dir": "x",\n"bf16_full_eval": true}', "rounded before they are saved. Delete the line"),
         ("[]", "expected one JSON object"),
         ("", ":1: broken JSON"),
         ('{"seed": 1}', "output_dir is missing"),

@@ -7,13 +7,14 @@ fields are ours and keep their default for every published checkpoint: ``rotary_
 
 from transformers import PretrainedConfig
 
-# Published switches whose other value no released checkpoint uses; a different value is refused, not ignored.
+# Published switches that are not computed with another value, which is refused, not ignored.
 _FIXED_SWITCHES = {
     "rmsnorm": True,
     "post_layer_norm": True,
     "apply_residual_connection_post_layernorm": False,
     "fp32_residual_connection": False,
     "hidden_dropout": 0.0,
+    "rope_ratio": 1,
 }
 
 
@@ -42,6 +43,7 @@ class ChatGLMConfig(PretrainedConfig):
         apply_residual_connection_post_layernorm: Must be false.
         fp32_residual_connection: Must be false.
         hidden_dropout: Must be 0.
+        rope_ratio: Must be 1: checkpoints for longer texts scale the rotary angles by it.
         apply_query_key_layer_scaling: No effect: the factor cancels in the published code too.
         attention_softmax_in_fp32: No effect: the softmax always runs in fp32.
         bias_dropout_fusion: No effect.
@@ -90,6 +92,7 @@ class ChatGLMConfig(PretrainedConfig):
     apply_residual_connection_post_layernorm: bool = False
     fp32_residual_connection: bool = False
     hidden_dropout: float = 0.0
+    rope_ratio: float = 1
     apply_query_key_layer_scaling: bool = True
     attention_softmax_in_fp32: bool = True
     bias_dropout_fusion: bool = True

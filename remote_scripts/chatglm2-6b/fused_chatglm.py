@@ -236,7 +236,8 @@ def linear_cross_entropy(
     states = states.flatten(0, 1).index_select(0, positions)  # (M, C)
     targets = labels.to(states.device).flatten()[positions + 1]  # (M,)
     if type(linear) is nn.Linear and linear.bias is None and not linear.weight.requires_grad:
-        loss = LinearCrossEntropy.apply(states.to(linear.weight.dtype), linear.weight, targets)
+        with torch.autocast(states.device.type, enabled=False):
+            loss = LinearCrossEntropy.apply(states.to(linear.weight.dtype), linear.weight, targets)
     else:
         loss = nn.functional.cross_entropy(linear(states).float(), targets, reduction="sum")
     return loss / (len(targets) if num_items is None else num_items)

@@ -112,7 +112,7 @@ def packed_attention_forward(module, query, key, value, rows, scaling, dropout=0
     # a copy, because a view of the fused projection would keep all of that for the backward pass
     states = [part[0].transpose(0, 1) for part in (query, key, value.contiguous())]  # (T, H or G, D) each
     context = attend(*states, rows.boundaries, rows.longest, scaling, dropout, causal=True)
-    if rows.prefix is not None:  # the causal pass is right for every token behind the prefix
+    if rows.prefix is not None and len(rows.prefix_tokens):  # the causal pass is right behind the prefix
         states = [part.index_select(0, rows.prefix_tokens) for part in states]  # (P, H or G, D) each
         inside = attend(*states, rows.prefix_boundaries, rows.longest, scaling, dropout, causal=False)
         context = context.index_copy(0, rows.prefix_tokens, inside)
