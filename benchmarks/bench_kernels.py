@@ -37,8 +37,8 @@ REPEATS = 5
 
 @functools.cache
 def function(name: str):
-    """Return a function of the remote scripts' quantization.py, the same file for both families."""
-    return get_class_from_dynamic_module(f"quantization.{name}", str(FAMILIES[1].remote_dir))
+    """Return a function of the remote scripts, module.name, from a file that is the same for both families."""
+    return get_class_from_dynamic_module(name, str(FAMILIES[1].remote_dir))
 
 
 def cublas(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
@@ -48,18 +48,28 @@ def cublas(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int
 
 def decoded(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
     """Decode to memory with the kernel, then multiply: the path of prompts and training."""
-    return F.linear(x, function("decode_rows")(weight, scale, bits, x.dtype))
+    return F.linear(x, function("quantization.decode_rows")(weight, scale, bits, x.dtype))
 
 
 def triton(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
     """Multiply by the packed weight."""
-    return function("quantized_matmul")(x, weight, scale, bits)
+    return function("quantization.quantized_matmul")(x, weight, scale, bits)
+
+
+def cuda(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """Multiply in the decode path's kernel, which takes the decoded weight too."""
+    rows, kind = weight.shape[0], "float" if bits == 16 else f"int{bits}"
+    stored = function("cuda_kernels.Weight")(kind, weight, (rows, x.shape[1]), scale)
+    out = x.new_empty(x.shape[0], rows)
+    function("cuda_kernels.matvec")(x, stored, out)
+    return out
 
 
 PATHS = {  # name -> function(x, weight, scale, bits), the widths it takes (16: the decoded weight), the most rows
     "cublas": (cublas, (16,), None),
     "decoded": (decoded, (4, 8), None),
     "triton": (triton, (4, 8), 32),
+    "cuda": (cuda, (16, 4, 8), 16),
 }
 
 
@@ -70,14 +80,16 @@ def make_weights(shape: tuple[int, int], bits: int, dtype: torch.dtype) -> tuple
     weight = torch.randint(-128, 128, stored_shape, dtype=torch.int8, device="cuda")
     scale = (0.01 * torch.rand(shape[0], device="cuda")).half()
     if bits == 16:
-        weight = function("dequantize_rows")(weight, scale, stored_bits, dtype)
+        weight = function("quantization.dequantize_rows")(weight, scale, stored_bits, dtype)
     num_copies = max(2, -(-int(CACHE_BYTES) // weight.nbytes))
     return [weight.clone() for _ in range(num_copies)], scale
 
 
 def relative_error(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int):
     """Return the norm of the difference to the product in fp64 over that product's norm."""
-    exact = weight.double() if bits == 16 else function("dequantize_rows")(weight, scale, bits, torch.float64)
+    exact = (
+        weight.double() if bits == 16 else function("quantization.dequantize_rows")(weight, scale, bits, torch.float64)
+    )
     expected = F.linear(x.double(), exact)
     return ((found.double() - expected).norm() / expected.norm()).item()
 
