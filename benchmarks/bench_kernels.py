@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
+from random_checkpoint import find_family, layer_shapes
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from glm_utils.cli import UserError, run_cli
@@ -25,10 +26,6 @@ from glm_utils.family import FAMILIES, PROJECT_DIR
 from glm_utils.run_record import git_commit, versions, write_json
 
 RESULTS_DIR = PROJECT_DIR / "benchmarks" / "results"
-LAYER_SHAPES = {  # (out, in) of query_key_value, dense, dense_h_to_4h, dense_4h_to_h
-    "chatglm-6b": [(12288, 4096), (4096, 4096), (16384, 4096), (4096, 16384)],
-    "chatglm2-6b": [(4608, 4096), (4096, 4096), (27392, 4096), (4096, 13696)],
-}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 CACHE_BYTES = 160e6  # more than twice the L2 of an H200
 LAUNCHES = 24  # at least so many in a graph
@@ -144,8 +141,9 @@ def bench_kernels(*, family: str = "chatglm2-6b", rows: str = "1,4,16,64", dtype
         rows: Numbers of rows of activations, joined by commas.
         dtype: fp16 or bf16.
     """
-    if family not in LAYER_SHAPES or dtype not in DTYPES or not all(map(str.isdigit, rows.split(","))):
-        raise UserError(f"found --family {family} --rows {rows} --dtype {dtype}: see --help for what they take")
+    if dtype not in DTYPES or not all(map(str.isdigit, rows.split(","))):
+        raise UserError(f"found --rows {rows} --dtype {dtype}: see --help for what they take")
+    shapes = layer_shapes(find_family(family).name)
     if not torch.cuda.is_available():
         raise UserError("found no CUDA device: run this on a machine with a GPU")
     torch.manual_seed(0)
@@ -153,7 +151,7 @@ def bench_kernels(*, family: str = "chatglm2-6b", rows: str = "1,4,16,64", dtype
     for path, (_, widths, most_rows) in PATHS.items():
         for bits in widths:
             for num_rows in (n for n in map(int, rows.split(",")) if most_rows is None or n <= most_rows):
-                result = measure(path, bits, num_rows, LAYER_SHAPES[family], DTYPES[dtype])
+                result = measure(path, bits, num_rows, shapes, DTYPES[dtype])
                 results.append(result)
                 print(json.dumps(result))
     record = {"benchmark": "kernels", "family": family, "dtype": dtype, "results": results}

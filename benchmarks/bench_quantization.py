@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from random_checkpoint import layer_shapes
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from glm_utils.checkpoint import load_base_model, load_tokenizer
@@ -26,12 +27,6 @@ from glm_utils.merge_math import nf4_round_trip
 from glm_utils.run_record import git_commit, versions, write_json
 
 RESULTS_DIR = PROJECT_DIR / "benchmarks" / "results"
-LAYER_SHAPES = {  # ChatGLM2-6B, [out, in]
-    "query_key_value": (4608, 4096),
-    "dense": (4096, 4096),
-    "dense_h_to_4h": (27392, 4096),
-    "dense_4h_to_h": (4096, 13696),
-}
 NUM_LAYERS = 28
 METHODS = ("int4 absmax", "int4 search", "int8 absmax", "int8 search", "nf4")
 TINY_MODELS = ("models/chatglm-tiny", "models/chatglm2-tiny")
@@ -128,7 +123,7 @@ def measure_speed(device: str) -> dict:
     weights = [
         0.02 * torch.randn(shape, device=device, dtype=torch.float16)
         for _ in range(NUM_LAYERS)
-        for shape in LAYER_SHAPES.values()
+        for shape in layer_shapes("chatglm2-6b")
     ]
     result = {"num_weights": sum(weight.numel() for weight in weights)}
     for bits in (4, 8):

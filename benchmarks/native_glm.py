@@ -16,12 +16,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from transformers import GlmConfig, GlmForCausalLM, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from glm_utils.checkpoint import load_classes
 from glm_utils.checkpoint_files import read_json_object
 from glm_utils.cli import UserError, run_cli
+from glm_utils.family import detect_family
 from glm_utils.inference_job import auto_dtype, dtype_name, free_bytes
 from glm_utils.inference_measure import Generate, Workload, measure_model
 from glm_utils.inference_memory import copy_bandwidth
 from glm_utils.inference_report import write_report
+from glm_utils.native_glm import native_config
 
 FAMILY = "chatglm2-6b"
 
@@ -45,8 +48,9 @@ def native_glm(
         loop_number: Measured repeats.
         output_json: File for the JSON object that is also printed.
     """
-    published = read_json_object(Path(model_path) / "config.json")
-    config = glm_config(published)
+    config_path = Path(model_path) / "config.json"
+    published = read_json_object(config_path)
+    config = glm_config(published, config_path)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     dtype = auto_dtype(published, Path(model_path), device)
     bandwidth = copy_bandwidth(device, free_bytes(device))
@@ -58,33 +62,20 @@ def native_glm(
     print(write_report({"copy_bytes_per_second": bandwidth, "models": [row]}, output_json))
 
 
-def glm_config(config: dict) -> GlmConfig:
-    """Translate a ChatGLM2 config.
+def glm_config(config: dict, path: Path) -> GlmConfig:
+    """Translate a ChatGLM2 config as the export to GlmForCausalLM does.
 
     Args:
         config: Parsed config.json.
+        path: Where it lies, for the error.
 
     Raises:
         UserError: Another family's.
     """
-    if "multi_query_group_num" not in config:
+    family = detect_family(config, path)
+    if family.native_class is None:
         raise UserError("only ChatGLM2 has a native counterpart in transformers. Leave the case native out")
-    return GlmConfig(
-        vocab_size=config["padded_vocab_size"],
-        hidden_size=config["hidden_size"],
-        intermediate_size=config["ffn_hidden_size"],
-        num_hidden_layers=config["num_layers"],
-        num_attention_heads=config["num_attention_heads"],
-        num_key_value_heads=config["multi_query_group_num"],
-        head_dim=config["kv_channels"],
-        rms_norm_eps=config["layernorm_epsilon"],
-        attention_bias=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
-        max_position_embeddings=config["seq_length"],
-        tie_word_embeddings=False,
-        eos_token_id=config["eos_token_id"],
-        pad_token_id=config["pad_token_id"],
-    )
+    return GlmConfig.from_dict(native_config(load_classes(family).config.from_dict(config), family.native_class))
 
 
 def random_glm(config: GlmConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from glm_utils.cli import UserError, run_cli
-from glm_utils.family import FAMILIES, PROJECT_DIR, Family
+from glm_utils.family import FAMILIES, LINEAR_NAMES, PROJECT_DIR, Family
 from glm_utils.shards import CheckpointReader
 
 SHARD_BYTES = 1_900_000_000
@@ -30,6 +30,21 @@ def find_family(name: str) -> Family:
         if family.name == name:
             return family
     raise UserError(f"--family {name}: expected one of {', '.join(family.name for family in FAMILIES)}")
+
+
+def published_model(family: str) -> dict:
+    """Return the config, and the shape of every tensor, of a family's 6B checkpoint."""
+    return json.loads((FIXTURES_DIR / family / "state_dict_6b.json").read_text())
+
+
+def layer_shapes(family: str) -> list[tuple[int, int]]:
+    """Return (out, in) of the four Linear modules of a 6B checkpoint's layer, in the order of LINEAR_NAMES."""
+    shapes = {
+        name.split(".")[-2]: tuple(shape)
+        for name, shape in published_model(family)["shapes"].items()
+        if ".layers.0." in name and name.endswith(".weight")
+    }
+    return [shapes[name] for name in LINEAR_NAMES]
 
 
 def random_weight(shape: list[int], noise: torch.Tensor, name: str) -> torch.Tensor:
@@ -52,7 +67,7 @@ def random_checkpoint(*, output_path: str, family: str = "chatglm2-6b", bin_file
     """
     record, output_dir = find_family(family), Path(output_path)
     output_dir.mkdir(parents=True)
-    published = json.loads((FIXTURES_DIR / family / "state_dict_6b.json").read_text())
+    published = published_model(family)
     small_dir = FIXTURES_DIR / family / "model"
     small = json.loads((small_dir / "config.json").read_text())
     config = published["config"] | {key: value for key, value in small.items() if key.endswith("token_id")}

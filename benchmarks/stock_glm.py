@@ -7,8 +7,9 @@ import bitsandbytes
 import datasets
 import peft
 import torch
+from native_glm import glm_config, random_glm
 from step_profile import DEVICE, profiled, synchronize
-from transformers import GlmConfig, GlmForCausalLM, PreTrainedTokenizer, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizer, Trainer, TrainingArguments
 
 from glm_utils.checkpoint import check_checkpoint, load_tokenizer
 from glm_utils.data import read_rows
@@ -25,19 +26,8 @@ def encode(model_dir: Path, train_data_path: str) -> tuple[datasets.Dataset, Pre
 
 def stock_model(model_dir: Path, dtype: torch.dtype) -> peft.PeftModel:
     """Build native Glm of ChatGLM2's shape with random weights in NF4, and peft's LoRA on q, k and v."""
-    config = check_checkpoint(model_dir)
-    with torch.device(DEVICE):
-        torch.set_default_dtype(torch.bfloat16)
-        model = GlmForCausalLM(
-            GlmConfig(
-                hidden_size=config["hidden_size"], num_hidden_layers=config["num_layers"], attention_bias=True,
-                num_attention_heads=config["num_attention_heads"], head_dim=config["kv_channels"],
-                num_key_value_heads=config["multi_query_group_num"], intermediate_size=config["ffn_hidden_size"],
-                vocab_size=config["padded_vocab_size"], rms_norm_eps=config["layernorm_epsilon"], pad_token_id=0,
-                eos_token_id=2, tie_word_embeddings=False,
-            )
-        )  # fmt: skip
-        torch.set_default_dtype(torch.float32)
+    config = glm_config(check_checkpoint(model_dir), model_dir / "config.json")
+    model = random_glm(config, torch.bfloat16, torch.device(DEVICE)).train()
     for parent in list(model.model.layers.modules()):
         for name, linear in list(parent.named_children()):
             if isinstance(linear, torch.nn.Linear):

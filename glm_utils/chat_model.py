@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizer
 
 from glm_utils.checkpoint import load_adapter, load_base_model, load_tokenizer, project_path, resolve_checkpoint_dir
-from glm_utils.checkpoint_files import check_checkpoint
+from glm_utils.checkpoint_files import check_checkpoint, check_unquantised
 from glm_utils.cli import UserError
 from glm_utils.lora import read_adapter
 from glm_utils.merge_job import find_base, resolve_device
@@ -32,9 +32,9 @@ def load_chat_model(
     """
     place = resolve_device(device)
     base_dir, adapter_dir = resolve_paths(model_path, lora_path)
-    bits = check_checkpoint(base_dir).get("quantization_bit")
-    if bits and load_in_4bit:
-        raise UserError(f"{base_dir}: int{bits} already. Leave --load_in_4bit out, or give the fp16 model")
+    config = check_checkpoint(base_dir)
+    if load_in_4bit:
+        check_unquantised(base_dir, config)
     dtype = torch.float16 if place.type == "cuda" else torch.float32
     logger.info(f"loading {base_dir}{f' with {adapter_dir}' if adapter_dir else ''} on {place}")
     tokenizer = load_tokenizer(base_dir)

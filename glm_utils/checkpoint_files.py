@@ -189,3 +189,17 @@ def fingerprint(checkpoint_dir: Path) -> str:
 def download_again(path: Path) -> str:
     """Return the remedy for a file that is missing or broken."""
     return f"Download {path.name} again"
+
+
+def check_unquantised(checkpoint_dir: Path, config: dict) -> None:
+    """Refuse --load_in_4bit for a model whose weights are int4 or int8 already.
+
+    Args:
+        checkpoint_dir: The model's directory, for the message.
+        config: Its config.json.
+
+    Raises:
+        UserError: It is quantised.
+    """
+    if bits := config.get("quantization_bit"):
+        raise UserError(f"{checkpoint_dir}: int{bits} already. Leave --load_in_4bit out, or give the fp16 checkpoint")

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizer
 
 from glm_utils.checkpoint import DTYPES, load_adapter, load_base_model, load_classes, resolve_checkpoint_dir
-from glm_utils.checkpoint_files import check_checkpoint
+from glm_utils.checkpoint_files import check_checkpoint, check_unquantised
 from glm_utils.cli import UserError
 from glm_utils.family import Family, detect_family
 from glm_utils.lora import read_adapter
@@ -88,9 +88,8 @@ def resolve_targets(
     targets = []
     for path, base_dir, adapter in found:
         config = check_checkpoint(base_dir)
-        bits = config.get("quantization_bit")
-        if bits and load_in_4bit:
-            raise UserError(f"{base_dir}: int{bits} already. Leave --load_in_4bit out, or give the fp16 checkpoint")
+        if load_in_4bit:
+            check_unquantised(base_dir, config)
         name = short_name(path) if names[short_name(path)] == 1 else path
         label = f"{short_name(adapter.base_name)} + {name}" if adapter else name
         model_dtype = DTYPES.get(dtype) or auto_dtype(config, base_dir, device)
