@@ -15,17 +15,10 @@ from glm_utils import export_chatglm, export_glm, reload_check
 from glm_utils.checkpoint import load_adapter, load_base_model, load_tokenizer
 from glm_utils.cli import UserError, run_cli
 from glm_utils.family import FAMILIES, PROJECT_DIR
+from tests.test_merge import VARIED
 
 FIXTURES_DIR = PROJECT_DIR / "tests" / "fixtures"
 PLAIN = {"r": 4, "lora_alpha": 32, "target_modules": ["query_key_value"]}
-VARIED = {  # rsLoRA, all Linear modules, ranks and alphas by module
-    "r": 4,
-    "lora_alpha": 8,
-    "target_modules": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
-    "rank_pattern": {"dense_h_to_4h": 2, "layers.1.mlp.dense_4h_to_h": 3},
-    "alpha_pattern": {"dense": 5},
-    "use_rslora": True,
-}
 SOME_LAYERS = {**PLAIN, "target_modules": ["query_key_value", "dense"], "layers_to_transform": [0, 2]}
 SHAPES = {  # other heads, groups and biases than the golden model's
     "golden": {},
