@@ -53,10 +53,11 @@ def launches(kernels, monkeypatch):
     return noted
 
 
-def launch_everything(kernels, monkeypatch):
+def launch_everything(kernels, monkeypatch, has_clusters):
     """Ask for every kernel through the functions that the decode path calls."""
     for num_sms in NUM_SMS:
         monkeypatch.setattr(kernels, "_num_sms", lambda device, num_sms=num_sms: num_sms)
+        monkeypatch.setattr(kernels, "_has_clusters", lambda device: has_clusters)
         for dtype in (torch.float16, torch.bfloat16):
             for num_rows in (1, 8, 9, 16):
                 x = torch.empty(num_rows, 64, dtype=dtype)
@@ -82,7 +83,7 @@ def test_every_kernel_compiles(kernels, launches, monkeypatch, architecture):
     nvrtc = open_nvrtc()
     if nvrtc is None:
         pytest.skip("no NVRTC library")
-    launch_everything(kernels, monkeypatch)
+    launch_everything(kernels, monkeypatch, has_clusters=architecture != "sm_80")
     instances = sorted({(name, defines) for name, defines, *_ in launches})
     matvecs = {name for name, _ in instances if name.startswith("matvec")}
     assert len(matvecs) == 4 * 2 * 2 * 4  # formats, dtypes, row tiles, epilogues
@@ -93,9 +94,10 @@ def test_every_kernel_compiles(kernels, launches, monkeypatch, architecture):
         assert name.partition("<")[0].encode() in mangled
 
 
-def test_launches_cover_their_outputs(kernels, launches, monkeypatch):
+@pytest.mark.parametrize("has_clusters", [False, True])
+def test_launches_cover_their_outputs(kernels, launches, monkeypatch, has_clusters):
     """Blocks and threads are those of the compilation, no empty grid, shared memory for the NF4 table alone."""
-    launch_everything(kernels, monkeypatch)
+    launch_everything(kernels, monkeypatch, has_clusters)
     assert launches
     for name, defines, grid, num_threads, shared_bytes in launches:
         settings = dict(define.split("=") for define in defines)
@@ -104,6 +106,22 @@ def test_launches_cover_their_outputs(kernels, launches, monkeypatch):
             assert num_threads == 32 * int(settings["WARPS"])
             is_nf4 = name.startswith(f"matvec<{kernels.FORMATS['nf4']},")
             assert shared_bytes == (kernels.NF4_TABLE_BYTES if is_nf4 else 0)
+        if name.startswith("attend"):
+            assert grid[0] % int(settings["CLUSTER"]) == 0
+            assert (settings["CLUSTER"] != "1") == has_clusters
+
+
+def test_blocks_that_share_the_keys_of_a_row(kernels, monkeypatch):
+    """A full GPU shares nothing; one that is not takes clusters, then more of them as the context grows."""
+    monkeypatch.setattr(kernels, "_num_sms", lambda device: 132)
+    for has_clusters in (False, True):
+        monkeypatch.setattr(kernels, "_has_clusters", lambda device, found=has_clusters: found)
+        for batch, groups, slots in ((1, 2, 256), (1, 2, 32768), (1, 32, 2048), (16, 2, 512), (16, 32, 2048)):
+            cluster, splits = kernels._attend_blocks(batch, groups, slots, None)
+            num_blocks = cluster * splits * batch * groups
+            assert cluster in ((1, 2, 4, 8) if has_clusters else (1,))
+            assert num_blocks <= max(2 * 132, batch * groups)
+            assert num_blocks >= min(132, batch * groups * -(-slots // kernels.MIN_KEYS_PER_BLOCK))
 
 
 def test_a_kernel_that_does_not_compile_says_why(kernels):

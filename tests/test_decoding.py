@@ -1,5 +1,6 @@
 """The CUDA decode path: its wiring on the CPU with reference kernels, every kernel and the whole path on a GPU."""
 
+import copy
 import gc
 import sys
 import weakref
@@ -425,7 +426,14 @@ def test_attend(kernels, dtype, two_d, heads, groups):
     for channels in (64, 128):
         angles = torch.rand(4096, channels // 4, device="cuda") * 6
         rotary = angles.cos().to(dtype), angles.sin().to(dtype)
-        for batch, slots, length in ((1, 256, 0), (3, 256, 63), (1, 1024, 271), (2, 8192, 4200), (16, 256, 255)):
+        for batch, slots, length in (
+            (1, 256, 0),
+            (3, 256, 63),
+            (1, 1024, 271),
+            (2, 8192, 4200),
+            (1, 8192, 8191),
+            (16, 256, 255),
+        ):
             cache = tuple(torch.randn(batch, groups, slots, channels, **new) for _ in range(2))
             expected_cache = tuple(part.clone() for part in cache)
             width = 3 * heads if two_d else heads + 2 * groups
@@ -458,6 +466,25 @@ def test_norm(kernels, dtype, columns):
         assert_close(out, expected, TOLERANCE[dtype])
 
 
+def assert_as_good_a_choice(model, mask, fast, slow):
+    """Assert that every token of `fast` is the best one in fp32, up to what the model's own dtype loses.
+
+    That is measured on `slow`, ids of the model's forward: both logits of a choice may be off by the largest error.
+    """
+    prompt = mask.shape[1]
+    exact = copy.deepcopy(model).float()
+
+    def logits(judge, ids):
+        new = mask.new_ones(len(ids), ids.shape[1] - prompt - 1)
+        keep = torch.cat((mask, new), dim=1)
+        return judge(ids[:, :-1], attention_mask=keep).logits[:, prompt - 1 :].float()
+
+    lost = (logits(model, slow) - logits(exact, slow)).abs().max()
+    scores = logits(exact, fast)
+    chosen = scores.gather(2, fast[:, prompt:, None])[..., 0]
+    assert (scores.amax(dim=2) - chosen).max() <= 2 * lost
+
+
 @on_gpu
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_greedy_ids_on_a_gpu(load, tiny_dir, weights):
@@ -468,7 +495,11 @@ def test_greedy_ids_on_a_gpu(load, tiny_dir, weights):
         ids, mask = prompts(tokenizer, texts, "cuda")
         fast = greedy(model, ids, mask, 40)
         assert model in decoding.DecodeGraph._idle
-        assert same_steps(fast, greedy(model, ids, mask, 40, use_cuda_graph=False))
+        slow = greedy(model, ids, mask, 40, use_cuda_graph=False)
+        if weights == "bfloat16":  # logits of 8 bits tie: which of two equal tokens comes first is chance
+            assert_as_good_a_choice(model, mask, fast[-1], slow[-1])
+        else:
+            assert same_steps(fast, slow)
 
 
 @on_gpu
@@ -520,7 +551,8 @@ def test_chat_on_a_gpu(load, tiny_dir):
     answers = []
     for seed in (1, 1, 2, 3):
         torch.manual_seed(seed)
-        answers.append(model.chat(tokenizer, QUERY, history=[], max_length=160, temperature=1.5)[0])
+        # The small models are sure of this answer: at the usual temperatures every seed gives the same one.
+        answers.append(model.chat(tokenizer, QUERY, history=[], max_length=160, temperature=3.0)[0])
     assert answers[0] == answers[1]
     assert len(set(answers)) > 1
 

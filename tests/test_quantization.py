@@ -243,6 +243,33 @@ def test_linear_forward_and_gradients_equal_the_decoded_weight(bits, bias, shape
         torch.testing.assert_close(got_bias, linear.bias.grad)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("num_parts", [2, 3, 37])
+def test_a_wide_weight_is_decoded_in_parts(monkeypatch, bits, bias, num_parts):
+    """However many rows are decoded at a time, the product is the same and no decoded part is larger than allowed."""
+    torch.manual_seed(0)
+    module = Q.QuantizedLinear.from_linear(nn.Linear(6, 37, bias=bias), bits)
+    module.weight_scale.fill_(0.5)  # with integers for x all sums are exact, whatever their order
+    if bias:
+        nn.init.constant_(module.bias, 3.0)
+    x = torch.randint(-8, 9, (2, 3, 6)).float()
+    whole = module(x)
+    decoded, sizes = Q._decoded, []
+    limit = 37 * 6 * 4 // num_parts
+
+    def noted(*arguments):
+        sizes.append(decoded(*arguments).nbytes)
+        return decoded(*arguments)
+
+    monkeypatch.setattr(Q, "_decoded", noted)
+    monkeypatch.setattr(Q, "DECODED_BYTES", limit)
+    assert torch.equal(module(x), whole)
+    assert len(sizes) >= num_parts
+    assert max(sizes) < limit + 6 * 4
+    assert sum(sizes) == 37 * 6 * 4
+
+
 def test_backward_keeps_the_stored_weight_only():
     module = Q.QuantizedLinear.from_linear(nn.Linear(64, 32), 4)
     kept = []

@@ -16,9 +16,10 @@ from .cuda_source import SOURCE
 FORMATS = {"float": 0, "int8": 1, "int4": 2, "nf4": 3}
 EPILOGUES = {"store": 0, "residual": 1, "swiglu": 2, "gelu": 3}
 MAX_ROWS = 16
-MIN_KEYS_PER_SPLIT = 256
+MIN_KEYS_PER_BLOCK = 256
+MAX_CLUSTER = 8  # blocks; what CUDA grants on every GPU that has clusters
 MIN_CAPABILITY = (8, 0)  # mma.m16n8k16 and bf16
-PDL_CAPABILITY = (9, 0)
+OVERLAP_CAPABILITY = (9, 0)  # programmatic dependent launch, clusters
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Tuning:
         return (*(f"{name}={value}" for name, value in names.items()), *COMMON_DEFINES)
 
 
-COMMON_DEFINES = (f"MIN_KEYS={MIN_KEYS_PER_SPLIT}",)
+COMMON_DEFINES = (f"MIN_KEYS={MIN_KEYS_PER_BLOCK}",)
 
 
 def tuning(kind: str, row_tiles: int, num_tiles: int, num_sms: int) -> Tuning:
@@ -171,7 +172,7 @@ class _Kernel:
         self.driver, nvrtc = _libraries()
         self.device = device
         major, minor = torch.cuda.get_device_capability(device)
-        self.overlaps = (major, minor) >= PDL_CAPABILITY
+        self.overlaps = (major, minor) >= OVERLAP_CAPABILITY
         cubin, mangled = compile_cubin(nvrtc, name, f"sm_{major}{minor}", defines)
         self.function, module = ctypes.c_void_p(), ctypes.c_void_p()
         with torch.cuda.device(device):
@@ -364,26 +365,37 @@ def attend(
         scaling=channels**-0.5,
     )
     name = f"attend<{int(qkv.dtype == torch.bfloat16)}, {channels}, {int(two_d)}>"
-    grid = (_num_splits(batch, groups, slots, qkv.device), groups, batch)
-    _kernel(name, qkv.device, COMMON_DEFINES).launch(grid, 128, arguments)
+    cluster, splits = _attend_blocks(batch, groups, slots, qkv.device)
+    kernel = _kernel(name, qkv.device, (*COMMON_DEFINES, f"CLUSTER={cluster}"))
+    kernel.launch((splits * cluster, groups, batch), 128, arguments)
 
 
 def attend_scratch(batch: int, groups: int, slots: int, channels: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the buffers that `attend` combines its splits in; calls on one stream may share them."""
-    splits = _num_splits(batch, groups, slots, device)
+    splits = _attend_blocks(batch, groups, slots, device)[1]
     partial = torch.empty(batch * groups * splits * 16 * (channels + 2), dtype=torch.float32, device=device)
     return partial, torch.zeros(batch * groups, dtype=torch.int32, device=device)
 
 
-def _num_splits(batch: int, groups: int, slots: int, device) -> int:
-    """Split the cache until the GPU is full twice, but not below MIN_KEYS_PER_SPLIT: joining splits costs 4 us."""
+def _attend_blocks(batch: int, groups: int, slots: int, device) -> tuple[int, int]:
+    """Choose how many blocks share a row's keys: blocks of a cluster, and clusters.
+
+    Both grow until the GPU is full twice. Joining clusters costs several us, so that each takes MIN_KEYS_PER_BLOCK a
+    block first.
+    """
     full = -(-2 * _num_sms(device) // (batch * groups))
-    return max(1, min(full, -(-slots // MIN_KEYS_PER_SPLIT)))
+    cluster = min(MAX_CLUSTER, 1 << (full.bit_length() - 1)) if _has_clusters(device) else 1
+    return cluster, max(1, min(full // cluster, -(-slots // (MIN_KEYS_PER_BLOCK * cluster))))
 
 
 @functools.cache
 def _num_sms(device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _has_clusters(device) -> bool:
+    return torch.cuda.get_device_capability(device) >= OVERLAP_CAPABILITY
 
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:

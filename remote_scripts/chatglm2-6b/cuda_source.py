@@ -15,8 +15,9 @@ matvec: y[M, N] = f(x[M, K] @ W[N, K].T), M <= 16
     Weights: fp16/bf16; int8 and int4 rows (quantization.py); NF4 in blocks of 64 (bitsandbytes).
     The epilogue applies row scale, bias and LoRA update, then stores, adds a residual, or applies SwiGLU or GELU.
 
-attend: one new token against the cache (B, G, S, D), split over S, combined by the last block to finish; it rotates
-    the new query and key and stores key and value on the way.
+attend: one new token against the cache (B, G, S, D); it rotates the new query and key and stores key and value on the
+    way. S is split over the blocks of a cluster, which join through each other's shared memory (compute capability
+    9.0 and later; elsewhere a cluster is one block), and a long S over several clusters, joined by the last block.
 
 norm: RMSNorm or LayerNorm of rows.
 
@@ -32,6 +33,9 @@ SOURCE = r"""
 #define DEPTH 4
 #define MIN_BLOCKS 2
 #define ROW_TILES 1
+#endif
+#ifndef CLUSTER  // likewise, for kernels other than attend
+#define CLUSTER 1
 #endif
 typedef unsigned int u32; typedef unsigned short u16; typedef unsigned char u8;
 enum { FLOAT, INT8, INT4, NF4 };
@@ -381,20 +385,45 @@ template <int BF, int D, int TWO_D> __device__ __forceinline__ uint4 rotated(
   return out;
 }
 
-template <int BF, int D, int TWO_D> __global__ void __launch_bounds__(128) attend(AttendArgs a) {
+// A cluster is CLUSTER blocks that read each other's shared memory; of one block, it needs nothing of the GPU.
+#if CLUSTER > 1
+#define IN_CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ __forceinline__ u32 address_in(const void* shared, int rank) {
+  u32 y; asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(y) : "r"((u32)__cvta_generic_to_shared(shared)), "r"(rank));
+  return y;
+}
+__device__ __forceinline__ float read_from(const float* shared, int rank) {
+  float y; asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(y) : "r"(address_in(shared, rank))); return y;
+}
+__device__ __forceinline__ float2 read_pair_from(const float* shared, int rank) {
+  float2 y;
+  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(y.x), "=f"(y.y) : "r"(address_in(shared, rank)));
+  return y;
+}
+#else
+#define IN_CLUSTERS
+__device__ __forceinline__ void cluster_sync() { __syncthreads(); }
+__device__ __forceinline__ float read_from(const float* shared, int) { return *shared; }
+__device__ __forceinline__ float2 read_pair_from(const float* shared, int) { return *(const float2*)shared; }
+#endif
+
+template <int BF, int D, int TWO_D> __global__ void IN_CLUSTERS __launch_bounds__(128) attend(AttendArgs a) {
   __shared__ __align__(16) u16 query[16][D];
-  __shared__ float context[4][16][D + 1];
+  __shared__ __align__(16) float context[4][16][D + 8];  // channels in the order of `channel_at`
   __shared__ float maxima[4][16], totals[4][16];
   __shared__ bool is_last;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int group = blockIdx.y, b = blockIdx.z, per_group = a.heads / a.groups;
   // Length, positions and the older part of the cache were written a whole graph ago: they need no wait.
   const int slot = a.length[0], start = a.starts[b], num_keys = slot + 1 - start;
-  const int parts = min((num_keys + MIN_KEYS - 1) / MIN_KEYS, (int)gridDim.x);
-  const int per_split = ((num_keys + parts - 1) / parts + 15) / 16 * 16;
-  const int splits = (num_keys + per_split - 1) / per_split, split = blockIdx.x;
-  if (split >= splits) return;
-  const int begin = start + split * per_split, end = min(begin + per_split, slot + 1);
+  const int split = blockIdx.x / CLUSTER, rank = blockIdx.x % CLUSTER, max_splits = gridDim.x / CLUSTER;
+  const int splits = min((num_keys + MIN_KEYS * CLUSTER - 1) / (MIN_KEYS * CLUSTER), max_splits);
+  if (split >= splits) return;  // whole clusters
+  const int blocks = splits * CLUSTER, per_block = ((num_keys + blocks - 1) / blocks + 15) / 16 * 16;
+  const int begin = start + blockIdx.x * per_block, end = min(begin + per_block, slot + 1);  // may be empty
   const int width = TWO_D ? a.heads * 3 * D : (a.heads + 2 * a.groups) * D;
   const u16* token = a.qkv + (size_t)b * width;
   const size_t cache = ((size_t)b * a.groups + group) * a.slots;
@@ -403,20 +432,20 @@ template <int BF, int D, int TWO_D> __global__ void __launch_bounds__(128) atten
   auto load_keys = [&](int first) {
 #pragma unroll
     for (int i = 0; i < D / 16; ++i) {
-      const int key = min(first + i / (D / 32) * 8 + g, slot);
+      const int key = min(first + i / (D / 32) * 8 + g, end - 1);
       k[i] = ((const uint4*)(a.keys + (cache + key) * D + t * (D / 4)))[i % (D / 32)];
     }
   };
   auto load_values = [&](int first) {
 #pragma unroll
     for (int i = 0; i < D / 16; ++i) {
-      const int row = i / (D / 64), key = min(first + t * 2 + row % 2 + row / 2 * 8, slot);
+      const int row = i / (D / 64), key = min(first + t * 2 + row % 2 + row / 2 * 8, end - 1);
       v[i] = ((const uint4*)(a.values + (cache + key) * D + g * (D / 8)))[i % (D / 64)];
     }
   };
   int first = begin + warp * 16;
-  const bool is_old = first + 16 <= slot;
-  if (is_old) { load_keys(first); load_values(first); }
+  const bool has_keys = first < end, is_old = min(first + 16, end) <= slot;
+  if (has_keys && is_old) { load_keys(first); load_values(first); }
   let_successor_start();
   wait_for_predecessor();
 #pragma unroll
@@ -426,7 +455,7 @@ template <int BF, int D, int TWO_D> __global__ void __launch_bounds__(128) atten
     if (head < per_group) q = rotated<BF, D, TWO_D>(a, token + (TWO_D ? h * 3 * D : h * D), at % D, position);
     *(uint4*)&query[head][at % D] = q;
   }
-  if (end == slot + 1 && threadIdx.x < D / 8) {  // this block stores the new key and value
+  if (begin <= slot && end == slot + 1 && threadIdx.x < D / 8) {  // this block stores the new key and value
     const u16* key = token + (TWO_D ? (group * 3 + 1) * D : (a.heads + group) * D);
     const u16* value = token + (TWO_D ? (group * 3 + 2) * D : (a.heads + a.groups + group) * D);
     const int at = threadIdx.x * 8;
@@ -440,7 +469,7 @@ template <int BF, int D, int TWO_D> __global__ void __launch_bounds__(128) atten
     q0[i] = ((const u32*)query[g])[t * D / 8 + i]; q1[i] = ((const u32*)query[g + 8])[t * D / 8 + i];
   }
   float acc[D / 8][4] = {}, top0 = -1e30f, top1 = -1e30f, sum0 = 0, sum1 = 0;
-  if (!is_old) { load_keys(first); load_values(first); }
+  if (has_keys && !is_old) { load_keys(first); load_values(first); }
   for (; first < end; first += 64) {
     float score[2][4] = {};
 #pragma unroll
@@ -494,33 +523,50 @@ template <int BF, int D, int TWO_D> __global__ void __launch_bounds__(128) atten
     maxima[warp][g] = top0; maxima[warp][g + 8] = top1; totals[warp][g] = sum0; totals[warp][g + 8] = sum1;
   }
 #pragma unroll
-  for (int j = 0; j < D / 8; ++j)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) context[warp][g + i / 2 * 8][(t * 2 + i % 2) * (D / 8) + j] = acc[j][i];
-  __syncthreads();
-  const size_t pair_of = (size_t)b * a.groups + group;
-  float* contexts = a.partial + pair_of * gridDim.x * 16 * D;                                   // [splits, 16, D]
-  float* stats = a.partial + (size_t)gridDim.z * a.groups * gridDim.x * 16 * D + pair_of * gridDim.x * 32;
-  u16* out = a.out + (size_t)b * a.heads * D + group * per_group * D;
-  for (int i = threadIdx.x; i < per_group * D; i += 128) {
-    const int head = i / D, channel = i % D;
-    float top = maxima[0][head], total = 0, sum = 0;
-#pragma unroll
-    for (int w = 1; w < 4; ++w) top = fmaxf(top, maxima[w][head]);
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const float weight = __expf(maxima[w][head] - top);
-      total += weight * totals[w][head]; sum += weight * context[w][head][channel];
-    }
-    if (splits == 1) { out[i] = from_float<BF>(sum / total); continue; }
-    contexts[split * 16 * D + i] = sum;
-    if (channel == 0) { stats[split * 32 + head * 2] = top; stats[split * 32 + head * 2 + 1] = total; }
+  for (int j = 0; j < D / 8; ++j) {
+    *(float2*)&context[warp][g][j * 8 + t * 2] = make_float2(acc[j][0], acc[j][1]);
+    *(float2*)&context[warp][g + 8][j * 8 + t * 2] = make_float2(acc[j][2], acc[j][3]);
   }
+  auto channel_at = [](int place) { return place % 8 * (D / 8) + place / 8; };
+  cluster_sync();
+  const size_t pair_of = (size_t)b * a.groups + group;
+  float* contexts = a.partial + pair_of * max_splits * 16 * D;                                    // [splits, 16, D]
+  float* stats = a.partial + (size_t)gridDim.z * a.groups * max_splits * 16 * D + pair_of * max_splits * 32;
+  u16* out = a.out + (size_t)b * a.heads * D + group * per_group * D;
+  // A warp joins 64 channels of a head over the 4 * CLUSTER warps that saw keys; a lane knows the weight of one.
+  for (int unit = rank * 4 + warp; unit < per_group * (D / 64); unit += CLUSTER * 4) {
+    const int head = unit / (D / 64), place = unit % (D / 64) * 64 + lane * 2;
+    float top = lane < 4 * CLUSTER ? read_from(&maxima[lane % 4][head], lane / 4) : -1e30f, total = 0;
+    const float its_top = top;
+    if (lane < 4 * CLUSTER) total = read_from(&totals[lane % 4][head], lane / 4);
+    float2 part[4 * CLUSTER], sum = make_float2(0, 0);
+#pragma unroll
+    for (int s = 0; s < 4 * CLUSTER; ++s) part[s] = read_pair_from(&context[s % 4][head][place], s / 4);
+#pragma unroll
+    for (int d = 16; d; d /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
+    const float weight = __expf(its_top - top);
+    total *= weight;
+#pragma unroll
+    for (int d = 16; d; d /= 2) total += __shfl_xor_sync(~0u, total, d);
+#pragma unroll
+    for (int s = 0; s < 4 * CLUSTER; ++s) {
+      const float w = __shfl_sync(~0u, weight, s);
+      sum.x += w * part[s].x; sum.y += w * part[s].y;
+    }
+    if (splits == 1) {
+      out[head * D + channel_at(place)] = from_float<BF>(sum.x / total);
+      out[head * D + channel_at(place + 1)] = from_float<BF>(sum.y / total);
+    } else {
+      *(float2*)&contexts[(split * 16 + head) * D + place] = sum;
+      if (place == 0) { stats[split * 32 + head * 2] = top; stats[split * 32 + head * 2 + 1] = total; }
+    }
+  }
+  if (CLUSTER > 1) cluster_sync();  // nobody leaves while its shared memory is read
   if (splits == 1) return;
   __threadfence();
   __syncthreads();
   u32* counter = a.counters + pair_of;
-  if (threadIdx.x == 0) is_last = atomicAdd(counter, 1u) == (u32)splits - 1;
+  if (threadIdx.x == 0) is_last = atomicAdd(counter, 1u) == (u32)blocks - 1;
   __syncthreads();
   if (!is_last) return;
   __threadfence();
@@ -555,7 +601,7 @@ template <int BF, int D, int TWO_D> __global__ void __launch_bounds__(128) atten
 #pragma unroll
     for (int d = 16; d; d /= 2) total += __shfl_xor_sync(~0u, total, d);
 #pragma unroll
-    for (int i = 0; i < D / 32; ++i) out[head * D + lane * (D / 32) + i] = from_float<BF>(sum[i] / total);
+    for (int i = 0; i < D / 32; ++i) out[head * D + channel_at(lane * (D / 32) + i)] = from_float<BF>(sum[i] / total);
   }
 }
 """

@@ -66,6 +66,7 @@ LOWEST_RMS_INT4 = 0.2  # the lowest int4 scale in units of rms(row); the best is
 LOWEST_ABSMAX_INT8 = 0.7  # the lowest int8 scale in units of the absmax scale; clipping hardly pays at 255 levels
 MATVEC_ROWS = 2  # rows up to which the plain arithmetic units do it: 57 us a layer for 2 rows; matrix units 62 for 4
 MATMUL_ROWS = 32  # rows up to which decoding in registers wins: 130 us a layer, decoding to memory 256; 64: 276, 264
+DECODED_BYTES = 64 * 2**20  # of a weight that is decoded for many rows: more is decoded in parts
 
 
 def check_bits(bits: int) -> int:
@@ -452,6 +453,22 @@ def _decoded(weight: torch.Tensor, scale: torch.Tensor, bits: int, x: torch.Tens
     return (decode_rows if _has_kernels(x) else dequantize_rows)(weight, scale, bits, x.dtype)
 
 
+def _linear_in_parts(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Compute [*, K] -> [*, N], decoding some rows at a time: a wide weight is never there whole."""
+    num_parts = -(-len(weight) * x.shape[-1] * x.element_size() // DECODED_BYTES)
+    if num_parts <= 1:
+        return F.linear(x, _decoded(weight, scale, bits, x), bias)
+    out = x.new_empty(*x.shape[:-1], len(weight))
+    rows = -(-len(weight) // num_parts)
+    for start in range(0, len(weight), rows):
+        part = slice(start, start + rows)
+        decoded = _decoded(weight[part], scale[part], bits, x)
+        out[..., part] = F.linear(x, decoded, None if bias is None else bias[part])
+    return out
+
+
 def quantized_linear(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -482,7 +499,7 @@ class QuantizedMatMul(torch.autograd.Function):
         ctx.save_for_backward(weight, scale)
         if _has_kernels(x) and 0 < x.shape[:-1].numel() <= MATMUL_ROWS:
             return quantized_matmul(x, weight, scale, bits, bias)
-        return F.linear(x, _decoded(weight, scale, bits, x), bias)
+        return _linear_in_parts(x, weight, scale, bits, bias)
 
     @staticmethod
     def backward(ctx, grad):
