@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import peft
 import torch
-from step_profile import DEVICE, profiled, synchronize
+from step_profile import DEVICE, WARM_UP_STEPS, profiled, synchronize
 from stock_glm import encode, stock_run
 
 from glm_utils.checkpoint import check_checkpoint, load_base_model
@@ -30,7 +30,7 @@ from glm_utils.cli import UserError, run_cli
 from glm_utils.encoding import PackingCollator
 from glm_utils.family import PROJECT_DIR, detect_family
 from glm_utils.lora_product import use_lean_products
-from glm_utils.qlora import make_lora_config
+from glm_utils.qlora import make_lora_config, use_expandable_segments
 from glm_utils.run_record import git_commit, versions, write_json
 
 GIB, SHIPPED_ROWS = 1 << 30, 32
@@ -41,15 +41,15 @@ RUNS = {  # batch: rows; parts: gradient accumulation; limit: GiB; flags: of tra
     "11-gib": {"batch": SHIPPED_ROWS, "steps": 25, "limit": 11.0},
     "11-gib-half": {"batch": SHIPPED_ROWS // 2, "parts": 2, "steps": 20, "limit": 11.0},
     "largest": {"batch": 128, "steps": 12},
-    "recipe-rows": {"batch": 4, "parts": 8, "steps": 4, "checkpointing": True},
+    "recipe-rows": {"batch": 4, "parts": 8, "steps": 12, "checkpointing": True},
     "all-linear": {
         "batch": SHIPPED_ROWS, "steps": 25, "flags": ["--lora_targets", "all-linear", "--lora_rank", "16"]
     },
     "padded": {"batch": SHIPPED_ROWS, "steps": 20, "flags": ["--packing", "false"]},
     "loop-4bit": {"batch": SHIPPED_ROWS, "steps": 25},
     "loop-unquantised": {"batch": SHIPPED_ROWS, "steps": 25, "unquantised": True},
-    "stock-bf16": {"batch": SHIPPED_ROWS, "steps": 8},
-    "stock-bf16-checkpointing": {"batch": SHIPPED_ROWS, "steps": 8, "checkpointing": True},
+    "stock-bf16": {"batch": SHIPPED_ROWS, "steps": 25},
+    "stock-bf16-checkpointing": {"batch": SHIPPED_ROWS, "steps": 25, "checkpointing": True},
     "stock-recipe": RECIPE,
 }  # fmt: skip
 
@@ -151,6 +151,7 @@ def loop_run(settings: dict, model_dir: Path, train_data_path: str, work_dir: Pa
     """Run steps of this project's model without a Trainer, on batches made beforehand, and profile two."""
     dataset, _ = encode(model_dir, train_data_path)
     four_bit = not settings.get("unquantised")
+    use_expandable_segments()
     base = load_base_model(model_dir, four_bit, "bf16", {"": DEVICE})
     model = peft.get_peft_model(base, make_lora_config(8, 32, 0.05, ["query_key_value"])).train()
     use_lean_products(model)
@@ -173,19 +174,16 @@ def loop_run(settings: dict, model_dir: Path, train_data_path: str, work_dir: Pa
         optimizer.step()
         optimizer.zero_grad()
 
-    result = timed(step, batches, [batch["input_ids"].numel() for batch in batches])
-    return {**result, "profile": profiled(step, batches[:2])}
-
-
-def timed(step, batches: list, tokens: list[int]) -> dict:
-    """Return the rate of steps after the first."""
-    step(batches[0])
-    synchronize()
-    start = time.perf_counter()
-    for batch in batches[1:]:
+    for batch in batches[:WARM_UP_STEPS]:
         step(batch)
     synchronize()
-    return {"tokens_per_second": sum(tokens[1:]) / (time.perf_counter() - start)}
+    start = time.perf_counter()
+    for batch in batches[WARM_UP_STEPS:]:
+        step(batch)
+    synchronize()
+    seconds = time.perf_counter() - start
+    num_tokens = sum(batch["input_ids"].numel() for batch in batches[WARM_UP_STEPS:])
+    return {"tokens_per_second": num_tokens / seconds, "profile": profiled(step, batches[:2])}
 
 
 if __name__ == "__main__":

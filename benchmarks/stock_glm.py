@@ -8,7 +8,7 @@ import datasets
 import peft
 import torch
 from native_glm import glm_config, random_glm
-from step_profile import DEVICE, profiled, synchronize
+from step_profile import DEVICE, WARM_UP_STEPS, profiled, synchronize
 from transformers import PreTrainedTokenizer, Trainer, TrainingArguments
 
 from glm_utils.checkpoint import check_checkpoint, load_tokenizer
@@ -76,7 +76,8 @@ def stock_run(settings: dict, model_dir: Path, train_data_path: str, work_dir: P
     )  # fmt: skip
     Counting(model=model, args=args, train_dataset=dataset, data_collator=collate).train()
     synchronize()
-    seconds, first = time.perf_counter() - times[1], settings.get("parts", 1)
+    warm_up = min(WARM_UP_STEPS, settings["steps"] - 2)
+    seconds, first = time.perf_counter() - times[warm_up], warm_up * settings.get("parts", 1)
     batches = [
         {
             key: value.to(DEVICE)

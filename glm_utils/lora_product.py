@@ -1,8 +1,9 @@
-"""The product of a LoRA layer with a backward pass written by hand, in place of peft's chain of small operations.
+"""The products of 4-bit training with backward passes written by hand: LoRA layers, and frozen 4-bit layers.
 
 peft casts the input to the LoRA weights' fp32, drops out, multiplies twice, scales and adds: each step is a pass over
 (tokens, channels), and autograd keeps three of the results. Here the input, the dropout mask and the product of rank
-size are kept, and the 4-bit weight is dequantised where it is used. Modules, weights and files stay peft's.
+size are kept, and the 4-bit weight is decoded where it is used, as in the layers without LoRA. Modules, weights and
+files stay peft's and bitsandbytes'.
 
 Shapes: T tokens, K in, N out, r rank.
 """
@@ -14,6 +15,8 @@ import peft
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
+
+from glm_utils.nf4_decode import decode_nf4
 
 
 class LoraProduct(torch.autograd.Function):
@@ -35,8 +38,7 @@ class LoraProduct(torch.autograd.Function):
         dropped, mask = torch.native_dropout(x, drop, True) if drop else (x, None)
         ctx.dtype, a, b = a.dtype, a.to(x.dtype), b.to(x.dtype)
         product = dropped @ a.T  # (T, r)
-        bias = linear.bias if linear.bias is None else linear.bias.to(x.dtype)
-        y = nn.functional.linear(x, frozen_weight(linear, x.dtype), bias)
+        y = nn.functional.linear(x, frozen_weight(linear, x.dtype), frozen_bias(linear, x.dtype))
         ctx.save_for_backward(x, mask, product, a, b)
         ctx.linear, ctx.scale, ctx.keep = linear, scale, 1 - drop
         return y.addmm_(product, b.T, alpha=scale)
@@ -59,14 +61,45 @@ class LoraProduct(torch.autograd.Function):
         return grad_x, grad_a, grad_b, None, None, None
 
 
+class FrozenProduct(torch.autograd.Function):
+    """Compute y = x W^T + b with a frozen W, keeping nothing."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, linear: nn.Module) -> torch.Tensor:
+        """Return y (T, N) in the dtype of x.
+
+        Args:
+            ctx: Autograd's context.
+            x: (T, K).
+            linear: The frozen layer.
+        """
+        ctx.linear = linear
+        return nn.functional.linear(x, frozen_weight(linear, x.dtype), frozen_bias(linear, x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple:
+        """Return the gradient of x."""
+        return grad @ frozen_weight(ctx.linear, grad.dtype), None
+
+
 def frozen_weight(linear: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     """Return the weight (N, K) of a Linear or Linear4bit in a dtype.
 
     It is freed after one product, and torch's allocator hands the same memory out for the next one.
     """
     state = getattr(linear.weight, "quant_state", None)
-    weight = linear.weight if state is None else bitsandbytes.functional.dequantize_4bit(linear.weight.data, state)
+    weight = linear.weight if state is None else decode_nf4(linear.weight.data, state)
     return weight.to(dtype)
+
+
+def frozen_bias(linear: nn.Module, dtype: torch.dtype) -> torch.Tensor | None:
+    """Return the bias (N,) in a dtype, if there is one."""
+    return None if linear.bias is None else linear.bias.to(dtype)
+
+
+def compute_dtype(linear: nn.Module) -> torch.dtype:
+    """Return the dtype that a Linear or Linear4bit multiplies in."""
+    return getattr(linear, "compute_dtype", None) or linear.weight.dtype
 
 
 def lean_forward(self: LoraLayer, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
@@ -74,7 +107,7 @@ def lean_forward(self: LoraLayer, x: torch.Tensor, *args: object, **kwargs: obje
     if self.disable_adapters or self.merged:
         return type(self).forward(self, x, *args, **kwargs)
     (name,), linear = self.active_adapters, self.get_base_layer()
-    dtype = getattr(linear, "compute_dtype", None) or linear.weight.dtype
+    dtype = compute_dtype(linear)
     drop = getattr(self.lora_dropout[name], "p", 0.0) if self.training else 0.0
     weights = self.lora_A[name].weight, self.lora_B[name].weight
     with torch.autocast(x.device.type, enabled=False):
@@ -82,12 +115,23 @@ def lean_forward(self: LoraLayer, x: torch.Tensor, *args: object, **kwargs: obje
     return y.unflatten(0, x.shape[:-1]).to(x.dtype)
 
 
+def frozen_forward(self: bitsandbytes.nn.Linear4bit, x: torch.Tensor) -> torch.Tensor:
+    """Compute a 4-bit layer, (..., K) -> (..., N), in its compute dtype; without gradients as bitsandbytes does."""
+    if not x.requires_grad:
+        return type(self).forward(self, x)
+    with torch.autocast(x.device.type, enabled=False):
+        y = FrozenProduct.apply(x.to(compute_dtype(self)).flatten(0, -2), self)
+    return y.unflatten(0, x.shape[:-1]).to(x.dtype)
+
+
 def use_lean_products(model: peft.PeftModel) -> None:
-    """Compute all LoRA layers of a model with one plain adapter through `LoraProduct`; changed in place.
+    """Compute all LoRA layers and 4-bit layers of a model through the products above; changed in place.
 
     Args:
-        model: Its targets are Linear or 4-bit Linear layers.
+        model: One plain adapter whose targets are Linear or 4-bit Linear layers.
     """
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.forward = types.MethodType(lean_forward, module)
+        elif isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.forward = types.MethodType(frozen_forward, module)

@@ -90,38 +90,50 @@ def make_plan(model: nn.Module, batch: dict, checkpointing: bool | None) -> Memo
     return MemoryPlan(
         layers=layers,
         fixed_bytes=used_bytes + num_trained * GRADIENT_AND_ADAM_BYTES + 2 * widest,
-        saved_bytes=count_saved_bytes(model, batch) / batch["input_ids"].numel() / len(layers),
+        saved_bytes=count_saved_bytes(model, layers, batch) / batch["input_ids"].numel() / len(layers),
         state_bytes=embedding.shape[1] * embedding.element_size(),
         limit_bytes=limit_bytes,
         checkpointing=checkpointing,
     )
 
 
-def count_saved_bytes(model: nn.Module, batch: dict) -> int:
+def count_saved_bytes(model: nn.Module, layers: list[nn.Module], batch: dict) -> int:
     """Return the bytes that a forward pass keeps for the backward pass, weights not counted.
+
+    They are let go at the end of each block, as no backward pass follows: counting needs less than any step will.
 
     Args:
         model: The model; neither it nor the random state is changed.
+        layers: Its blocks.
         batch: Its arguments, on its device.
     """
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    saved: dict[int, int] = {}
+    held: dict[int, torch.Tensor] = {}  # until the block ends, so that no other tensor gets the address
+    num_bytes = 0
 
-    def count(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = storage.nbytes()
-        # Held by the graph until the end, so no address is used twice. Detached, because an output that its own node
-        # holds is a cycle that is never freed.
-        return tensor.detach()
+    def count(tensor: torch.Tensor) -> None:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in weights:
+            held.setdefault(address, tensor.detach())
+
+    def let_go(*_: object) -> None:
+        nonlocal num_bytes
+        num_bytes += sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+        held.clear()
 
     was_training, ids = model.training, batch["input_ids"]
     own_gpu = [ids.device] if ids.is_cuda else []  # by default every GPU of the host is initialised
-    with torch.random.fork_rng(own_gpu), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        loss = model.train()(**batch).loss
+    hooks = [layer.register_forward_pre_hook(let_go) for layer in layers]
+    try:
+        with torch.random.fork_rng(own_gpu), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = model.train()(**batch).loss
+    finally:
+        for hook in hooks:
+            hook.remove()
     del loss
+    let_go()
     model.train(was_training)
-    return sum(saved.values())
+    return num_bytes
 
 
 def memory_of(device: torch.device) -> tuple[int, int]:

@@ -114,6 +114,11 @@ def make_training_args(
     return training_args
 
 
+def use_expandable_segments() -> None:
+    """Let the allocator cut its memory anew: batches differ in tokens, and the blocks of one do not fit the next."""
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+
+
 def make_lora_model(
     base_dir: Path, base_name: str, compute_dtype: str, lora_config: peft.LoraConfig, training_args: TrainingArguments
 ) -> peft.PeftModel:
@@ -130,8 +135,8 @@ def make_lora_model(
         training_args: Their seed fixes the LoRA weights.
     """
     on_gpu = training_args.device.type == "cuda"
-    if on_gpu:  # batches differ in tokens: whole blocks of the usual allocator would not fit the next one
-        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    if on_gpu:
+        use_expandable_segments()
     device = {"": int(os.environ.get("LOCAL_RANK", 0)) if on_gpu else "cpu"}
     model = load_base_model(base_dir, True, compute_dtype, device, dtype=None if on_gpu else "fp32")
     model.name_or_path = base_name  # peft writes it into adapter_config.json

@@ -1,4 +1,4 @@
-"""The LoRA product with its own backward pass, against peft's chain of operations."""
+"""The products with their own backward pass, against peft's and bitsandbytes' operations."""
 
 import types
 
@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 
+from glm_utils import nf4_decode
 from glm_utils.lora_product import LoraProduct, use_lean_products
 from glm_utils.qlora import make_lora_config, make_lora_model
 
@@ -44,8 +45,8 @@ def loss_and_gradients(model, batch):
 
 def as_peft(model):
     for module in model.modules():
-        if isinstance(module, peft.tuners.lora.LoraLayer):
-            del module.forward
+        if isinstance(module, peft.tuners.lora.LoraLayer | bitsandbytes.nn.Linear4bit):
+            module.__dict__.pop("forward", None)
     return model
 
 
@@ -122,3 +123,65 @@ def test_it_keeps_the_input_and_little_else(make_model, batch):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t.detach(), lambda t: t):
         LoraProduct.apply(x, a, b, linear, 1.0, 0.1)
     assert sorted(saved) == sorted([10 * 64, 10 * 64, 10 * 2, 2 * 64, 512 * 2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_frozen_layer_without_lora(dtype):
+    """Result and gradient of x are bitsandbytes', nothing is kept for the backward pass."""
+    torch.manual_seed(0)
+    layer = bitsandbytes.nn.Linear4bit(128, 96, compute_dtype=dtype, quant_type="nf4", compress_statistics=True)
+    model = torch.nn.Sequential(layer).requires_grad_(False).to(DEVICE)
+    x = torch.randn(3, 5, 128, device=DEVICE, dtype=dtype, requires_grad=True)
+    expected = model(x)
+    grad = torch.randn_like(expected)
+    (expected_grad,) = torch.autograd.grad(expected, x, grad)
+    use_lean_products(model)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        found = model(x)
+    assert not saved
+    (found_grad,) = torch.autograd.grad(found, x, grad)
+    weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).double()
+    for one, other, size in (
+        (found, expected, x.double().abs() @ weight.abs().T),
+        (found_grad, expected_grad, grad.double().abs() @ weight.abs()),
+    ):
+        assert one.dtype == dtype
+        assert ((one - other).abs() <= 4 * torch.finfo(dtype).eps * (size + 1)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("shape", [(96, 128), (3, 64), (130, 192), (1, 64 * 257)])
+def test_nf4_is_decoded_as_bitsandbytes_does(monkeypatch, dtype, nested, shape):
+    """The kernel, on a CPU under Triton's interpreter: at most the last bit of the maxima's fp32 product differs."""
+    if nf4_decode.triton is None:
+        pytest.skip("no Triton")
+    torch.manual_seed(0)
+    weight = torch.randn(shape, device=DEVICE, dtype=dtype) * torch.logspace(-3, 1, shape[0], device=DEVICE)[:, None]
+    packed, state = bitsandbytes.functional.quantize_4bit(
+        weight.to(dtype), quant_type="nf4", blocksize=64, compress_statistics=nested
+    )
+    expected = bitsandbytes.functional.dequantize_4bit(packed, state)
+    calls = []
+    monkeypatch.setattr(nf4_decode, "has_triton", lambda tensor: calls.append(1) or True)
+    monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", None)
+    found = nf4_decode.decode_nf4(packed, state)
+    assert calls
+    assert found.dtype == expected.dtype == dtype
+    assert found.shape == expected.shape == shape
+    bound = 2 * torch.finfo(torch.float32).eps + (0 if dtype == torch.float32 else torch.finfo(dtype).eps)
+    assert ((found - expected).abs().float() <= bound * expected.abs().float()).all()
+    if not nested and (DEVICE == "cuda" or dtype != torch.bfloat16):  # Triton's interpreter cuts bf16 off
+        assert torch.equal(found, expected)
+
+
+def test_other_layouts_go_to_bitsandbytes(monkeypatch):
+    """FP4, and other block sizes."""
+    monkeypatch.setattr(nf4_decode, "has_triton", lambda tensor: True)
+    for quant_type, block_size in (("fp4", 64), ("nf4", 128)):
+        packed, state = bitsandbytes.functional.quantize_4bit(
+            torch.randn(64, 128, device=DEVICE), quant_type=quant_type, blocksize=block_size
+        )
+        expected = bitsandbytes.functional.dequantize_4bit(packed, state)
+        assert torch.equal(nf4_decode.decode_nf4(packed, state), expected)

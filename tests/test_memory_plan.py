@@ -35,12 +35,15 @@ def plan(golden_model, batch):
     return make_plan(golden_model, batch, None)
 
 
+def blocks(model):
+    return [module for module in model.modules() if type(module).__name__ == "GLMBlock"]
+
+
 def test_counting_changes_and_keeps_nothing(golden_model, batch):
     outputs = []
-    block = next(module for module in golden_model.modules() if type(module).__name__ == "GLMBlock")
-    hook = block.register_forward_hook(lambda module, inputs, output: outputs.append(weakref.ref(output[0])))
+    hook = blocks(golden_model)[0].register_forward_hook(lambda module, inputs, output: outputs.append(weakref.ref(output[0])))
     state = torch.random.get_rng_state()
-    first, second = (count_saved_bytes(golden_model, batch) for _ in range(2))
+    first, second = (count_saved_bytes(golden_model, blocks(golden_model), batch) for _ in range(2))
     hook.remove()
     gc.collect()
     assert first == second > 0
@@ -49,13 +52,54 @@ def test_counting_changes_and_keeps_nothing(golden_model, batch):
     assert [output() for output in outputs] == [None, None]
 
 
+def test_the_count_is_what_autograd_keeps(golden_model, batch):
+    """Against a plain pass whose graph holds everything to its end; what several blocks share counts once for each."""
+    weights, kept = {weight.untyped_storage().data_ptr() for weight in golden_model.parameters()}, {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = kept.get(storage.data_ptr(), storage.nbytes())
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = golden_model.train()(**batch).loss
+    expected = sum(size for address, size in kept.items() if address not in weights)
+    del loss
+    found = count_saved_bytes(golden_model, blocks(golden_model), batch)
+    assert expected <= found <= 1.1 * expected
+
+
+def test_counting_holds_one_block_at_a_time(golden_model, batch):
+    """What the first block kept is gone when the third one begins."""
+    kept, gone = [], []
+
+    class Keep(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            y = x.clone()
+            ctx.save_for_backward(y)
+            kept.append(weakref.ref(y))
+            return y * 1
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    layers = blocks(golden_model)
+    first = layers[0].register_forward_hook(lambda module, args, output: (Keep.apply(output[0]), *output[1:]))
+    last = layers[-1].register_forward_hook(lambda *_: gone.append(kept[0]() is None))
+    count_saved_bytes(golden_model, layers, batch)
+    first.remove(), last.remove()
+    assert gone == [True]
+
+
 def test_the_count_grows_with_the_tokens(golden_model, batch):
-    one = count_saved_bytes(golden_model, {**batch, "loss_positions": batch["loss_positions"][:1]})
+    one = count_saved_bytes(golden_model, blocks(golden_model), {**batch, "loss_positions": batch["loss_positions"][:1]})
     twice = {key: torch.cat((batch[key], batch[key]), dim=-1) for key in ("input_ids", "labels")}
     limits = batch["cu_seq_lens_q"]
     twice["cu_seq_lens_q"] = torch.cat((limits, limits[1:] + limits[-1]))
     twice |= {"max_length_q": batch["max_length_q"], "loss_positions": batch["loss_positions"][:1]}
-    assert count_saved_bytes(golden_model, twice) == pytest.approx(2 * one, rel=0.02)
+    assert count_saved_bytes(golden_model, blocks(golden_model), twice) == pytest.approx(2 * one, rel=0.02)
 
 
 def test_no_more_blocks_are_recomputed_than_must(plan):
