@@ -67,9 +67,7 @@ def inference_test(
     make_generate = functools.partial(stream_generate, fast_path=use_cuda_graph)
     rows = []
     for target, prompt in zip(targets, prompts, strict=True):
-        logger.info(
-            f"{target.label}: {target.weight_format}, batch {batch_size}, {len(prompt)} + {new_tokens} tokens"
-        )
+        logger.info(f"{target.label}: {target.weight_format}, batch {batch_size}, {len(prompt)} + {new_tokens} tokens")
         workload = Workload(torch.tensor([prompt] * batch_size, device=device), new_tokens, loop_number, max_time)
         rows.append(describe(target) | measure_model(target.load, make_generate, workload, bandwidth))
     print(write_report({"arguments": arguments, "copy_bytes_per_second": bandwidth, "models": rows}, output_json))

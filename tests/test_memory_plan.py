@@ -41,7 +41,9 @@ def blocks(model):
 
 def test_counting_changes_and_keeps_nothing(golden_model, batch):
     outputs = []
-    hook = blocks(golden_model)[0].register_forward_hook(lambda module, inputs, output: outputs.append(weakref.ref(output[0])))
+    hook = blocks(golden_model)[0].register_forward_hook(
+        lambda module, inputs, output: outputs.append(weakref.ref(output[0]))
+    )
     state = torch.random.get_rng_state()
     first, second = (count_saved_bytes(golden_model, blocks(golden_model), batch) for _ in range(2))
     hook.remove()
@@ -94,12 +96,13 @@ def test_counting_holds_one_block_at_a_time(golden_model, batch):
 
 
 def test_the_count_grows_with_the_tokens(golden_model, batch):
-    one = count_saved_bytes(golden_model, blocks(golden_model), {**batch, "loss_positions": batch["loss_positions"][:1]})
+    layers, first_position = blocks(golden_model), batch["loss_positions"][:1]
+    one = count_saved_bytes(golden_model, layers, {**batch, "loss_positions": first_position})
     twice = {key: torch.cat((batch[key], batch[key]), dim=-1) for key in ("input_ids", "labels")}
     limits = batch["cu_seq_lens_q"]
     twice["cu_seq_lens_q"] = torch.cat((limits, limits[1:] + limits[-1]))
-    twice |= {"max_length_q": batch["max_length_q"], "loss_positions": batch["loss_positions"][:1]}
-    assert count_saved_bytes(golden_model, blocks(golden_model), twice) == pytest.approx(2 * one, rel=0.02)
+    twice |= {"max_length_q": batch["max_length_q"], "loss_positions": first_position}
+    assert count_saved_bytes(golden_model, layers, twice) == pytest.approx(2 * one, rel=0.02)
 
 
 def test_no_more_blocks_are_recomputed_than_must(plan):
