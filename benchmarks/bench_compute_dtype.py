@@ -109,6 +109,7 @@ def compare(model_dir: Path, size: Size, data_paths: dict[str, Path], root: Path
     family = detect_family(check_checkpoint(model_dir), model_dir / "config.json")
     device = re.sub(r"\W+", "_", versions()["device"]).lower() if ON_GPU else "cpu"
     values = json.loads((PROJECT_DIR / family.train_args_json).read_text())
+    del values["output_dir"]  # each run has its own
     values |= {"max_steps": size.steps, "learning_rate": size.learning_rate, "seed": SEED}
     values |= {"per_device_train_batch_size": size.rows, "gradient_accumulation_steps": 1, "logging_steps": 10}
     values |= {"eval_on_start": True, "eval_steps": max(1, size.steps // NUM_EVALUATIONS)}
