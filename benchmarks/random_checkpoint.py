@@ -2,7 +2,8 @@
 
     python benchmarks/random_checkpoint.py --output_path /data/random-6b --family chatglm2-6b
 
-Shapes and config come from tests/fixtures/<family>/state_dict_6b.json; the tokenizer is the small one of the tests.
+Shapes and config come from tests/fixtures/<family>/state_dict_6b.json, those of other sizes from the model class; the
+tokenizer is the small one of the tests.
 """
 
 import json
@@ -15,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from safetensors.torch import save_file
 
-from glm_utils.cli import UserError, run_cli
+from glm_utils.checkpoint import load_classes
+from glm_utils.cli import UserError, nearest, run_cli
 from glm_utils.family import FAMILIES, LINEAR_NAMES, PROJECT_DIR, Family
 from glm_utils.shards import CheckpointReader
 
@@ -35,6 +37,28 @@ def find_family(name: str) -> Family:
 def published_model(family: str) -> dict:
     """Return the config, and the shape of every tensor, of a family's 6B checkpoint."""
     return json.loads((FIXTURES_DIR / family / "state_dict_6b.json").read_text())
+
+
+def resized_model(family: str, config_overrides: dict) -> dict:
+    """Return what `published_model` does, for a model of another size.
+
+    Args:
+        family: Its name.
+        config_overrides: Values by configuration key, in place of the 6B checkpoint's.
+
+    Raises:
+        UserError: A key that the 6B checkpoint's configuration does not have.
+    """
+    config = published_model(family)["config"]
+    for key in config_overrides:
+        if key not in config:
+            raise UserError(f"--config_overrides: {key} is no key of {family}. {nearest(key, config, 'keys')}")
+    config |= config_overrides
+    classes = load_classes(find_family(family))
+    with torch.device("meta"):
+        model = classes.model(classes.config.from_dict(config))
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    return {"config": config, "n_params": sum(map(torch.Tensor.numel, model.parameters())), "shapes": shapes}
 
 
 def layer_shapes(family: str) -> list[tuple[int, int]]:
@@ -57,17 +81,21 @@ def random_weight(shape: list[int], noise: torch.Tensor, name: str) -> torch.Ten
     return noise.repeat(repeats)[start : start + num_elements].reshape(shape)
 
 
-def random_checkpoint(*, output_path: str, family: str = "chatglm2-6b", bin_files: bool = True) -> None:
+def random_checkpoint(
+    *, output_path: str, family: str = "chatglm2-6b", bin_files: bool = True, config_overrides: str = "{}"
+) -> None:
     """Write the checkpoint, in shards.
 
     Args:
         output_path: Directory to make.
         family: chatglm-6b or chatglm2-6b.
         bin_files: pytorch_model-*.bin as published, else safetensors.
+        config_overrides: JSON object of configuration values for another size, e.g. {"num_layers": 2}.
     """
     record, output_dir = find_family(family), Path(output_path)
     output_dir.mkdir(parents=True)
-    published = published_model(family)
+    overrides = json.loads(config_overrides)
+    published = resized_model(family, overrides) if overrides else published_model(family)
     small_dir = FIXTURES_DIR / family / "model"
     small = json.loads((small_dir / "config.json").read_text())
     config = published["config"] | {key: value for key, value in small.items() if key.endswith("token_id")}

@@ -1,0 +1,199 @@
+"""Train one model on the same rows with the same seed in fp32 and in bf16, and compare the evaluation losses.
+
+    python benchmarks/bench_compute_dtype.py
+    python benchmarks/bench_compute_dtype.py --size 1b --train_data_path train.jsonl --eval_data_path dev.jsonl
+
+The first command trains the two tiny models, the second (on a GPU) a ChatGLM2 of 1.1 B random weights. Every run is
+`train_qlora.py` with the family's JSON file but for the settings in SIZES, in a process of its own. For scale there is
+an fp32 run with another seed. On a CPU `--compute_dtype bf16` leaves more in fp32 than on a GPU, so there the run
+bf16-model has the number formats of a GPU. Writes results/compute_dtype_<model>_<device>.json after each run.
+"""
+
+import json
+import multiprocessing
+import re
+import runpy
+import sys
+import tempfile
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from random_checkpoint import random_checkpoint
+
+from glm_utils import qlora
+from glm_utils.checkpoint import load_base_model, project_path
+from glm_utils.checkpoint_files import check_checkpoint
+from glm_utils.cli import UserError, run_cli
+from glm_utils.family import PROJECT_DIR, detect_family
+from glm_utils.run_record import git_commit, sha256, versions, write_json
+from glm_utils.shards import CheckpointReader
+
+NUM_EVALUATIONS = 4  # and one before the first step
+SEED = 42
+ON_GPU = torch.cuda.is_available()
+GPU_BF16 = "activations, frozen weights and products bf16; LoRA weights, optimizer and rotary angles fp32"
+CPU_BF16 = "products of the 4-bit and LoRA layers bf16; everything else fp32"
+RUNS = {  # flags of train_qlora.py, and what the number format covers
+    "fp32": (["--compute_dtype", "fp32"], "everything fp32, without TF32"),
+    "bf16": (["--compute_dtype", "bf16"], GPU_BF16 if ON_GPU else CPU_BF16),
+    **({} if ON_GPU else {"bf16-model": (["--compute_dtype", "bf16"], GPU_BF16)}),
+    "fp32-other-seed": (["--compute_dtype", "fp32", "--seed", str(SEED + 1)], "as fp32"),
+}
+RANDOM_CONFIG = {  # ChatGLM2 with 1.1 B weights
+    "hidden_size": 2048,
+    "num_layers": 16,
+    "num_attention_heads": 16,
+    "multi_query_group_num": 2,
+    "ffn_hidden_size": 6848,
+}
+
+
+class Size(NamedTuple):
+    """What is trained: base models (none: random weights) and settings."""
+
+    model_paths: tuple[str, ...]
+    steps: int
+    rows: int
+    learning_rate: float
+    flags: tuple[str, ...]
+
+
+SIZES = {
+    "tiny": Size(("models/chatglm2-tiny", "models/chatglm-tiny"), 200, 16, 2e-3, ("--lora_rank", "8")),
+    "1b": Size((), 60, 32, 2e-3, ("--lora_rank", "32", "--lora_targets", "all-linear")),
+}
+
+
+def bench_compute_dtype(
+    *,
+    size: Literal["tiny", "1b"] = "tiny",
+    model_path: str | None = None,
+    train_data_path: str = "data/train.jsonl",
+    eval_data_path: str = "data/dev.jsonl",
+    steps: int | None = None,
+    learning_rate: float | None = None,
+    work_dir: str | None = None,
+    results_dir: str = str(PROJECT_DIR / "benchmarks" / "results"),
+) -> None:
+    """Train each model of a size in each number format.
+
+    Args:
+        size: tiny, or 1b for random weights.
+        model_path: This base alone, with the settings of the size.
+        train_data_path: Rows to train on.
+        eval_data_path: Rows whose loss is compared.
+        steps: Optimizer steps. Default: the size's.
+        learning_rate: Its peak. Default: the size's.
+        work_dir: For temporary files. Default: the system's place for them.
+        results_dir: For the results.
+    """
+    chosen = SIZES[size]
+    chosen = chosen._replace(steps=steps or chosen.steps, learning_rate=learning_rate or chosen.learning_rate)
+    paths = {"train": project_path(train_data_path), "eval": project_path(eval_data_path)}
+    for parent in filter(None, (work_dir, results_dir)):
+        Path(parent).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="compute-dtype-", dir=work_dir) as temporary_dir:
+        root = Path(temporary_dir)
+        if not model_path and not chosen.model_paths:
+            model_path = str(root / f"chatglm2-{size}")
+            random_checkpoint(output_path=model_path, bin_files=False, config_overrides=json.dumps(RANDOM_CONFIG))
+        for path in [model_path] if model_path else chosen.model_paths:
+            compare(project_path(path), chosen, paths, root, Path(results_dir))
+
+
+def compare(model_dir: Path, size: Size, data_paths: dict[str, Path], root: Path, results_dir: Path) -> None:
+    """Make all runs of a model, write their result and print it as a table."""
+    family = detect_family(check_checkpoint(model_dir), model_dir / "config.json")
+    device = re.sub(r"\W+", "_", versions()["device"]).lower() if ON_GPU else "cpu"
+    values = json.loads((PROJECT_DIR / family.train_args_json).read_text())
+    del values["output_dir"]  # each run has its own
+    values |= {"max_steps": size.steps, "learning_rate": size.learning_rate, "seed": SEED}
+    values |= {"per_device_train_batch_size": size.rows, "gradient_accumulation_steps": 1, "logging_steps": 10}
+    values |= {"eval_on_start": True, "eval_steps": max(1, size.steps // NUM_EVALUATIONS)}
+    values |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    flags = ["--model_name_or_path", str(model_dir), *size.flags]
+    for name, path in data_paths.items():
+        flags += [f"--{name}_data_path", str(path)]
+    specs = CheckpointReader(model_dir).specs.values()
+    result = {
+        "benchmark": "compute_dtype",
+        "model": model_dir.name,
+        "num_weights": sum(torch.Size(spec.shape).numel() for spec in specs),
+        "run_on": device,
+        "training_args": dict(values),
+        "flags": list(size.flags),
+        "data": {name: {"file": path.name, "sha256": sha256(path)} for name, path in data_paths.items()},
+        "versions": versions(),
+        "commit": git_commit(),
+        "runs": {},
+    }
+    for run, (run_flags, meaning) in RUNS.items():
+        output_dir = root / f"{model_dir.name}-{run}"
+        args_path = root / f"{output_dir.name}.json"
+        args_path.write_text(json.dumps(values | {"output_dir": str(output_dir)}))
+        arguments = ["--train_args_json", str(args_path), *flags, *run_flags]
+        process = multiprocessing.get_context("spawn").Process(target=train, args=(arguments, run == "bf16-model"))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise UserError(f"{model_dir.name} in {run}: exit code {process.exitcode}; the lines above say why")
+        result["runs"][run] = {"number_format": meaning, **read_run(output_dir)}
+        losses = {name: found["eval_loss"] for name, found in result["runs"].items()}
+        result["relative_difference"] = relative_differences(losses)
+        write_json(results_dir / f"compute_dtype_{model_dir.name}_{device}.json", result)
+    print(table(model_dir.name, device, losses, result["relative_difference"]), flush=True)
+
+
+def train(arguments: list[str], whole_model: bool) -> None:
+    """Run train_qlora.py in this process.
+
+    Args:
+        arguments: Its command line.
+        whole_model: Whether all frozen weights have the compute dtype on a CPU too, and with them the activations.
+    """
+    if whole_model:
+        qlora.load_base_model = lambda *args, dtype=None, **kwargs: load_base_model(*args, **kwargs)
+    sys.argv = ["train_qlora.py", *arguments]
+    runpy.run_path(str(PROJECT_DIR / "train_qlora.py"), run_name="__main__")
+
+
+def read_run(output_dir: Path) -> dict:
+    """Return the losses of a run, by step, and what it took."""
+    history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
+    results = json.loads((output_dir / "train_results.json").read_text())
+    found = {f"{key}_loss": {log["step"]: log[name] for log in history if name in log}
+             for key, name in (("eval", "eval_loss"), ("train", "loss"))}  # fmt: skip
+    found |= {"seconds": results["train_runtime"], "tokens_per_second": results["train_tokens_per_second"]}
+    return found | {key: results[key] for key in ("peak_memory_bytes",) if key in results}
+
+
+def relative_differences(losses: dict[str, dict[int, float]]) -> dict[str, dict[int, float]]:
+    """Return (loss - fp32's) / fp32's by run and step, for all runs but fp32.
+
+    Args:
+        losses: By run and step.
+    """
+    reference = losses["fp32"]
+    return {
+        run: {step: loss / reference[step] - 1 for step, loss in by_step.items()}
+        for run, by_step in losses.items()
+        if run != "fp32"
+    }
+
+
+def table(model: str, device: str, losses: dict[str, dict], differences: dict[str, dict]) -> str:
+    """Return the evaluation losses as Markdown rows, with the difference after the last step."""
+    steps = list(losses["fp32"])
+    lines = [f"| {model}, {device} | " + " | ".join(f"step {step}" for step in steps) + " | against fp32 |"]
+    lines.append("|---" * (len(steps) + 2) + "|")
+    for run, by_step in losses.items():
+        last = f"{differences[run][steps[-1]]:+.2%}" if run in differences else ""
+        lines.append(f"| {run} | " + " | ".join(f"{by_step[step]:.4f}" for step in steps) + f" | {last} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_cli(bench_compute_dtype)
