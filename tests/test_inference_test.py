@@ -235,6 +235,7 @@ def test_copy_bandwidth_counts_reading_and_writing(clock, monkeypatch):
 
 
 def test_peak_memory_starts_anew():
+    reset_peak_memory(CPU)  # of the tests before
     block = torch.ones(64 << 20, dtype=torch.uint8)
     high = peak_memory(CPU)["peak_rss_bytes"]
     del block
