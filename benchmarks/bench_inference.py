@@ -1,22 +1,19 @@
-"""Measure generation at 6B size with random weights, each model in a process of its own.
+"""Measure the eight models of the original project's table, at 6B size with random weights, each in a process.
 
     python benchmarks/bench_inference.py --work_dir /data/bench
-    python benchmarks/bench_inference.py --work_dir /data/bench --part baselines
 
-Part `models`: the eight models of the original project's table, each family in fp16 and int4, base and QLoRA-merged.
-Part `baselines`: ChatGLM2 in fp16, int8 and int4 with and without the fast path, in batches, at 2048 tokens, in NF4
-with and without an adapter, and transformers' own model of the same mathematics. Writes
-benchmarks/results/inference_<part>_<device>.json after each model; prints a table and, last, the JSON object.
+Each family in fp16 and int4, base and QLoRA-merged, with the project's own commands on real directories. Writes
+benchmarks/results/inference_models_<device>.json after each model; prints a table and, last, the JSON object.
 """
 
 import functools
-import itertools
 import json
 import multiprocessing
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -34,10 +31,8 @@ from glm_utils.run_record import versions
 
 RESULTS_DIR = PROJECT_DIR / "benchmarks" / "results"
 PROMPT_TOKENS = 64
-LONG_CONTEXT = 2048  # prompt and new tokens together
 TARGETS = ["query_key_value"]
-FAILED = "failed"  # error of a row whose script failed
-EAGER = ("--use_cuda_graph=False",)
+FAILED = "failed"  # error of a row that an error ended
 
 
 class Case(NamedTuple):
@@ -46,51 +41,24 @@ class Case(NamedTuple):
     Attributes:
         name: Its name after the family's.
         weights: Directory that is measured, see `WEIGHTS`.
-        flags: More flags of the script.
-        batch_size: Sequences at once.
-        script: What measures it.
-        is_long: Whether the prompt fills the long context.
     """
 
     name: str
     weights: str
-    flags: tuple[str, ...] = ()
-    batch_size: int = 1
-    script: str = "inference_test.py"
-    is_long: bool = False
 
 
-PARTS = {  # cases of the same weights stand together: a directory is made before its first case and deleted afterwards
-    "models": (
-        Case("fp16", "base"),
-        Case("int4", "int4"),
-        Case("QLoRA fp16", "merged"),
-        Case("QLoRA int4", "merged_int4"),
-    ),
-    "baselines": (
-        Case("fp16", "base"),
-        Case("fp16 eager", "base", EAGER),
-        Case("native", "base", script="benchmarks/native_glm.py"),
-        Case("native batch 8", "base", batch_size=8, script="benchmarks/native_glm.py"),
-        Case("nf4", "base", ("--load_in_4bit",)),
-        Case("nf4 + adapter", "adapter", ("--load_in_4bit",)),
-        Case("int8", "int8"),
-        Case("int8 eager", "int8", EAGER),
-        Case("int4", "int4"),
-        Case("int4 eager", "int4", EAGER),
-        Case("int4 batch 8", "int4", batch_size=8),
-        Case("int4 batch 8 eager", "int4", EAGER, batch_size=8),
-        Case("int4 at 2048 tokens", "int4", is_long=True),
-    ),
-}
-PART_FAMILIES = {"models": "chatglm-6b,chatglm2-6b", "baselines": "chatglm2-6b"}
+CASES = (
+    Case("fp16", "base"),
+    Case("int4", "int4"),
+    Case("QLoRA fp16", "merged"),
+    Case("QLoRA int4", "merged_int4"),
+)
 
 
 def bench_inference(
     *,
     work_dir: str,
-    part: Literal["models", "baselines"] = "models",
-    families: str | None = None,
+    families: str = "chatglm-6b,chatglm2-6b",
     cases: str | None = None,
     scale: Literal["6b", "tiny"] = "6b",
     new_tokens: int = 128,
@@ -101,50 +69,57 @@ def bench_inference(
 
     Args:
         work_dir: Directory to make for the models, 30 GB; deleted afterwards.
-        part: models or baselines.
-        families: Names joined by commas. Default: both for models, chatglm2-6b for baselines.
-        cases: Names of cases joined by commas. Default: all of the part.
+        families: Names joined by commas.
+        cases: Names of cases joined by commas. Default: all.
         scale: 6b, or tiny: the small models of models/.
         new_tokens: Tokens to generate.
         loop_number: Measured repeats.
-        output_json: Result file. Default: benchmarks/results/inference_<part>_<device>.json.
+        output_json: Result file. Default: benchmarks/results/inference_models_<device>.json.
     """
     root = Path(work_dir).resolve()
     if root.exists():
         raise UserError(f"--work_dir {root}: exists. Give a new directory")
-    chosen = choose_cases(part, cases)
-    records = [find_family(name) for name in (families or PART_FAMILIES[part]).split(",")]
-    path = output_json or RESULTS_DIR / f"inference_{part}_{device_name()}.json"
-    result: dict = {"benchmark": f"inference_{part}", "scale": scale, "models": []}
+    chosen = choose_cases(CASES, cases)
+    records = [find_family(name) for name in families.split(",")]
+    path = output_json or RESULTS_DIR / f"inference_models_{device_name()}.json"
+    result: dict = {"benchmark": "inference_models", "scale": scale, "models": []}
     try:
         for family in records:
             make_base(root, family, scale)
-            for weights, group in itertools.groupby(chosen, key=lambda case: case.weights):
-                if weights in WEIGHTS:
-                    WEIGHTS[weights](root, root / weights)
-                for case in group:
-                    label = f"{family.title if scale == '6b' else tiny_name(family)} {case.name}"
-                    row = measure(case, root / weights, new_tokens, loop_number)
-                    result["models"].append({**row, "label": label})
-                    text = write_report(result, path)
-                if weights in WEIGHTS:
-                    shutil.rmtree(root / weights)
+            for case in chosen:
+                if make := WEIGHTS.get(case.weights):
+                    make(root, root / case.weights)
+                row = measure(root / case.weights, new_tokens, loop_number)
+                result["models"].append({**row, "label": f"{model_name(family, scale)} {case.name}"})
+                text = write_report(result, path)
+                if make:
+                    shutil.rmtree(root / case.weights)
             shutil.rmtree(root)
     finally:
         shutil.rmtree(root, ignore_errors=True)
     print(text)
-    if failed := [row["label"] for row in result["models"] if row.get("error") == FAILED]:
-        raise UserError(f"failed: {', '.join(failed)}; the log above says why")
+    check_rows(result["models"])
 
 
-def choose_cases(part: str, names: str | None) -> list[Case]:
-    """Return the cases of a part that are named, in the part's order."""
-    known = {case.name: case for case in PARTS[part]}
+def choose_cases(cases: Sequence, names: str | None) -> list:
+    """Return the cases that are named, in their own order; all of them without names."""
+    known = {case.name: case for case in cases}
     wanted = [name.strip() for name in names.split(",")] if names else list(known)
     for name in wanted:
         if name not in known:
             raise UserError(f"--cases: no case {name!r}. {nearest(name, known, 'cases')}")
     return [case for name, case in known.items() if name in wanted]
+
+
+def check_rows(rows: list[dict]) -> None:
+    """End with an error if a case failed other than by running out of memory."""
+    if failed := [row["label"] for row in rows if row.get("error") == FAILED]:
+        raise UserError(f"failed: {', '.join(failed)}; the log above says why")
+
+
+def model_name(family: Family, scale: str) -> str:
+    """Return a model's name in the table, or its small model's in models/."""
+    return family.title if scale == "6b" else f"{family.name.removesuffix('-6b')}-tiny"
 
 
 def device_name() -> str:
@@ -181,13 +156,8 @@ def make_base(root: Path, family: Family, scale: str) -> None:
     if scale == "6b":
         run("benchmarks/random_checkpoint.py", "--output_path", root / "base", "--family", family.name)
     else:
-        shutil.copytree(PROJECT_DIR / "models" / tiny_name(family), root / "base")
+        shutil.copytree(PROJECT_DIR / "models" / model_name(family, scale), root / "base")
     random_adapter(root / "base", root / "adapter", TARGETS)
-
-
-def tiny_name(family: Family) -> str:
-    """Return the name of a family's small model in models/."""
-    return f"{family.name.removesuffix('-6b')}-tiny"
 
 
 def merge(root: Path, output_dir: Path, bits: int) -> None:
@@ -214,7 +184,6 @@ def write_quantized(root: Path, output_dir: Path, bits: int) -> None:
 
 
 WEIGHTS = {
-    "int8": functools.partial(quantize_base, bits=8),
     "int4": functools.partial(quantize_base, bits=4),
     "merged": functools.partial(merge, bits=0),
     "merged_int4": functools.partial(merge, bits=4),
@@ -224,14 +193,11 @@ WEIGHTS = {
 # ---- one case
 
 
-def measure(case: Case, directory: Path, new_tokens: int, loop_number: int) -> dict:
-    """Run the case's script; return its row."""
-    prompt_tokens = LONG_CONTEXT - new_tokens if case.is_long else PROMPT_TOKENS
-    path_flag = "--lora_path" if case.weights == "adapter" else "--model_path"
-    flags = [path_flag, directory, "--prompt_tokens", prompt_tokens, "--new_tokens", new_tokens]
-    flags += ["--loop_number", loop_number, "--batch_size", case.batch_size, *case.flags]
+def measure(directory: Path, new_tokens: int, loop_number: int) -> dict:
+    """Measure a directory with the project's command; return its row."""
+    flags = ["--model_path", directory, "--prompt_tokens", PROMPT_TOKENS, "--new_tokens", new_tokens]
     try:
-        result = json.loads(run(case.script, *flags).splitlines()[-1])
+        result = json.loads(run("inference_test.py", *flags, "--loop_number", loop_number).splitlines()[-1])
     except UserError as error:
         logger.error(str(error))
         return {"error": FAILED}

@@ -61,6 +61,12 @@ def resized_model(family: str, config_overrides: dict) -> dict:
     return {"config": config, "n_params": sum(map(torch.Tensor.numel, model.parameters())), "shapes": shapes}
 
 
+def small_ids(family: str) -> dict:
+    """Return the special ids of the tests' small tokenizer, by configuration key."""
+    small = json.loads((FIXTURES_DIR / family / "model" / "config.json").read_text())
+    return {key: value for key, value in small.items() if key.endswith("token_id")}
+
+
 def layer_shapes(family: str) -> list[tuple[int, int]]:
     """Return (out, in) of the four Linear modules of a 6B checkpoint's layer, in the order of LINEAR_NAMES."""
     shapes = {
@@ -96,9 +102,6 @@ def random_checkpoint(
     output_dir.mkdir(parents=True)
     overrides = json.loads(config_overrides)
     published = resized_model(family, overrides) if overrides else published_model(family)
-    small_dir = FIXTURES_DIR / family / "model"
-    small = json.loads((small_dir / "config.json").read_text())
-    config = published["config"] | {key: value for key, value in small.items() if key.endswith("token_id")}
     noise = (0.02 * torch.randn(NOISE_ELEMENTS, generator=torch.Generator().manual_seed(0))).half()
     shards: list[list[str]] = [[]]
     num_bytes = 0
@@ -121,9 +124,9 @@ def random_checkpoint(
         weight_map.update(dict.fromkeys(names, file_name))
     index = {"metadata": {"total_size": 2 * published["n_params"]}, "weight_map": weight_map}
     (output_dir / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
-    (output_dir / "config.json").write_text(json.dumps(config, indent=2))
+    (output_dir / "config.json").write_text(json.dumps(published["config"] | small_ids(family), indent=2))
     for file_name in ("tokenizer_config.json", record.tokenizer_file):
-        shutil.copyfile(small_dir / file_name, output_dir / file_name)
+        shutil.copyfile(FIXTURES_DIR / family / "model" / file_name, output_dir / file_name)
 
 
 def random_adapter(base_dir: Path, adapter_dir: Path, targets: list[str], rank: int = 8) -> None:

@@ -3,13 +3,13 @@
 import time
 from pathlib import Path
 
-import bitsandbytes
 import datasets
 import peft
 import torch
-from native_glm import glm_config, random_glm
+from native_glm import glm_config
+from random_model import random_model, replace_linears
 from step_profile import DEVICE, WARM_UP_STEPS, profiled, synchronize
-from transformers import PreTrainedTokenizer, Trainer, TrainingArguments
+from transformers import GlmForCausalLM, PreTrainedTokenizer, Trainer, TrainingArguments
 
 from glm_utils.checkpoint import check_checkpoint, load_tokenizer
 from glm_utils.data import read_rows
@@ -27,20 +27,11 @@ def encode(model_dir: Path, train_data_path: str) -> tuple[datasets.Dataset, Pre
 def stock_model(model_dir: Path, dtype: torch.dtype) -> peft.PeftModel:
     """Build native Glm of ChatGLM2's shape with random weights in NF4, and peft's LoRA on q, k and v."""
     config = glm_config(check_checkpoint(model_dir), model_dir / "config.json")
-    model = random_glm(config, torch.bfloat16, torch.device(DEVICE)).train()
-    for parent in list(model.model.layers.modules()):
-        for name, linear in list(parent.named_children()):
-            if isinstance(linear, torch.nn.Linear):
-                packed = bitsandbytes.nn.Linear4bit(
-                    linear.in_features, linear.out_features, linear.bias is not None, dtype, True, "nf4", device="meta"
-                )
-                packed.weight = bitsandbytes.nn.Params4bit(
-                    linear.weight.data.cpu(), False, quant_type="nf4", compress_statistics=True
-                ).to(DEVICE)
-                packed.bias = linear.bias
-                setattr(parent, name, packed)
-    model.is_loaded_in_4bit, model.config.use_cache = True, False
-    model = model.requires_grad_(False).to(dtype) if dtype == torch.float32 else model.requires_grad_(False)
+    model = random_model(GlmForCausalLM, config, torch.bfloat16, torch.device(DEVICE)).train()
+    replace_linears(model, dtype)
+    model.config.use_cache = False
+    if dtype == torch.float32:
+        model = model.to(dtype)
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

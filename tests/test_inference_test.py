@@ -235,6 +235,7 @@ def test_copy_bandwidth_counts_reading_and_writing(clock, monkeypatch):
 
 
 def test_peak_memory_starts_anew():
+    reset_peak_memory(CPU)  # of the tests before
     block = torch.ones(64 << 20, dtype=torch.uint8)
     high = peak_memory(CPU)["peak_rss_bytes"]
     del block
@@ -477,30 +478,14 @@ def test_command_line(model_dir, capsys, monkeypatch):
 # ---- the benchmark
 
 
-def test_native_model_has_our_size(benchmark_modules, capsys):
-    import native_glm
-
-    model_dir = PROJECT_DIR / "models/chatglm2-tiny"
-    native_glm.native_glm(model_path=str(model_dir), prompt_tokens=7, new_tokens=3, batch_size=2, loop_number=1)
-    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["models"]
-    assert (row["num_new_tokens"], row["num_prompt_tokens"], row["batch_size"]) == (3, 7, 2)
-    ours = weight_bytes(load_base_model(model_dir, dtype=AUTO_DTYPE))
-    assert row["weight_bytes"] == pytest.approx(ours, rel=1e-4)  # but for the table of rotary frequencies
-    with pytest.raises(UserError, match="only ChatGLM2"):
-        native_glm.native_glm(model_path=str(PROJECT_DIR / "models/chatglm-tiny"), prompt_tokens=7)
-
-
 def test_cases_of_the_benchmark(benchmark_modules):
     import bench_inference as bench
 
-    for part, cases in bench.PARTS.items():
-        groups = [weights for weights, _ in bench.itertools.groupby(case.weights for case in cases)]
-        assert len(groups) == len(set(groups)), part  # a directory is made once
-        assert set(groups) <= {"base", "adapter", *bench.WEIGHTS}
-        assert bench.choose_cases(part, None) == list(cases)
-    assert [case.name for case in bench.choose_cases("models", "QLoRA int4, fp16")] == ["fp16", "QLoRA int4"]
+    assert {case.weights for case in bench.CASES} == {"base", *bench.WEIGHTS}
+    assert bench.choose_cases(bench.CASES, None) == list(bench.CASES)
+    assert [case.name for case in bench.choose_cases(bench.CASES, "QLoRA int4, fp16")] == ["fp16", "QLoRA int4"]
     with pytest.raises(UserError, match="no case 'int5'"):
-        bench.choose_cases("models", "int5")
+        bench.choose_cases(bench.CASES, "int5")
 
 
 @pytest.mark.slow
@@ -511,9 +496,7 @@ def test_benchmark_measures_base_and_merged_models(tmp_path, benchmark_modules, 
     path, flags = tmp_path / "result.json", {"scale": "tiny", "new_tokens": 3, "loop_number": 1}
     bench.bench_inference(work_dir=str(tmp_path / "w"), families="chatglm-6b", output_json=str(path), **flags)
     result = json.loads(path.read_text("utf-8"))
-    assert [row["label"] for row in result["models"]] == [
-        f"chatglm-tiny {case.name}" for case in bench.PARTS["models"]
-    ]
+    assert [row["label"] for row in result["models"]] == [f"chatglm-tiny {case.name}" for case in bench.CASES]
     assert [row["weight_format"] for row in result["models"]] == [AUTO_DTYPE, "int4", AUTO_DTYPE, "int4"]
     assert all(row["num_prompt_tokens"] == bench.PROMPT_TOKENS for row in result["models"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
@@ -525,14 +508,17 @@ def test_benchmark_goes_on_after_a_failed_case(tmp_path, benchmark_modules, monk
     import bench_inference as bench
 
     def run(script, *flags):
-        if "--load_in_4bit" in flags:
+        flags = dict(zip(flags[::2], flags[1::2], strict=True))
+        if "--output_path" in flags:
+            flags["--output_path"].mkdir()
+        elif flags["--model_path"].name != "base":
             raise UserError("exit code 1")
         return 'text\n{"models": [{"label": "x", "tokens_per_second": 1.0}], "copy_bytes_per_second": 2.0}\n'
 
     monkeypatch.setattr(bench, "run", run)
-    path, flags = tmp_path / "result.json", {"scale": "tiny", "part": "baselines", "cases": "fp16,nf4,nf4 + adapter"}
-    with pytest.raises(UserError, match=r"failed: chatglm2-tiny nf4, chatglm2-tiny nf4 \+ adapter"):
-        bench.bench_inference(work_dir=str(tmp_path / "w"), output_json=str(path), **flags)
+    path, flags = tmp_path / "result.json", {"scale": "tiny", "cases": "fp16,QLoRA fp16,QLoRA int4"}
+    with pytest.raises(UserError, match="failed: chatglm2-tiny QLoRA fp16, chatglm2-tiny QLoRA int4"):
+        bench.bench_inference(work_dir=str(tmp_path / "w"), families="chatglm2-6b", output_json=str(path), **flags)
     first, *failed = json.loads(path.read_text("utf-8"))["models"]
     assert first == {"label": "chatglm2-tiny fp16", "tokens_per_second": 1.0, "copy_bytes_per_second": 2.0}
     assert [row["error"] for row in failed] == ["failed", "failed"]

@@ -1,0 +1,208 @@
+"""Measure generation at 6B size against its baselines: random weights made in memory, one model after the other.
+
+    python benchmarks/bench_decode.py
+    python benchmarks/bench_decode.py --families chatglm2-6b --cases "fp16,int4" --output_json decode.json
+
+Each family in fp16, NF4 (also with an unmerged adapter), int8 and int4, with and without the fast path, in batches and
+at 2048 tokens; for ChatGLM2 also transformers' own model of the same mathematics. Writes
+benchmarks/results/decode_baselines_<device>.json after each model; prints a table and, last, the JSON object.
+"""
+
+import functools
+import sys
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from bench_inference import FAILED, RESULTS_DIR, TARGETS, check_rows, choose_cases, device_name, model_name
+from loguru import logger
+from native_glm import glm_config, native_generate
+from random_checkpoint import FIXTURES_DIR, find_family, published_model, small_ids
+from random_model import add_random_lora, compacted, random_model, replace_linears
+from transformers import GlmForCausalLM, PreTrainedModel
+
+from glm_utils.checkpoint import load_classes, load_tokenizer
+from glm_utils.checkpoint_files import read_json_object
+from glm_utils.cli import UserError, run_cli
+from glm_utils.family import PROJECT_DIR, Family
+from glm_utils.inference_job import auto_dtype, dtype_name, free_bytes, prompt_ids
+from glm_utils.inference_measure import Workload, measure_model, stream_generate
+from glm_utils.inference_memory import copy_bandwidth, reset_peak_memory
+from glm_utils.inference_report import write_report
+
+PROMPT = "类型#裙*颜色#白色*风格#简约*图案#刺绣"
+LONG_CONTEXT = 2048  # prompt and new tokens together
+SLOW_SHARE = 8  # launch-bound cases (14 to 20 tokens/s on an H200) generate this part of the tokens
+LEAST = {"new_tokens": 2, "loop_number": 1}
+BITS = {"int8": 8, "int4": 4}
+
+
+class Case(NamedTuple):
+    """One column of the table.
+
+    Attributes:
+        name: Its name after the family's.
+        weights: Of the layers: float, nf4, int8 or int4.
+        batch_size: Sequences at once.
+        is_eager: Whether the fast path is off.
+        is_native: Whether it is transformers' own model.
+        has_adapter: Whether LoRA layers lie on the model.
+        is_long: Whether the prompt fills the long context.
+    """
+
+    name: str
+    weights: str
+    batch_size: int = 1
+    is_eager: bool = False
+    is_native: bool = False
+    has_adapter: bool = False
+    is_long: bool = False
+
+    def num_tokens(self, prompt_tokens: int, new_tokens: int) -> tuple[int, int]:
+        """Return the lengths of prompt and answer."""
+        if self.is_long:
+            return LONG_CONTEXT - new_tokens, new_tokens
+        is_slow = self.is_eager or self.is_native
+        return prompt_tokens, max(LEAST["new_tokens"], new_tokens // SLOW_SHARE) if is_slow else new_tokens
+
+
+CASES = (
+    Case("fp16", "float"),
+    Case("fp16 eager", "float", is_eager=True),
+    Case("native", "float", is_native=True),
+    Case("native batch 8", "float", 8, is_native=True),
+    Case("nf4", "nf4"),
+    Case("nf4 + adapter", "nf4", has_adapter=True),
+    Case("nf4 eager", "nf4", is_eager=True),
+    Case("int8", "int8"),
+    Case("int4", "int4"),
+    Case("int4 eager", "int4", is_eager=True),
+    Case("int4 batch 8", "int4", 8),
+    Case("int4 batch 16", "int4", 16),
+    Case("int4 at 2048 tokens", "int4", is_long=True),
+)
+
+
+def bench_decode(
+    *,
+    families: str = "chatglm2-6b,chatglm-6b",
+    cases: str | None = None,
+    scale: Literal["6b", "tiny"] = "6b",
+    prompt_tokens: int = 32,
+    new_tokens: int = 512,
+    loop_number: int = 3,
+    output_json: str | None = None,
+) -> None:
+    """Make and measure the models one after the other, on the first GPU or, without one, on the CPU in fp32.
+
+    Args:
+        families: Names joined by commas.
+        cases: Names of cases joined by commas. Default: all.
+        scale: 6b, or tiny: the sizes of the small models of models/.
+        prompt_tokens: Length of the prompt.
+        new_tokens: Tokens to generate; cases without the fast path generate an eighth.
+        loop_number: Measured repeats.
+        output_json: Result file. Default: benchmarks/results/decode_baselines_<device>.json.
+    """
+    for name, value in (("new_tokens", new_tokens), ("loop_number", loop_number)):
+        if value < LEAST[name]:
+            raise UserError(f"--{name} {value}: expected {LEAST[name]} or more")
+    chosen = choose_cases(CASES, cases)
+    bases = [find_base(find_family(name), scale) for name in families.split(",")]
+    path = output_json or RESULTS_DIR / f"decode_baselines_{device_name()}.json"
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    bandwidth = copy_bandwidth(device, free_bytes(device))
+    result: dict = {"benchmark": "decode_baselines", "scale": scale, "copy_bytes_per_second": bandwidth, "models": []}
+    for base in bases:
+        for case in chosen:
+            if case.is_native and base.family.native_class is None:
+                continue
+            num_prompt, num_new = case.num_tokens(prompt_tokens, new_tokens)
+            ids = prompt_ids(load_tokenizer(base.tokenizer_dir), PROMPT, num_prompt)
+            workload = Workload(torch.tensor([ids] * case.batch_size, device=device), num_new, loop_number)
+            result["models"].append(measure(base, case, workload, bandwidth))
+            text = write_report(result, path)
+    print(text)
+    check_rows(result["models"])
+
+
+class Base(NamedTuple):
+    """What the models of a family are made from.
+
+    Attributes:
+        family: The family.
+        name: In the table.
+        config: Content of config.json.
+        tokenizer_dir: Directory of a small tokenizer whose special ids are the config's.
+    """
+
+    family: Family
+    name: str
+    config: dict
+    tokenizer_dir: Path
+
+
+def find_base(family: Family, scale: str) -> Base:
+    """Return the published configuration of a family, or its small model's."""
+    name = model_name(family, scale)
+    if scale == "6b":
+        config = published_model(family.name)["config"] | small_ids(family.name)
+        return Base(family, name, config, FIXTURES_DIR / family.name / "model")
+    directory = PROJECT_DIR / "models" / name
+    return Base(family, name, read_json_object(directory / "config.json"), directory)
+
+
+def measure(base: Base, case: Case, workload: Workload, bandwidth: float) -> dict:
+    """Measure a case; return its row. An error ends this case only.
+
+    Args:
+        base: The model's size.
+        case: What is measured.
+        workload: Its prompts and tokens.
+        bandwidth: Of copies on the device, bytes a second.
+    """
+    device, (batch_size, num_prompt) = workload.input_ids.device, workload.input_ids.shape
+    dtype = auto_dtype(base.config, base.tokenizer_dir, device)
+    row = {
+        "label": f"{base.name} {case.name}",
+        "family": base.family.name,
+        "weight_format": dtype_name(dtype) if case.weights == "float" else case.weights,
+        "batch_size": batch_size,
+        "num_prompt_tokens": num_prompt,
+        "num_new_tokens": workload.new_tokens,
+    }
+    logger.info(f"{row['label']}: batch {batch_size}, {num_prompt} + {workload.new_tokens} tokens")
+    load = functools.partial(make_model, base, case, dtype, device)
+    generate = native_generate if case.is_native else functools.partial(stream_generate, fast_path=not case.is_eager)
+    try:
+        figures = measure_model(load, generate, workload, bandwidth)
+    except Exception as error:  # whatever it is, the other cases are worth measuring
+        logger.opt(exception=error).error(f"{row['label']} failed")
+        return {**row, "error": FAILED}
+    figures.pop("load_seconds", None)  # of making it
+    return row | figures
+
+
+def make_model(base: Base, case: Case, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Make a case's model; the peak of memory is looked for from then on, without its unquantised weights."""
+    if case.is_native:
+        model = random_model(GlmForCausalLM, glm_config(base.config, base.tokenizer_dir), dtype, device)
+    else:
+        classes = load_classes(base.family)
+        model = random_model(classes.model, classes.config.from_dict(base.config), dtype, device)
+    if case.weights == "nf4":
+        replace_linears(model, dtype)
+    elif case.weights in BITS:
+        model.quantize(BITS[case.weights])
+    if case.has_adapter:
+        model = add_random_lora(model, TARGETS)
+    if case.weights != "float":
+        model = compacted(model, device)
+    reset_peak_memory(device)
+    return model
+
+
+if __name__ == "__main__":
+    run_cli(bench_decode)
