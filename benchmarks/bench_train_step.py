@@ -8,6 +8,7 @@ loop-* are a plain loop over this project's model, profiled; all others are the 
 Tokens are those of the rows, without padding. Writes benchmarks/results/train_<family>_<device>.json after each run.
 """
 
+import contextlib
 import fcntl
 import json
 import re
@@ -36,7 +37,7 @@ from glm_utils.run_record import git_commit, versions, write_json
 GIB, SHIPPED_ROWS = 1 << 30, 32
 RECIPE = {"batch": 4, "parts": 8, "steps": 3, "fp32": True, "checkpointing": True}
 RUNS = {  # batch: rows; parts: gradient accumulation; limit: GiB; flags: of train_qlora.py
-    "shipped": {"batch": SHIPPED_ROWS, "steps": 35},
+    "shipped": {"batch": SHIPPED_ROWS, "steps": 60},
     "7.5-gib": {"batch": SHIPPED_ROWS, "steps": 25, "limit": 7.5},
     "11-gib": {"batch": SHIPPED_ROWS, "steps": 25, "limit": 11.0},
     "11-gib-half": {"batch": SHIPPED_ROWS // 2, "parts": 2, "steps": 20, "limit": 11.0},
@@ -92,23 +93,26 @@ def bench_train_step(
     result["runs"], deadline = {}, time.monotonic() + max_seconds
     common = ["--model_path", model_path, "--train_data_path", train_data_path, "--work_dir", work_dir]
     processes = {}
-    for index, name in enumerate(names):
-        for ahead in names[index : index + 4]:  # the next processes import while this one measures
-            if ahead not in processes:
-                command = [sys.executable, __file__, "--run", ahead, *common]
-                log = (Path(work_dir) / f"bench_train_{ahead}.log").open("w+")
-                processes[ahead] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT), log
-        process, log = processes[name]
-        try:
-            process.wait(max(1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
+    try:
+        for index, name in enumerate(names):
+            for ahead in names[index : index + 4]:  # the next processes import while this one measures
+                if ahead not in processes:
+                    command = [sys.executable, __file__, "--run", ahead, *common]
+                    log = (Path(work_dir) / f"bench_train_{ahead}.log").open("w+")
+                    processes[ahead] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT), log
+            process, log = processes[name]
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(1, deadline - time.monotonic()))
             process.kill()
-        log.seek(0)
-        text = log.read()
-        found = re.search(r"^RESULT (.*)$", text, re.MULTILINE)
-        result["runs"][name] = json.loads(found[1]) if found else {"error": text[-600:]}
-        write_json(path, result)
-        print(name, json.dumps(result["runs"][name]), flush=True)
+            log.seek(0)
+            text = log.read()
+            found = re.search(r"^RESULT (.*)$", text, re.MULTILINE)
+            result["runs"][name] = json.loads(found[1]) if found else {"error": text[-600:]}
+            write_json(path, result)
+            print(name, json.dumps(result["runs"][name]), flush=True)
+    finally:
+        for process, _ in processes.values():
+            process.kill()
 
 
 def measure(name: str, model_dir: Path, train_data_path: str, work_dir: Path) -> dict:

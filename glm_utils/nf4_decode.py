@@ -17,7 +17,7 @@ except ImportError:
 
 BLOCK = 64  # weights that share a maximum
 MAXIMA = 256  # maxima that share one of their own
-BLOCKS_PER_PROGRAM, NUM_WARPS = 64, 4
+BLOCKS_PER_PROGRAM, NUM_WARPS = 32, 1
 
 if triton is not None:
 
