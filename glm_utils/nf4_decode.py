@@ -67,6 +67,6 @@ def decode_nf4(packed: torch.Tensor, state: bitsandbytes.functional.QuantState) 
         _decode_kernel[(triton.cdiv(num_blocks, BLOCKS_PER_PROGRAM),)](
             packed, state.code, state.absmax, *nested, out, num_blocks,
             NESTED=second is not None, BLOCKS=BLOCKS_PER_PROGRAM, HALF=BLOCK // 2, GROUP=MAXIMA,
-            num_warps=NUM_WARPS,
+            num_warps=NUM_WARPS, enable_fp_fusion=False,  # product and sum of a maximum are rounded as there
         )  # fmt: skip
     return out

@@ -154,7 +154,7 @@ def test_a_frozen_layer_without_lora(dtype):
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("shape", [(96, 128), (3, 64), (130, 192), (1, 64 * 257)])
 def test_nf4_is_decoded_as_bitsandbytes_does(monkeypatch, dtype, nested, shape):
-    """The kernel, on a CPU under Triton's interpreter: at most the last bit of the maxima's fp32 product differs."""
+    """The kernel, on a CPU under Triton's interpreter: rounded elsewhere once in fp32, and once in the dtype."""
     if nf4_decode.triton is None:
         pytest.skip("no Triton")
     torch.manual_seed(0)
@@ -170,8 +170,11 @@ def test_nf4_is_decoded_as_bitsandbytes_does(monkeypatch, dtype, nested, shape):
     assert calls
     assert found.dtype == expected.dtype == dtype
     assert found.shape == expected.shape == shape
-    bound = 2 * torch.finfo(torch.float32).eps + (0 if dtype == torch.float32 else torch.finfo(dtype).eps)
-    assert ((found - expected).abs().float() <= bound * expected.abs().float()).all()
+    largest = state.state2.absmax.max() + state.offset.abs() if nested else 0  # code values are at most 1
+    bound = torch.finfo(torch.float32).eps * (largest + expected.abs().float())
+    if dtype != torch.float32:
+        bound += torch.finfo(dtype).eps * expected.abs().float()
+    assert ((found - expected).abs().float() <= bound).all()
     if not nested and (DEVICE == "cuda" or dtype != torch.bfloat16):  # Triton's interpreter cuts bf16 off
         assert torch.equal(found, expected)
 

@@ -66,7 +66,7 @@ LOWEST_RMS_INT4 = 0.2  # the lowest int4 scale in units of rms(row); the best is
 LOWEST_ABSMAX_INT8 = 0.7  # the lowest int8 scale in units of the absmax scale; clipping hardly pays at 255 levels
 MATVEC_ROWS = 2  # rows up to which the plain arithmetic units do it: 57 us a layer for 2 rows; matrix units 62 for 4
 MATMUL_ROWS = 32  # rows up to which decoding in registers wins: 130 us a layer, decoding to memory 256; 64: 276, 264
-DECODED_BYTES = 64 * 2**20  # of a weight that is decoded for many rows: more is decoded in parts
+DECODED_BYTES = 32 * 2**20  # of a weight that is decoded for many rows: more is decoded in parts
 
 
 def check_bits(bits: int) -> int:
@@ -464,8 +464,8 @@ def _linear_in_parts(
     rows = -(-len(weight) // num_parts)
     for start in range(0, len(weight), rows):
         part = slice(start, start + rows)
-        decoded = _decoded(weight[part], scale[part], bits, x)
-        out[..., part] = F.linear(x, decoded, None if bias is None else bias[part])
+        part_bias = None if bias is None else bias[part]
+        out[..., part] = F.linear(x, _decoded(weight[part], scale[part], bits, x), part_bias)  # no two parts at once
     return out
 
 
