@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from glm_utils.cli import UserError
 from glm_utils.encoding import Collator, EncodedRows, PackingCollator
 from glm_utils.memory_plan import MemoryPlan
 from glm_utils.preflight import memory_advice, out_of_memory
@@ -158,7 +159,17 @@ class RunCallback(TrainerCallback):
         return (state.num_input_tokens_seen - self.warm_tokens) / (clock() - self.warm_seconds)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control, logs=None, **kwargs) -> None:
-        """Log one line for each report of the Trainer."""
+        """Log one line for each report of the Trainer.
+
+        Raises:
+            UserError: The loss is no number any more.
+        """
+        if not math.isfinite((logs or {}).get("loss", 0.0)):
+            raise UserError(
+                f"{args.output_dir}: the loss up to step {state.global_step} is {logs['loss']}; training on would not "
+                f"mend it. Lower learning_rate (now {args.learning_rate:g}) or max_grad_norm, or train in bf16 or fp32; "
+                "checkpoints from before are kept"
+            )
         if not state.is_world_process_zero or not logs:
             return
         numbers = [

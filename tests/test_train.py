@@ -269,6 +269,19 @@ def test_shipped_and_old_files_run(train_path, write, family, model_dir, name, t
     assert list(out.glob(logs))
 
 
+@pytest.mark.parametrize("hides", [None, True])
+def test_a_loss_that_is_no_number_ends_the_run(train, tmp_path, hides):
+    """Said with what to change, earlier checkpoints kept; a file may have transformers hide NaN instead."""
+    args = {"learning_rate": 1e30, "max_grad_norm": 0, "warmup_steps": 0, "max_steps": 4, "save_steps": 1}
+    args |= {"logging_steps": 1, "optim": "sgd"}
+    if hides:
+        train("hidden", args={**args, "logging_nan_inf_filter": True})
+        return
+    with pytest.raises(UserError, match=r"loss up to step \d is nan; .* Lower learning_rate \(now 1e\+30\)"):
+        train("nan", args=args)
+    assert (tmp_path / "nan" / "checkpoint-1" / "adapter_model.safetensors").is_file()
+
+
 # ---- resume
 
 
