@@ -317,12 +317,12 @@ def test_static_cache_and_chunked_prefill(golden_model, fixture_dir, family_name
             assert_close(torch.cat((first.logits, rest.logits), dim=1), full)
 
 
-def test_save_and_reload_in_a_fresh_process(golden_model, tokenizer, fixture_dir, tmp_path):
+def test_save_and_reload_in_a_fresh_process(golden_model, tokenizer, fixture_dir, tmp_path, monkeypatch):
     """AutoModel, AutoModelForCausalLM, AutoTokenizer and AutoConfig load a saved directory with equal logits."""
     model_class = type(golden_model)
-    for cls, auto in ((model_class, "AutoModel"), (model_class.config_class, "AutoConfig")):
-        cls.register_for_auto_class(auto)
-    type(tokenizer).register_for_auto_class("AutoTokenizer")
+    autos = {model_class: "AutoModel", model_class.config_class: "AutoConfig", type(tokenizer): "AutoTokenizer"}
+    for cls, auto in autos.items():  # as register_for_auto_class, but undone: the classes are shared with other tests
+        monkeypatch.setattr(cls, "_auto_class", auto)
     golden_model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
