@@ -44,8 +44,8 @@ def cublas(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int
 
 
 def decoded(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
-    """Decode to memory with the kernel, then multiply: the path of prompts and training."""
-    return F.linear(x, function("quantization.decode_rows")(weight, scale, bits, x.dtype))
+    """Decode to memory with the kernel, some rows at a time, and multiply: the path of prompts and training."""
+    return function("quantization.linear_in_parts")(x, weight, scale, bits, None)
 
 
 def triton(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:

@@ -5,7 +5,8 @@
 
 Runs named stock-* build transformers' native Glm with peft and bitsandbytes and use its Trainer as it is; runs named
 loop-* are a plain loop over this project's model, profiled; all others are the shipped command, `train_qlora.py`.
-Tokens are those of the rows, without padding. Writes benchmarks/results/train_<family>_<device>.json after each run.
+Tokens are those of the rows, without padding. Adds this start's runs to
+benchmarks/results/train_<family>_<device>.json after each run; rates compare within a start.
 """
 
 import contextlib
@@ -27,6 +28,7 @@ from step_profile import DEVICE, WARM_UP_STEPS, profiled, synchronize
 from stock_glm import encode, stock_run
 
 from glm_utils.checkpoint import check_checkpoint, load_base_model
+from glm_utils.checkpoint_files import read_json_object
 from glm_utils.cli import UserError, run_cli
 from glm_utils.encoding import PackingCollator
 from glm_utils.family import PROJECT_DIR, detect_family
@@ -89,8 +91,12 @@ def bench_train_step(
     device = re.sub(r"\W+", "_", versions()["device"]).lower()
     path = Path(results_dir) / f"train_{family.name}_{device}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    result = {"benchmark": "train_step", "family": family.name, "versions": versions(), "commit": git_commit()}
-    result["runs"], deadline = {}, time.monotonic() + max_seconds
+    result = {"benchmark": "train_step", "family": family.name, "starts": []}
+    if path.exists():
+        result = read_json_object(path)
+    start = {"versions": versions(), "commit": git_commit(), "runs": {}}
+    result["starts"].append(start)
+    deadline = time.monotonic() + max_seconds
     common = ["--model_path", model_path, "--train_data_path", train_data_path, "--work_dir", work_dir]
     processes = {}
     try:
@@ -107,9 +113,9 @@ def bench_train_step(
             log.seek(0)
             text = log.read()
             found = re.search(r"^RESULT (.*)$", text, re.MULTILINE)
-            result["runs"][name] = json.loads(found[1]) if found else {"error": text[-600:]}
+            start["runs"][name] = json.loads(found[1]) if found else {"error": text[-600:]}
             write_json(path, result)
-            print(name, json.dumps(result["runs"][name]), flush=True)
+            print(name, json.dumps(start["runs"][name]), flush=True)
     finally:
         for process, _ in processes.values():
             process.kill()

@@ -85,7 +85,8 @@ class FrozenProduct(torch.autograd.Function):
 def frozen_weight(linear: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     """Return the weight (N, K) of a Linear or Linear4bit in a dtype.
 
-    It is freed after one product, and torch's allocator hands the same memory out for the next one.
+    It is freed after one product, and torch's allocator hands the same memory out for the next one. A 4-bit weight
+    must lie as it was quantised, see checkpoint.keep_4bit_layout.
     """
     state = getattr(linear.weight, "quant_state", None)
     weight = linear.weight if state is None else decode_nf4(linear.weight.data, state)
@@ -116,8 +117,12 @@ def lean_forward(self: LoraLayer, x: torch.Tensor, *args: object, **kwargs: obje
 
 
 def frozen_forward(self: bitsandbytes.nn.Linear4bit, x: torch.Tensor) -> torch.Tensor:
-    """Compute a 4-bit layer, (..., K) -> (..., N), in its compute dtype; without gradients as bitsandbytes does."""
-    if not x.requires_grad:
+    """Compute a 4-bit layer, (..., K) -> (..., N), in its compute dtype; without gradients as bitsandbytes does.
+
+    So too where that knows more: before it has chosen a compute dtype, and with a bias that is trained.
+    """
+    trains_bias = self.bias is not None and self.bias.requires_grad
+    if not x.requires_grad or self.compute_dtype is None or trains_bias:
         return type(self).forward(self, x)
     with torch.autocast(x.device.type, enabled=False):
         y = FrozenProduct.apply(x.to(compute_dtype(self)).flatten(0, -2), self)

@@ -130,9 +130,9 @@ def count_saved_bytes(model: nn.Module, layers: list[nn.Module], batch: dict) ->
     finally:
         for hook in hooks:
             hook.remove()
+        model.train(was_training)
     del loss
     let_go()
-    model.train(was_training)
     return num_bytes
 
 

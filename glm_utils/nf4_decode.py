@@ -58,7 +58,8 @@ def decode_nf4(packed: torch.Tensor, state: bitsandbytes.functional.QuantState) 
     second = state.state2 if state.nested else None
     is_usual = state.quant_type == "nf4" and state.blocksize == BLOCK and packed.numel() % (BLOCK // 2) == 0
     is_usual = is_usual and (second is None or second.blocksize == MAXIMA)
-    if not (has_triton(packed) and is_usual and packed.is_contiguous()):
+    is_usual = is_usual and packed.dtype == torch.uint8 and packed.is_contiguous()
+    if not (has_triton(packed) and is_usual):
         return bitsandbytes.functional.dequantize_4bit(packed, state)
     out = torch.empty(state.shape, dtype=state.dtype, device=packed.device)
     num_blocks = packed.numel() // (BLOCK // 2)

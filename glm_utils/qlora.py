@@ -104,8 +104,6 @@ def make_training_args(
             f"{args_file.path}: neftune_noise_alpha scales its noise by the length of a row, and a packed batch is "
             "one long row. Give --packing=false, or delete the line"
         )
-    if "logging_nan_inf_filter" not in values:  # it waits for the GPU at every batch, and hides NaN from the log
-        overrides["logging_nan_inf_filter"] = False
     if not packing and "train_sampling_strategy" not in values:
         overrides["train_sampling_strategy"] = "group_by_length"
     overrides["seed"] = values.get("seed", DEFAULT_SEED) if seed is None else seed

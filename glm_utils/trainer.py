@@ -10,6 +10,7 @@ from pathlib import Path
 import peft
 import torch
 from loguru import logger
+from torch import nn
 from transformers import (
     PreTrainedTokenizer,
     PrinterCallback,
@@ -124,6 +125,27 @@ class LoraTrainer(Trainer):
         return loss, None, None
 
 
+def check_trained_weights(args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+    """Refuse to go on with weights that are no numbers any more.
+
+    Args:
+        args: Named in the error.
+        state: The run's.
+        model: Its trained weights are on one device.
+
+    Raises:
+        UserError: NaN or an infinite number in a trained weight.
+    """
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    if torch.stack([weight.detach().isfinite().all() for weight in trained]).all():
+        return
+    raise UserError(
+        f"step {state.global_step}: the trained weights are NaN or infinite, nothing mends that. Lower learning_rate "
+        f"(now {args.learning_rate:g}) or max_grad_norm (now {args.max_grad_norm:g}), or train in bf16 or fp32; what "
+        f"{args.output_dir} holds is from before"
+    )
+
+
 class QuietProgress(ProgressCallback):
     """The Trainer's progress bar without its own line for each report."""
 
@@ -143,6 +165,8 @@ class RunCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control, train_dataloader=None, **kwargs
     ) -> None:
         """Start the clock again after the first step, which warms up; tell how long an epoch takes ten steps later."""
+        if control.should_save:
+            check_trained_weights(args, state, kwargs["model"])
         num_done = state.global_step - self.first_step
         if num_done == 1 and state.global_step < state.max_steps:
             self.warm_seconds, self.warm_tokens = clock(), state.num_input_tokens_seen
@@ -154,22 +178,18 @@ class RunCallback(TrainerCallback):
                 f"{datetime.timedelta(seconds=round(seconds * num_steps))} an epoch of {num_steps:,} steps"
             )
 
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control, **kwargs) -> None:
+        """Look at the weights that will be kept."""
+        check_trained_weights(args, state, kwargs["model"])
+
     def tokens_per_second(self, state: TrainerState) -> float:
         """Return the rate since the first step, evaluations and checkpoints included, padding not."""
         return (state.num_input_tokens_seen - self.warm_tokens) / (clock() - self.warm_seconds)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control, logs=None, **kwargs) -> None:
-        """Log one line for each report of the Trainer.
-
-        Raises:
-            UserError: The loss is no number any more.
-        """
-        if not math.isfinite((logs or {}).get("loss", 0.0)):
-            raise UserError(
-                f"{args.output_dir}: the loss up to step {state.global_step} is {logs['loss']}; training on would not "
-                f"mend it. Lower learning_rate (now {args.learning_rate:g}) or max_grad_norm, or train in bf16 or fp32; "
-                "checkpoints from before are kept"
-            )
+        """Log one line for each report of the Trainer."""
+        if "loss" in (logs or {}):
+            check_trained_weights(args, state, kwargs["model"])
         if not state.is_world_process_zero or not logs:
             return
         numbers = [

@@ -205,6 +205,8 @@ def test_an_error_ends_its_case_only(bench, tmp_path, monkeypatch, log_lines):
         ({"cases": "int5"}, "no case 'int5'"),
         ({"families": "glm"}, "--family glm"),
         ({"prompt_tokens": 1}, "--prompt_tokens 1"),
+        ({"cases": "native", "families": "chatglm-6b"}, "--cases native: none for chatglm-6b"),
+        ({"new_tokens": 2040}, "--new_tokens 2040: expected less than 2032"),
     ],
 )
 def test_refusals(bench, flags, message, tmp_path):

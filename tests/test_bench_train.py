@@ -1,12 +1,14 @@
 """The training benchmark from end to end on a tiny model: a shipped run, a plain loop and the stock yardstick."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 
 from glm_utils.family import PROJECT_DIR
+from glm_utils.run_record import versions, write_json
 
 
 @pytest.mark.slow
@@ -15,12 +17,17 @@ def test_the_benchmark_runs(tmp_path):
     command = [sys.executable, "benchmarks/bench_train_step.py", "--runs", ",".join(runs), "--work_dir", str(tmp_path)]
     command += ["--model_path", "models/chatglm2-tiny", "--train_data_path", "data/dev.jsonl"]
     command += ["--results_dir", str(tmp_path / "results")]
+    (tmp_path / "results").mkdir()
+    earlier = {"runs": {"shipped": {"tokens_per_second": 1.0}}}
+    device = re.sub(r"\W+", "_", versions()["device"]).lower()
+    path = tmp_path / "results" / f"train_chatglm2-6b_{device}.json"
+    write_json(path, {"benchmark": "train_step", "family": "chatglm2-6b", "starts": [earlier]})
     done = subprocess.run(command, cwd=PROJECT_DIR, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    (path,) = (tmp_path / "results").glob("train_chatglm2-6b_*.json")
-    found = json.loads(path.read_text())["runs"]
-    assert list(found) == runs
-    assert all(result.get("tokens_per_second", 0) > 0 for result in found.values()), found
+    kept, added = json.loads(path.read_text())["starts"]
+    assert kept == earlier
+    assert list(added["runs"]) == runs
+    assert all(result.get("tokens_per_second", 0) > 0 for result in added["runs"].values()), added
 
 
 def test_an_unknown_run_is_refused():

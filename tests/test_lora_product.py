@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 
-from glm_utils import nf4_decode
+from glm_utils import lora_product, nf4_decode
 from glm_utils.lora_product import LoraProduct, use_lean_products
 from glm_utils.qlora import make_lora_config, make_lora_model
 
@@ -126,28 +126,50 @@ def test_it_keeps_the_input_and_little_else(make_model, batch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_frozen_layer_without_lora(dtype):
-    """Result and gradient of x are bitsandbytes', nothing is kept for the backward pass."""
+@pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_layer_without_lora(monkeypatch, dtype, input_dtype):
+    """Result and gradient of x are bitsandbytes', through `FrozenProduct`; nothing is kept for the backward pass."""
     torch.manual_seed(0)
     layer = bitsandbytes.nn.Linear4bit(128, 96, compute_dtype=dtype, quant_type="nf4", compress_statistics=True)
     model = torch.nn.Sequential(layer).requires_grad_(False).to(DEVICE)
-    x = torch.randn(3, 5, 128, device=DEVICE, dtype=dtype, requires_grad=True)
+    x = torch.randn(3, 5, 128, device=DEVICE, dtype=input_dtype, requires_grad=True)
     expected = model(x)
     grad = torch.randn_like(expected)
     (expected_grad,) = torch.autograd.grad(expected, x, grad)
     use_lean_products(model)
-    saved = []
+    saved, decoded = [], []
+    monkeypatch.setattr(lora_product, "decode_nf4", lambda *args: decoded.append(1) or nf4_decode.decode_nf4(*args))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         found = model(x)
     assert not saved
     (found_grad,) = torch.autograd.grad(found, x, grad)
+    assert len(decoded) == 2
     weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).double()
+    eps = max(torch.finfo(dtype).eps, torch.finfo(input_dtype).eps)
     for one, other, size in (
         (found, expected, x.double().abs() @ weight.abs().T),
         (found_grad, expected_grad, grad.double().abs() @ weight.abs()),
     ):
-        assert one.dtype == dtype
-        assert ((one - other).abs() <= 4 * torch.finfo(dtype).eps * (size + 1)).all()
+        assert one.dtype == input_dtype
+        assert ((one - other).abs() <= 4 * eps * (size + 1)).all()
+    model(x.detach())
+    assert len(decoded) == 2  # without gradients bitsandbytes computes
+
+
+def test_a_frozen_layer_is_left_to_bitsandbytes_where_that_knows_more(monkeypatch):
+    """A compute dtype that its first forward chooses, and a bias that is trained."""
+    torch.manual_seed(0)
+    x = torch.randn(5, 64, device=DEVICE, requires_grad=True)
+    chooses = bitsandbytes.nn.Linear4bit(64, 32, quant_type="nf4").to(DEVICE)
+    trains = bitsandbytes.nn.Linear4bit(64, 32, quant_type="nf4", compute_dtype=torch.float32).to(DEVICE)
+    trains.bias.requires_grad_(True)
+    for layer in (chooses, trains):
+        expected = layer(x)
+        layer.compute_dtype, layer.compute_type_is_set = (None, False) if layer is chooses else (torch.float32, True)
+        use_lean_products(torch.nn.Sequential(layer))
+        assert torch.equal(layer(x), expected)
+    trains(x).sum().backward()
+    assert torch.equal(trains.bias.grad, torch.full_like(trains.bias, 5.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -72,15 +72,16 @@ def test_the_count_is_what_autograd_keeps(golden_model, batch):
 
 
 def test_counting_holds_one_block_at_a_time(golden_model, batch):
-    """What the first block kept is gone when the third one begins."""
-    kept, gone = [], []
+    """What the first block kept is there until it ends and gone when the last one has run."""
+    kept, alive, gone = [], [], []
 
     class Keep(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
-            y = x.clone()
+            memory = np.empty(tuple(x.shape), dtype=np.float32)  # lives as long as the tensor's storage
+            kept.append(weakref.ref(memory))
+            y = torch.from_numpy(memory).copy_(x)
             ctx.save_for_backward(y)
-            kept.append(weakref.ref(y))
             return y * 1
 
         @staticmethod
@@ -89,9 +90,11 @@ def test_counting_holds_one_block_at_a_time(golden_model, batch):
 
     layers = blocks(golden_model)
     first = layers[0].register_forward_hook(lambda module, args, output: (Keep.apply(output[0]), *output[1:]))
+    second = layers[1].register_forward_pre_hook(lambda *_: alive.append(kept[0]() is not None), prepend=True)
     last = layers[-1].register_forward_hook(lambda *_: gone.append(kept[0]() is None))
     count_saved_bytes(golden_model, layers, batch)
-    first.remove(), last.remove()
+    first.remove(), second.remove(), last.remove()
+    assert alive == [True]
     assert gone == [True]
 
 

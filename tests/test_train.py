@@ -269,17 +269,23 @@ def test_shipped_and_old_files_run(train_path, write, family, model_dir, name, t
     assert list(out.glob(logs))
 
 
-@pytest.mark.parametrize("hides", [None, True])
-def test_a_loss_that_is_no_number_ends_the_run(train, tmp_path, hides):
-    """Said with what to change, earlier checkpoints kept; a file may have transformers hide NaN instead."""
-    args = {"learning_rate": 1e30, "max_grad_norm": 0, "warmup_steps": 0, "max_steps": 4, "save_steps": 1}
-    args |= {"logging_steps": 1, "optim": "sgd"}
-    if hides:
-        train("hidden", args={**args, "logging_nan_inf_filter": True})
-        return
-    with pytest.raises(UserError, match=r"loss up to step \d is nan; .* Lower learning_rate \(now 1e\+30\)"):
-        train("nan", args=args)
-    assert (tmp_path / "nan" / "checkpoint-1" / "adapter_model.safetensors").is_file()
+@pytest.mark.parametrize(
+    "when",
+    [{"logging_steps": 1}, {"logging_steps": 3, "save_steps": 1}, {"logging_strategy": "no", "save_strategy": "no"}],
+    ids=["at a log", "before a checkpoint", "at the end"],
+)
+@pytest.mark.parametrize("hides", [False, True])
+def test_weights_that_are_no_numbers_end_the_run(train, tmp_path, when, hides):
+    """Said with what to change; no checkpoint and no adapter holds them, also when the file hides NaN losses."""
+    args = {"learning_rate": 1e30, "max_grad_norm": 0, "warmup_steps": 0, "max_steps": 4, "optim": "sgd", **when}
+    with pytest.raises(
+        UserError, match=r"step \d: the trained weights are NaN or infinite.*learning_rate \(now 1e\+30"
+    ):
+        train("nan", args={**args, "logging_nan_inf_filter": hides})
+    kept = [load_file(path) for path in tmp_path.glob("nan/**/adapter_model.safetensors")]
+    assert all(weight.isfinite().all() for adapter in kept for weight in adapter.values())
+    assert len(kept) == ("save_steps" in when)
+    assert not (tmp_path / "nan" / "adapter_config.json").exists()
 
 
 # ---- resume

@@ -29,9 +29,9 @@ The trade
 How a product is computed
     On a GPU with Triton, fp16 and bf16 products of few rows read the packed weight once and never write it decoded:
     up to MATVEC_ROWS rows on the plain arithmetic units, up to MATMUL_ROWS on the matrix units. More rows (a prompt,
-    a training step) share one decoded copy, made by a kernel, and cuBLAS multiplies. All kernels sum in fp32 and apply
-    the row's scale once, after the sum. Anything else (a CPU, fp32, no Triton) takes the reference. The tiles are
-    fixed, so nothing is tuned at start; Triton keeps compiled kernels on disk.
+    a training step) are multiplied by cuBLAS with a copy that a kernel decodes, DECODED_BYTES at a time. All kernels
+    sum in fp32 and apply the row's scale once, after the sum. Anything else (a CPU, fp32, no Triton) takes the
+    reference. The tiles are fixed, so nothing is tuned at start; Triton keeps compiled kernels on disk.
 
 Order of this file: inverse pairs in plain torch (the reference), the choice of scales, the Triton kernels, the
 dispatcher, the autograd function, the modules, and the two functions that put the modules into a model.
@@ -66,7 +66,7 @@ LOWEST_RMS_INT4 = 0.2  # the lowest int4 scale in units of rms(row); the best is
 LOWEST_ABSMAX_INT8 = 0.7  # the lowest int8 scale in units of the absmax scale; clipping hardly pays at 255 levels
 MATVEC_ROWS = 2  # rows up to which the plain arithmetic units do it: 57 us a layer for 2 rows; matrix units 62 for 4
 MATMUL_ROWS = 32  # rows up to which decoding in registers wins: 130 us a layer, decoding to memory 256; 64: 276, 264
-DECODED_BYTES = 32 * 2**20  # of a weight that is decoded for many rows: more is decoded in parts
+DECODED_BYTES = 64 * 2**20  # of a weight that is decoded for many rows: more is decoded in parts
 
 
 def check_bits(bits: int) -> int:
@@ -453,10 +453,21 @@ def _decoded(weight: torch.Tensor, scale: torch.Tensor, bits: int, x: torch.Tens
     return (decode_rows if _has_kernels(x) else dequantize_rows)(weight, scale, bits, x.dtype)
 
 
-def _linear_in_parts(
+def linear_in_parts(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """Compute [*, K] -> [*, N], decoding some rows at a time: a wide weight is never there whole."""
+    """Multiply by a weight that is decoded some rows at a time, so that a wide one is never there whole.
+
+    Args:
+        x: Floating activations [*, K].
+        weight: int8 [N, K] or packed int4 [N, K/2].
+        scale: [N].
+        bits: 4 or 8.
+        bias: [N] in the dtype of x, or None.
+
+    Returns:
+        [*, N] in the dtype of x, without gradients.
+    """
     num_parts = -(-len(weight) * x.shape[-1] * x.element_size() // DECODED_BYTES)
     if num_parts <= 1:
         return F.linear(x, _decoded(weight, scale, bits, x), bias)
@@ -499,7 +510,7 @@ class QuantizedMatMul(torch.autograd.Function):
         ctx.save_for_backward(weight, scale)
         if _has_kernels(x) and 0 < x.shape[:-1].numel() <= MATMUL_ROWS:
             return quantized_matmul(x, weight, scale, bits, bias)
-        return _linear_in_parts(x, weight, scale, bits, bias)
+        return linear_in_parts(x, weight, scale, bits, bias)
 
     @staticmethod
     def backward(ctx, grad):
