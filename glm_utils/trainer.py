@@ -95,6 +95,12 @@ class LoraTrainer(Trainer):
             step = f"step {self.state.global_step + 1}"
             raise out_of_memory(step, num_tokens, memory_advice(self.args)) from error
 
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        """Log, evaluate and save what is due at this step or end of an epoch, unless the weights are NaN."""
+        if self.control.should_log or self.control.should_save:
+            check_trained_weights(self.args, self.state, self.model)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         """Evaluate, and report the loss as the mean over all trained tokens, whatever the batches.
 
@@ -165,8 +171,6 @@ class RunCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control, train_dataloader=None, **kwargs
     ) -> None:
         """Start the clock again after the first step, which warms up; tell how long an epoch takes ten steps later."""
-        if control.should_save:
-            check_trained_weights(args, state, kwargs["model"])
         num_done = state.global_step - self.first_step
         if num_done == 1 and state.global_step < state.max_steps:
             self.warm_seconds, self.warm_tokens = clock(), state.num_input_tokens_seen
@@ -178,9 +182,9 @@ class RunCallback(TrainerCallback):
                 f"{datetime.timedelta(seconds=round(seconds * num_steps))} an epoch of {num_steps:,} steps"
             )
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control, **kwargs) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control, model=None, **kwargs) -> None:
         """Look at the weights that will be kept."""
-        check_trained_weights(args, state, kwargs["model"])
+        check_trained_weights(args, state, model)
 
     def tokens_per_second(self, state: TrainerState) -> float:
         """Return the rate since the first step, evaluations and checkpoints included, padding not."""
@@ -188,8 +192,6 @@ class RunCallback(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control, logs=None, **kwargs) -> None:
         """Log one line for each report of the Trainer."""
-        if "loss" in (logs or {}):
-            check_trained_weights(args, state, kwargs["model"])
         if not state.is_world_process_zero or not logs:
             return
         numbers = [

@@ -271,8 +271,13 @@ def test_shipped_and_old_files_run(train_path, write, family, model_dir, name, t
 
 @pytest.mark.parametrize(
     "when",
-    [{"logging_steps": 1}, {"logging_steps": 3, "save_steps": 1}, {"logging_strategy": "no", "save_strategy": "no"}],
-    ids=["at a log", "before a checkpoint", "at the end"],
+    [
+        {"logging_steps": 1},
+        {"logging_steps": 3, "save_steps": 1},
+        {"logging_strategy": "no", "save_strategy": "epoch"},
+        {"logging_strategy": "no", "save_strategy": "no"},
+    ],
+    ids=["at a log", "before a checkpoint", "before that of an epoch", "at the end"],
 )
 @pytest.mark.parametrize("hides", [False, True])
 def test_weights_that_are_no_numbers_end_the_run(train, tmp_path, when, hides):
