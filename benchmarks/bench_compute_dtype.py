@@ -11,7 +11,6 @@ bf16-model has the number formats of a GPU. Writes results/compute_dtype_<model>
 
 import json
 import multiprocessing
-import re
 import runpy
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from typing import Literal, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from bench_inference import device_name
 from random_checkpoint import random_checkpoint
 
 from glm_utils import qlora
@@ -107,7 +107,7 @@ def bench_compute_dtype(
 def compare(model_dir: Path, size: Size, data_paths: dict[str, Path], root: Path, results_dir: Path) -> None:
     """Make all runs of a model, write their result and print it as a table."""
     family = detect_family(check_checkpoint(model_dir), model_dir / "config.json")
-    device = re.sub(r"\W+", "_", versions()["device"]).lower() if ON_GPU else "cpu"
+    device = device_name()
     values = json.loads((PROJECT_DIR / family.train_args_json).read_text())
     del values["output_dir"]  # each run has its own
     values |= {"max_steps": size.steps, "learning_rate": size.learning_rate, "seed": SEED}

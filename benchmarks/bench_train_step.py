@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import peft
 import torch
+from bench_inference import device_name
 from step_profile import DEVICE, WARM_UP_STEPS, profiled, synchronize
 from stock_glm import encode, stock_run
 
@@ -88,8 +89,7 @@ def bench_train_step(
     if unknown:
         raise UserError(f"--runs {', '.join(unknown)}: expected of {', '.join(RUNS)}")
     family = detect_family(check_checkpoint(Path(model_path)), model_path)
-    device = re.sub(r"\W+", "_", versions()["device"]).lower()
-    path = Path(results_dir) / f"train_{family.name}_{device}.json"
+    path = Path(results_dir) / f"train_{family.name}_{device_name()}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {"benchmark": "train_step", "family": family.name, "starts": []}
     if path.exists():

@@ -38,7 +38,7 @@ class LoraProduct(torch.autograd.Function):
         dropped, mask = torch.native_dropout(x, drop, True) if drop else (x, None)
         ctx.dtype, a, b = a.dtype, a.to(x.dtype), b.to(x.dtype)
         product = dropped @ a.T  # (T, r)
-        y = nn.functional.linear(x, frozen_weight(linear, x.dtype), frozen_bias(linear, x.dtype))
+        y = frozen_product(x, linear)
         ctx.save_for_backward(x, mask, product, a, b)
         ctx.linear, ctx.scale, ctx.keep = linear, scale, 1 - drop
         return y.addmm_(product, b.T, alpha=scale)
@@ -74,7 +74,7 @@ class FrozenProduct(torch.autograd.Function):
             linear: The frozen layer.
         """
         ctx.linear = linear
-        return nn.functional.linear(x, frozen_weight(linear, x.dtype), frozen_bias(linear, x.dtype))
+        return frozen_product(x, linear)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple:
@@ -93,14 +93,17 @@ def frozen_weight(linear: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     return weight.to(dtype)
 
 
-def frozen_bias(linear: nn.Module, dtype: torch.dtype) -> torch.Tensor | None:
-    """Return the bias (N,) in a dtype, if there is one."""
-    return None if linear.bias is None else linear.bias.to(dtype)
+def frozen_product(x: torch.Tensor, linear: nn.Module) -> torch.Tensor:
+    """Return x W^T + b, (T, K) -> (T, N), in the dtype of x."""
+    bias = None if linear.bias is None else linear.bias.to(x.dtype)
+    return nn.functional.linear(x, frozen_weight(linear, x.dtype), bias)
 
 
-def compute_dtype(linear: nn.Module) -> torch.dtype:
-    """Return the dtype that a Linear or Linear4bit multiplies in."""
-    return getattr(linear, "compute_dtype", None) or linear.weight.dtype
+def by_rows(product: type[torch.autograd.Function], x: torch.Tensor, dtype: torch.dtype, *args: object):
+    """Apply a product of (T, K) in a dtype to (..., K), and return (..., N) in the dtype of x."""
+    with torch.autocast(x.device.type, enabled=False):
+        y = product.apply(x.to(dtype).flatten(0, -2), *args)
+    return y.unflatten(0, x.shape[:-1]).to(x.dtype)
 
 
 def lean_forward(self: LoraLayer, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
@@ -108,12 +111,10 @@ def lean_forward(self: LoraLayer, x: torch.Tensor, *args: object, **kwargs: obje
     if self.disable_adapters or self.merged:
         return type(self).forward(self, x, *args, **kwargs)
     (name,), linear = self.active_adapters, self.get_base_layer()
-    dtype = compute_dtype(linear)
+    dtype = getattr(linear, "compute_dtype", None) or linear.weight.dtype
     drop = getattr(self.lora_dropout[name], "p", 0.0) if self.training else 0.0
     weights = self.lora_A[name].weight, self.lora_B[name].weight
-    with torch.autocast(x.device.type, enabled=False):
-        y = LoraProduct.apply(x.to(dtype).flatten(0, -2), *weights, linear, self.scaling[name], drop)
-    return y.unflatten(0, x.shape[:-1]).to(x.dtype)
+    return by_rows(LoraProduct, x, dtype, *weights, linear, self.scaling[name], drop)
 
 
 def frozen_forward(self: bitsandbytes.nn.Linear4bit, x: torch.Tensor) -> torch.Tensor:
@@ -124,9 +125,7 @@ def frozen_forward(self: bitsandbytes.nn.Linear4bit, x: torch.Tensor) -> torch.T
     trains_bias = self.bias is not None and self.bias.requires_grad
     if not x.requires_grad or self.compute_dtype is None or trains_bias:
         return type(self).forward(self, x)
-    with torch.autocast(x.device.type, enabled=False):
-        y = FrozenProduct.apply(x.to(compute_dtype(self)).flatten(0, -2), self)
-    return y.unflatten(0, x.shape[:-1]).to(x.dtype)
+    return by_rows(FrozenProduct, x, self.compute_dtype, self)
 
 
 def use_lean_products(model: peft.PeftModel) -> None:

@@ -458,15 +458,8 @@ def linear_in_parts(
 ) -> torch.Tensor:
     """Multiply by a weight that is decoded some rows at a time, so that a wide one is never there whole.
 
-    Args:
-        x: Floating activations [*, K].
-        weight: int8 [N, K] or packed int4 [N, K/2].
-        scale: [N].
-        bits: 4 or 8.
-        bias: [N] in the dtype of x, or None.
-
-    Returns:
-        [*, N] in the dtype of x, without gradients.
+    Arguments and result are those of `quantized_linear`, [*, K] -> [*, N], but the bias has the dtype of x and nothing
+    gets a gradient.
     """
     num_parts = -(-len(weight) * x.shape[-1] * x.element_size() // DECODED_BYTES)
     if num_parts <= 1:
