@@ -1,5 +1,6 @@
 """chat_demo.py: the session (pieces, history, counts), what it loads and refuses, and the terminal on a pty."""
 
+import codecs
 import json
 import os
 import pty
@@ -321,7 +322,7 @@ class Terminal:
         environment = {**os.environ, "TERM": "dumb"}
         self.process = subprocess.Popen(command, cwd=PROJECT_DIR, env=environment, start_new_session=True, **ends)
         os.close(other_end)
-        self.text = ""
+        self.text, self.decoder = "", codecs.getincrementaldecoder("utf-8")("replace")  # a read may end in a character
 
     def wait_for(self, pattern, seconds=90, again=""):
         """Read until the pattern shows; returns the match and forgets what came up to it.
@@ -333,7 +334,7 @@ class Terminal:
             assert time.monotonic() < deadline, f"no {pattern!r} in {self.text[-2000:]!r}"
             if select.select([self.file], [], [], 1)[0]:
                 try:
-                    self.text += os.read(self.file, 65536).decode("utf-8", "replace")
+                    self.text += self.decoder.decode(os.read(self.file, 65536))
                 except OSError:  # the other end is closed
                     pytest.fail(f"ended before {pattern!r}: {self.text[-2000:]!r}")
             else:
