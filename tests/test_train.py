@@ -240,7 +240,9 @@ def test_two_processes_train_as_one_with_twice_the_batch(train, write, train_pat
     flags |= {"model_name_or_path": model_dir, "lora_dropout": 0}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(PROJECT_DIR / "train_qlora.py"), *(f"--{name}={value}" for name, value in flags.items())]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
     first, second = adapter_state(one), adapter_state(tmp_path / "two")
     assert any(first[key].abs().max() > 1e-3 for key in first if "lora_B" in key)
     assert all(torch.allclose(first[key], second[key], atol=1e-6) for key in first)
