@@ -101,7 +101,7 @@ def train_qlora(
     trainer = make_trainer(model, plan, training_args, encoded, tokenizer, collator)
     results = run_trainer(trainer, checkpoint)
     save_adapter(trainer, record, results)
-    trainer.accelerator.end_training()  # of several processes: none is left with open connections at its exit
+    trainer.end_processes()
 
 
 def find_data(train_data_path: str | None, eval_data_path: str | None) -> dict[str, Path]:

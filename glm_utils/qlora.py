@@ -106,6 +106,8 @@ def make_training_args(
         )
     if not packing and "train_sampling_strategy" not in values:
         overrides["train_sampling_strategy"] = "group_by_length"
+    if "ddp_find_unused_parameters" not in values:  # every LoRA weight takes part in every batch
+        overrides["ddp_find_unused_parameters"] = False
     overrides["seed"] = values.get("seed", DEFAULT_SEED) if seed is None else seed
     training_args = args_file.build(**overrides, label_names=["labels"])
     if training_args.n_gpu > 1:  # the Trainer would wrap the 4-bit model into DataParallel, which cannot copy it

@@ -130,6 +130,16 @@ class LoraTrainer(Trainer):
         self.eval_sums[1] += num_tokens
         return loss, None, None
 
+    def end_processes(self) -> None:
+        """Leave the group of training processes; without several of them nothing happens.
+
+        The group's threads end with its last reference, which the DDP wrapper holds. A thread that outlives the
+        interpreter aborts the process, and torchrun then stops the others, perhaps before the adapter is written.
+        """
+        self.model_wrapped = None
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
+
 
 def check_trained_weights(args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
     """Refuse to go on with weights that are no numbers any more.
