@@ -7,7 +7,8 @@ With GemLite installed (`pip install gemlite`, nothing else here needs it) its i
 
 Needs a GPU. Each path is first compared with the product in fp64, then timed inside a CUDA graph over several copies
 of the weight that together exceed the L2 cache, as in a model, where every layer reads weights of its own. Writes
-benchmarks/results/kernels_<family>_<dtype>.json and prints one line for each path and number of rows.
+benchmarks/results/kernels_<family>_<dtype>_<device>.json after each line that it prints, one for each path and number
+of rows.
 """
 
 import functools
@@ -21,14 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
+from bench_inference import RESULTS_DIR, device_name
 from random_checkpoint import find_family, layer_shapes
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from glm_utils.cli import UserError, run_cli
-from glm_utils.family import FAMILIES, PROJECT_DIR
+from glm_utils.family import FAMILIES
 from glm_utils.run_record import git_commit, versions, write_json
 
-RESULTS_DIR = PROJECT_DIR / "benchmarks" / "results"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 CACHE_BYTES = 160e6  # more than twice the L2 of an H200
 LAUNCHES = 24  # at least so many in a graph
@@ -167,17 +168,17 @@ def bench_kernels(*, family: str = "chatglm2-6b", rows: str = "1,4,16,64", dtype
     if not torch.cuda.is_available():
         raise UserError("found no CUDA device: run this on a machine with a GPU")
     torch.manual_seed(0)
-    results = []
+    result_path = RESULTS_DIR / f"kernels_{family}_{dtype}_{device_name()}.json"
+    RESULTS_DIR.mkdir(exist_ok=True)
+    record = {"benchmark": "kernels", "family": family, "dtype": dtype, "results": []}
+    record |= {"versions": versions(), "commit": git_commit()}
     for path, (_, widths, most_rows) in PATHS.items():
         for bits in widths:
             for num_rows in (n for n in map(int, rows.split(",")) if most_rows is None or n <= most_rows):
                 result = measure(path, bits, num_rows, shapes, DTYPES[dtype])
-                results.append(result)
+                record["results"].append(result)
+                write_json(result_path, record)
                 print(json.dumps(result))
-    record = {"benchmark": "kernels", "family": family, "dtype": dtype, "results": results}
-    record |= {"versions": versions(), "commit": git_commit()}
-    RESULTS_DIR.mkdir(exist_ok=True)
-    write_json(RESULTS_DIR / f"kernels_{family}_{dtype}.json", record)
 
 
 if __name__ == "__main__":

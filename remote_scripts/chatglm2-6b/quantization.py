@@ -465,11 +465,14 @@ def linear_in_parts(
     if num_parts <= 1:
         return F.linear(x, _decoded(weight, scale, bits, x), bias)
     out = x.new_empty(*x.shape[:-1], len(weight))
+    flat, columns = x.reshape(-1, x.shape[-1]), out.view(-1, len(weight))
     rows = -(-len(weight) // num_parts)
     for start in range(0, len(weight), rows):
         part = slice(start, start + rows)
-        part_bias = None if bias is None else bias[part]
-        out[..., part] = F.linear(x, _decoded(weight[part], scale[part], bits, x), part_bias)  # no two parts at once
+        bias_part = () if bias is None else (bias[part],)
+        multiply = torch.addmm if bias_part else torch.mm
+        # written where it belongs, and no name holds a decoded part while the next is made
+        multiply(*bias_part, flat, _decoded(weight[part], scale[part], bits, x).T, out=columns[:, part])
     return out
 
 
