@@ -7,13 +7,15 @@ Ctrl-C stops an answer; help lists the commands. Answers go to stdout, all else 
 """
 
 import contextlib
+import shutil
 import sys
 
 import torch
 
-from glm_utils.chat import AnswerCounts, ChatSession, chat_settings
+from glm_utils.chat import AnswerCounts, ChatSession, chat_settings, check_sampling
 from glm_utils.chat_model import load_chat_model
 from glm_utils.cli import UserError, run_cli
+from glm_utils.columns import side_by_side
 
 with contextlib.suppress(ImportError):  # Windows has its own line editing
     import readline  # noqa: F401
@@ -51,11 +53,14 @@ def chat_demo(
         max_length: Prompt and answer together, in tokens. Default: the model's own.
         seed: Seed of the sampling. Default: another one each time.
         prompt: Answer this and leave.
-        compare: Answer twice, without and with the adapter of lora_path.
+        compare: Answer twice, without and with the adapter of lora_path, side by side.
         device: Where to work: auto (a GPU when there is one), cpu or cuda:N.
     """
     if compare and not lora_path:
         raise UserError("--compare needs --lora_path: it answers without and with that adapter")
+    check_sampling(temperature, top_p)
+    if seed is not None and not 0 <= seed < 2**64:
+        raise UserError(f"--seed {seed}: expected 0 to {2**64 - 1}")
     model, tokenizer = load_chat_model(model_path, lora_path, load_in_4bit, device, switchable=compare)
     settings = chat_settings(model, max_length, temperature, top_p)
     sessions = {"": ChatSession(model, tokenizer, settings)}
@@ -127,29 +132,38 @@ def run_command(command: str, sessions: dict[str, ChatSession]) -> None:
 
 
 def answer(sessions: dict[str, ChatSession], query: str) -> None:
-    """Print each session's answer as it comes; Ctrl-C stops the one that is being written.
+    """Print the answer as it comes, or those of several sessions side by side; Ctrl-C stops the one being written.
 
     Args:
         sessions: The sessions by their titles.
         query: The question.
 
     Raises:
-        UserError: The question is too long, or the model computes NaN.
+        UserError: The question is too long, or the model computes NaN, or memory runs out.
     """
     for session in sessions.values():
         session.count_prompt(query)  # of all before the first answer, so that they stay in step
+    is_compared, faults = len(sessions) > 1, []
     for title, session in sessions.items():
-        if title:
-            print(f"[{title}]")
         ending = ""
         with contextlib.closing(session.ask(query)) as pieces:
             try:
                 for piece in pieces:
-                    print(piece, end="", flush=True)
+                    if not is_compared:
+                        print(piece, end="", flush=True)
             except KeyboardInterrupt:
                 ending = ", stopped"
-        print(flush=True)
-        note(describe(session.counts, session.settings.max_length) + ending)
+            except UserError as error:  # the other sessions answer all the same
+                faults.append(error)
+        if not is_compared:
+            print(flush=True)
+        label = f"{title}: " if is_compared else ""
+        note(label + describe(session.counts, session.settings.max_length) + ending)
+    if is_compared:
+        answers = {title: session.history[-1][1] for title, session in sessions.items()}
+        print(side_by_side(answers, shutil.get_terminal_size().columns), flush=True)
+    if faults:
+        raise faults[0]
 
 
 def describe(counts: AnswerCounts, max_length: int) -> str:

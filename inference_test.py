@@ -17,9 +17,10 @@ from glm_utils.cli import UserError, run_cli
 from glm_utils.inference_job import Target, check_context, check_fits, free_bytes, prompt_ids, resolve_targets
 from glm_utils.inference_measure import Workload, measure_model, stream_generate
 from glm_utils.inference_memory import copy_bandwidth
-from glm_utils.inference_report import write_report
+from glm_utils.inference_report import check_report_path, write_report
 
 INSTRUCTION = "类型#裙*颜色#白色*风格#简约*图案#刺绣"
+REMEDY = "an int4 model, --load_in_4bit, or a smaller --dtype or --batch_size"
 LEAST = {"loop_number": 1, "max_time": 0, "new_tokens": 2, "batch_size": 1}
 
 
@@ -56,12 +57,13 @@ def inference_test(
     """
     arguments = dict(locals())
     check_counts(arguments)
+    check_report_path(output_json)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     targets = resolve_targets(as_list(model_path), as_list(lora_path), load_in_4bit, dtype, device)
     prompts = [prompt_ids(load_tokenizer(target.base_dir), instruction_text, prompt_tokens) for target in targets]
     for target, prompt in zip(targets, prompts, strict=True):
         check_context(target, len(prompt), new_tokens)
-        check_fits(target, batch_size, len(prompt) + new_tokens)
+        check_fits(target, batch_size, len(prompt) + new_tokens, REMEDY)
     bandwidth = copy_bandwidth(device, free_bytes(device))
     logger.info(f"{device}: copies {bandwidth / 1e9:,.1f} GB/s, read plus written")
     make_generate = functools.partial(stream_generate, fast_path=use_cuda_graph)

@@ -8,6 +8,7 @@ file) gets the adapter, its tokenizer files, checkpoints, TensorBoard logs in ru
 model card.
 """
 
+import functools
 from pathlib import Path
 from typing import Literal
 
@@ -24,11 +25,18 @@ from glm_utils.data import Row, read_rows
 from glm_utils.encoding import Collator, EncodedRows, EncodingLimits, PackingCollator, encode_rows, show_sample
 from glm_utils.family import Family, detect_family, resolve_lora_targets
 from glm_utils.memory_plan import MemoryPlan, make_plan
-from glm_utils.preflight import num_steps, report_run
+from glm_utils.preflight import memory_advice, memory_explained, num_steps, report_run
 from glm_utils.qlora import make_lora_config, make_lora_model, make_training_args, resolve_compute_dtype
-from glm_utils.resume import check_output_dir, check_same_run, check_unfinished, find_checkpoint, remove_earlier_run
+from glm_utils.resume import (
+    check_output_dir,
+    check_same_run,
+    check_unfinished,
+    find_checkpoint,
+    is_checkpoint_of,
+    remove_earlier_run,
+)
 from glm_utils.run_record import RUN_CONFIG_NAME, make_record, model_card, whole_files, write_json
-from glm_utils.trainer import LoraTrainer, make_trainer
+from glm_utils.trainer import LoraTrainer, leave_processes, make_trainer
 from glm_utils.training_args import TrainArgsFile, read_train_args
 
 SAMPLE_TRAIN_PATH, SAMPLE_EVAL_PATH = "data/train.jsonl", "data/dev.jsonl"
@@ -88,7 +96,7 @@ def train_qlora(
     record = make_record(arguments, base_dir, family, data_paths, sorted(lora_config.target_modules), training_args)
     resume_from = resume_from_checkpoint or training_args.resume_from_checkpoint
     steps = num_steps(len(rows["train"]), training_args)
-    checkpoint = choose_checkpoint(resume_from, args_file, record["identity"], steps)
+    checkpoint = choose_checkpoint(resume_from, Path(training_args.output_dir), args_file, record["identity"], steps)
     tokenizer = load_tokenizer(base_dir)
     encoded = encode_data(rows, tokenizer, limits, base_config.get(family.max_length_key))
     record["data"] = {name: part.counts for name, part in encoded.items()}
@@ -96,9 +104,10 @@ def train_qlora(
     collator = PackingCollator() if packing else Collator(tokenizer.pad_token_id, family.padding_side)
     plan = plan_run(model, encoded["train"], collator, args_file.checkpointing, training_args)
     if dry_run:
+        leave_processes()
         return
-    begin_run(training_args, record, checkpoint)
-    trainer = make_trainer(model, plan, training_args, encoded, tokenizer, collator)
+    begin = functools.partial(begin_run, training_args, record, checkpoint)
+    trainer = make_trainer(model, plan, training_args, encoded, tokenizer, collator, begin)
     results = run_trainer(trainer, checkpoint)
     save_adapter(trainer, record, results)
     trainer.end_processes()
@@ -125,15 +134,17 @@ def check_trainable(base_dir: Path) -> tuple[dict, Family]:
 
 
 def choose_checkpoint(
-    resume_from: str | bool | None, args_file: TrainArgsFile, identity: dict, steps: int
+    resume_from: str | bool | None, output_dir: Path, args_file: TrainArgsFile, identity: dict, steps: int
 ) -> Path | None:
-    """Return the checkpoint to go on from, checked to be of this run with steps left; else the output must be free."""
-    output_dir = Path(args_file.values["output_dir"])
+    """Return the checkpoint to go on from, checked to be of this run with steps left.
+
+    The output directory must be free, or hold that checkpoint.
+    """
     checkpoint = find_checkpoint(resume_from, output_dir)
     if checkpoint:
         check_same_run(checkpoint, identity)
         check_unfinished(checkpoint, steps)
-    else:
+    if not is_checkpoint_of(checkpoint, output_dir):
         check_output_dir(output_dir, args_file.overwrite_output_dir)
     return checkpoint
 
@@ -157,18 +168,24 @@ def plan_run(
     training_args: TrainingArguments,
 ) -> MemoryPlan:
     """Measure what a batch needs, and log it with the weights, tokens and steps of the run."""
-    sample = collator([encoded.dataset[index] for index in range(min(NUM_PLAN_ROWS, len(encoded.dataset)))])
-    plan = make_plan(model, sample, checkpointing)
+    num_rows = min(NUM_PLAN_ROWS, training_args.train_batch_size, len(encoded.dataset))
+    sample = collator([encoded.dataset[index] for index in range(num_rows)])
+    advice = functools.partial(memory_advice, training_args)
+    with memory_explained("the preflight", sample["input_ids"].numel(), advice):
+        plan = make_plan(model, sample, checkpointing)
     report_run(model, plan, encoded.dataset["length"], training_args, isinstance(collator, PackingCollator))
     return plan
 
 
 def begin_run(training_args: TrainingArguments, record: dict, checkpoint: Path | None) -> None:
-    """Write run_config.json; what an earlier run left is deleted unless this one goes on from it."""
+    """Write run_config.json; what an earlier run left is deleted unless this one goes on from it.
+
+    That is when the first step is due, as a setting that the Trainer refuses must not cost the earlier run.
+    """
     if training_args.process_index != 0:
         return
     output_dir = Path(training_args.output_dir)
-    if not checkpoint:
+    if not is_checkpoint_of(checkpoint, output_dir):
         remove_earlier_run(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(output_dir / RUN_CONFIG_NAME, record)

@@ -14,7 +14,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizer
 
 from glm_utils.cli import UserError
+from glm_utils.inference_memory import is_out_of_memory
 
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.001, 1000  # beyond, logits overflow or are all alike
 UNFINISHED = "\ufffd"  # what the bytes of an unfinished character decode to
 
 
@@ -62,11 +64,27 @@ def chat_settings(
     settings = ChatSettings(**values)
     if not 1 <= settings.max_length <= context:
         raise UserError(f"--max_length {settings.max_length}: expected 1 to {context}, the model's context in tokens")
-    if not settings.temperature >= 0:
-        raise UserError(f"--temperature {settings.temperature}: expected 0 (most probable token) or more")
-    if not 0 < settings.top_p <= 1:
-        raise UserError(f"--top_p {settings.top_p}: expected more than 0, at most 1")
+    check_sampling(settings.temperature, settings.top_p)
     return settings
+
+
+def check_sampling(temperature: float | None, top_p: float | None) -> None:
+    """Refuse what a distribution cannot be made of.
+
+    Args:
+        temperature: Divides the logits; 0: always the most probable token; None: the default.
+        top_p: Nucleus probability; None: the default.
+
+    Raises:
+        UserError: A value out of range.
+    """
+    if temperature and not LOWEST_TEMPERATURE <= temperature <= HIGHEST_TEMPERATURE:
+        raise UserError(
+            f"--temperature {temperature}: expected 0 (most probable token), or {LOWEST_TEMPERATURE} to "
+            f"{HIGHEST_TEMPERATURE}"
+        )
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"--top_p {top_p}: expected more than 0, at most 1")
 
 
 @dataclass
@@ -177,7 +195,7 @@ class ChatSession:
             What follows in the answer. The newest token is held back: the next one may still change it.
 
         Raises:
-            UserError: A question that is too long, or a model that computes NaN.
+            UserError: A question that is too long, a model that computes NaN, or too little memory.
         """
         self.counts = AnswerCounts(self.count_prompt(query))
         answer = previous = shown = ""
@@ -197,6 +215,13 @@ class ChatSession:
             yield answer[len(shown) :] if answer.startswith(shown) else f"\n{answer}"
         except FloatingPointError as error:
             raise UserError(str(error)) from error
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"out of memory after {self.counts.num_prompt + self.counts.num_tokens} tokens of prompt and answer. "
+                "Undo or clear earlier turns, or give --load_in_4bit or an int4 model"
+            ) from error
         finally:
             self.history.append((query, answer))
 

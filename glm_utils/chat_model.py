@@ -10,8 +10,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizer
 from glm_utils.checkpoint import load_adapter, load_base_model, load_tokenizer, project_path, resolve_checkpoint_dir
 from glm_utils.checkpoint_files import check_checkpoint, check_unquantised
 from glm_utils.cli import UserError
+from glm_utils.inference_job import Target, check_fits
 from glm_utils.lora import read_adapter
 from glm_utils.merge_job import find_base, resolve_device
+
+LEAST_TOKENS = 256  # whose keys and values must fit beside the weights
 
 
 def load_chat_model(
@@ -28,7 +31,7 @@ def load_chat_model(
             weights, which makes generation faster.
 
     Raises:
-        UserError: No model, two models, a broken one, or one that is quantised already.
+        UserError: No model, two models, a broken one, one that is quantised already, or one that does not fit.
     """
     place = resolve_device(device)
     base_dir, adapter_dir = resolve_paths(model_path, lora_path)
@@ -36,6 +39,8 @@ def load_chat_model(
     if load_in_4bit:
         check_unquantised(base_dir, config)
     dtype = torch.float16 if place.type == "cuda" else torch.float32
+    target = Target(str(base_dir), base_dir, config, adapter_dir, load_in_4bit, dtype, place)
+    check_fits(target, 1, LEAST_TOKENS, "an int4 model or --load_in_4bit")
     logger.info(f"loading {base_dir}{f' with {adapter_dir}' if adapter_dir else ''} on {place}")
     tokenizer = load_tokenizer(base_dir)
     model = load_base_model(base_dir, load_in_4bit, dtype, device_map={"": str(place)})

@@ -40,6 +40,8 @@ class EncodingLimits:
         for name in ("max_input_length", "max_output_length"):
             if getattr(self, name) < 2:
                 raise UserError(f"--{name}={getattr(self, name)}: at least 2 tokens are needed")
+        if any("\ud800" <= character <= "\udfff" for character in self.prompt_text):
+            raise UserError(f"--prompt_text {self.prompt_text!r}: broken UTF-8. Write it in the terminal's encoding")
 
 
 @dataclass(frozen=True)

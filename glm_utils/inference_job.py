@@ -173,13 +173,14 @@ def check_context(target: Target, num_prompt_tokens: int, new_tokens: int) -> No
         )
 
 
-def check_fits(target: Target, batch_size: int, num_tokens: int) -> None:
+def check_fits(target: Target, batch_size: int, num_tokens: int, remedy: str) -> None:
     """Refuse a model that the free memory does not hold.
 
     Args:
         target: The model, not loaded.
         batch_size: Sequences at once.
         num_tokens: Prompt and new tokens of a sequence.
+        remedy: What to give instead, for the error.
 
     Raises:
         UserError: The estimate exceeds what is free.
@@ -190,7 +191,7 @@ def check_fits(target: Target, batch_size: int, num_tokens: int) -> None:
         raise UserError(
             f"{target.label}: needs at least {(weights + cache) / 1e9:.2f} GB ({weights / 1e9:.2f} of weights as "
             f"{target.weight_format}, {cache / 1e9:.2f} of keys and values), {free / 1e9:.2f} GB are free on "
-            f"{target.device}. Free some, give an int4 model, or --load_in_4bit, or a smaller --dtype or --batch_size"
+            f"{target.device}. Free some, or give {remedy}"
         )
 
 

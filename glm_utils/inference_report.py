@@ -3,10 +3,12 @@
 import itertools
 import json
 import math
+import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from glm_utils.cli import UserError
 from glm_utils.run_record import git_commit, versions, write_json
 
 TABLE_ROWS = (  # text, key of a row, factor from the key's unit to the text's, decimals
@@ -98,6 +100,21 @@ def markdown_table(rows: list[dict]) -> str:
         for line in lines
     )
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+
+def check_report_path(output_json: str | None) -> None:
+    """Refuse, before anything is measured, a file that cannot be written.
+
+    Args:
+        output_json: The file, or None.
+
+    Raises:
+        UserError: A directory, or a file in one that is missing or read-only.
+    """
+    path = Path(output_json).expanduser() if output_json else None
+    if path and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+        fault = "a directory" if path.is_dir() else f"{path.parent} cannot be written to"
+        raise UserError(f"--output_json {output_json}: {fault}. Give a file in a directory that can be written to")
 
 
 def write_report(result: dict, output_json: str | Path | None) -> str:

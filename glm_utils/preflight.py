@@ -1,7 +1,8 @@
 """What a run will take, said before it starts: weights that train, tokens and steps, memory against what is free."""
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import peft
@@ -11,6 +12,7 @@ from transformers import TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from glm_utils.cli import UserError
+from glm_utils.inference_memory import is_out_of_memory
 from glm_utils.memory_plan import MemoryPlan
 from glm_utils.training_args import rows_per_step
 
@@ -36,11 +38,20 @@ def batch_tokens(lengths: Sequence[int], batch_size: int, packing: bool, group_s
 
 
 def num_steps(num_rows: int, training_args: TrainingArguments) -> int:
-    """Return the optimizer steps of a run, as the Trainer counts them."""
-    if training_args.max_steps > 0:
-        return training_args.max_steps
+    """Return the optimizer steps of a run, as the Trainer counts them.
+
+    Raises:
+        UserError: The rows do not fill a batch, and dataloader_drop_last drops it.
+    """
     rows = training_args.per_device_train_batch_size * training_args.world_size
     num_batches = num_rows // rows if training_args.dataloader_drop_last else math.ceil(num_rows / rows)
+    if not num_batches:
+        raise UserError(
+            f"{num_rows} training rows fill no batch of {rows}, and dataloader_drop_last drops what is not full: "
+            "nothing would be trained. Delete dataloader_drop_last, or lower per_device_train_batch_size"
+        )
+    if training_args.max_steps > 0:
+        return training_args.max_steps
     per_epoch = max(1, math.ceil(num_batches / training_args.gradient_accumulation_steps))
     return math.ceil(training_args.num_train_epochs * per_epoch)
 
@@ -95,17 +106,26 @@ def memory_advice(training_args: TrainingArguments) -> str:
     return f"In this order: {'; '.join(advice)}"
 
 
-def out_of_memory(where: str, num_tokens: int, advice: str) -> UserError:
-    """Say what to change after an out-of-memory error.
+@contextlib.contextmanager
+def memory_explained(where: str, num_tokens: int, advice: Callable[[], str]) -> Iterator[None]:
+    """Say what to change when memory runs out.
 
     Args:
-        where: The step that failed, in words.
+        where: What is done meanwhile, in words.
         num_tokens: Tokens of its batch.
-        advice: The settings to change.
+        advice: Returns the settings to change.
+
+    Raises:
+        UserError: The memory of the GPU or of the computer did not suffice.
     """
-    used = f"{torch.cuda.max_memory_allocated() / GIB:.1f} GiB" if torch.cuda.is_available() else "all there is"
-    return UserError(
-        f"out of memory in {where} on a batch of {num_tokens:,} tokens, {used} in use. {advice}. Checkpoints written "
-        "so far are whole: --resume_from_checkpoint latest goes on from the last one, also with other batch sizes as "
-        "long as a step has as many rows"
-    )
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        used = f"{torch.cuda.max_memory_allocated() / GIB:.1f} GiB" if torch.cuda.is_available() else "all there is"
+        raise UserError(
+            f"out of memory in {where} on a batch of {num_tokens:,} tokens, {used} in use. {advice()}. Checkpoints "
+            "written so far are whole: --resume_from_checkpoint latest goes on from the last one, also with other "
+            "batch sizes as long as a step has as many rows"
+        ) from error

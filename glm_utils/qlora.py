@@ -110,6 +110,11 @@ def make_training_args(
         overrides["ddp_find_unused_parameters"] = False
     overrides["seed"] = values.get("seed", DEFAULT_SEED) if seed is None else seed
     training_args = args_file.build(**overrides, label_names=["labels"])
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(training_args, name) < 1:
+            raise UserError(f"{args_file.path}: {name} is {getattr(training_args, name)}, expected 1 or more")
+    if not 0 <= training_args.seed < 2**32:
+        raise UserError(f"seed {training_args.seed}: expected 0 to {2**32 - 1}")
     if training_args.n_gpu > 1:  # the Trainer would wrap the 4-bit model into DataParallel, which cannot copy it
         logger.warning(f"1 of {training_args.n_gpu} GPUs is used; for all of them: torchrun --nproc_per_node N ...")
         training_args._n_gpu = 1

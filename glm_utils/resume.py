@@ -1,8 +1,10 @@
 """Resume: find a complete checkpoint, refuse one of another run, keep an earlier run's output from being mixed in."""
 
 import json
+import os
 import re
 import shutil
+import zipfile
 from pathlib import Path
 
 from loguru import logger
@@ -14,6 +16,8 @@ from glm_utils.run_record import RUN_CONFIG_NAME
 STATE_NAMES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 RNG_NAMES = ("rng_state.pth", "rng_state_0.pth")
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+RESULT_NAMES = ("train_results.json", "eval_results.json", "all_results.json")
+REPLACED_NAMES = ("README.md", "tokenizer_config.json", "tokenizer.model", "ice_text.model", "config.json")
 LORA_KEYS = {"r": "lora_rank", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
 
 
@@ -50,16 +54,26 @@ def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: Path)
                 "the flag out to start anew"
             )
         path = found[-1] if found else path
-    missing = [name for name in STATE_NAMES if not (path / name).is_file()]
+    missing = [name for name in STATE_NAMES if not _is_whole(path / name)]
     if not any((path / name).is_file() for name in RNG_NAMES):
         missing.append(RNG_NAMES[0])
     if missing:
         raise UserError(
-            f"{path}: no complete checkpoint, {', '.join(missing)} missing. Give an older one (save_only_model "
+            f"{path}: no complete checkpoint, {', '.join(missing)} missing or cut. Give an older one (save_only_model "
             "leaves checkpoints that cannot be resumed)"
         )
     check_adapter(path)
     return path
+
+
+def _is_whole(path: Path) -> bool:
+    """Return whether a file is there and, if torch wrote it, has its end."""
+    return zipfile.is_zipfile(path) if path.suffix == ".pt" else path.is_file()
+
+
+def is_checkpoint_of(checkpoint: Path | None, output_dir: Path) -> bool:
+    """Return whether a checkpoint is one of an output directory's."""
+    return checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
 
 
 def check_same_run(checkpoint: Path, identity: dict) -> None:
@@ -114,10 +128,20 @@ def check_output_dir(output_dir: Path, overwrite: bool) -> None:
         overwrite: The earlier run may be replaced.
 
     Raises:
-        UserError: It holds an earlier run, or is a file.
+        UserError: It holds an earlier run, a model or other files that the run would replace, or cannot be made.
     """
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"{output_dir}: output_dir is a file. Choose another output_dir")
+    place = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        found = "cannot be written to" if place.is_dir() else "is a file"
+        of_whom = "output_dir" if place == output_dir else f"output_dir cannot be made, {place}"
+        raise UserError(f"{output_dir}: {of_whom} {found}. Choose another output_dir")
+    is_run = any((output_dir / name).exists() for name in (RUN_CONFIG_NAME, "adapter_config.json"))
+    foreign = [name for name in REPLACED_NAMES if (output_dir / name).exists() and not is_run]
+    if foreign or (output_dir / "config.json").exists():
+        raise UserError(
+            f"{output_dir}: output_dir holds {(foreign or ['config.json'])[0]}, which is of no run of this script. "
+            "Choose another output_dir"
+        )
     if not overwrite and (list_checkpoints(output_dir) or (output_dir / "adapter_config.json").exists()):
         raise UserError(
             f"{output_dir}: output_dir holds an earlier run. Choose another output_dir, go on with "
@@ -131,7 +155,7 @@ def remove_earlier_run(output_dir: Path) -> None:
     Args:
         output_dir: The run's output directory.
     """
-    results = ("adapter_config.json", *ADAPTER_WEIGHT_NAMES, "trainer_state.json", RUN_CONFIG_NAME)
+    results = ("adapter_config.json", *ADAPTER_WEIGHT_NAMES, "trainer_state.json", *RESULT_NAMES, RUN_CONFIG_NAME)
     for path in [*list_checkpoints(output_dir), *(output_dir / name for name in results)]:
         if path.exists():
             logger.warning(f"overwrite_output_dir: {path} is deleted")

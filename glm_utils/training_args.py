@@ -84,7 +84,7 @@ class TrainArgsFile:
             os.environ["TENSORBOARD_LOGGING_DIR"] = self.logging_dir
         try:
             return TrainingArguments(**{**self.values, **overrides})
-        except (ValueError, TypeError, ImportError) as error:
+        except (ValueError, TypeError, AttributeError, ImportError, OSError) as error:
             raise UserError(f"{self.path}: {error}") from error
 
 

@@ -18,6 +18,7 @@ import torch
 
 import chat_demo
 import merge_lora_and_quantize as merge_stage
+from glm_utils import chat_model, columns, inference_job
 from glm_utils.chat import ChatSession, ChatSettings, chat_settings
 from glm_utils.chat_model import load_chat_model
 from glm_utils.checkpoint import load_base_model
@@ -262,10 +263,11 @@ def test_seed_and_the_end_of_max_length(tiny_dir, capsys):
 def test_compare(adapter_dir, capsys):
     flags = ["--prompt", QUERY, "--temperature=0", "--compare", "--device=cpu"]
     run_cli(chat_demo.chat_demo, ["--lora_path", str(adapter_dir), *flags])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "[without the adapter]"
-    assert "[with the adapter]" in lines
-    assert lines[1] != lines[lines.index("[with the adapter]") + 1]
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert [part.strip() for part in lines[0]] == ["without the adapter", "with the adapter"]
+    without, with_adapter = ("".join(line[side].strip() for line in lines[2:] if len(line) > side) for side in (0, 1))
+    assert "" not in (without, with_adapter)
+    assert without != with_adapter
     with pytest.raises(SystemExit):
         run_cli(chat_demo.chat_demo, ["--model_path", str(adapter_dir), "--compare"])
     assert "--compare needs --lora_path" in capsys.readouterr().err
@@ -380,3 +382,79 @@ def test_terminal_with_ctrl_c_and_editing(tiny_dir, tmp_path):
     terminal.wait_for("> ")
     terminal.type("\x04")
     assert terminal.end() == 0
+
+
+# ---- side by side
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "lines"),
+    [
+        ("", 10, [""]),
+        ("白色的连衣裙", 4, ["白色", "的连", "衣裙"]),
+        ("白色的连衣裙", 5, ["白色", "的连", "衣裙"]),
+        ("one two three", 8, ["one two", "three"]),
+        ("unbreakable", 4, ["unbr", "eaka", "ble"]),
+        ("a\n\n白\tb", 20, ["a", "", "白       b"]),
+        ("e\u0301e\u0301e\u0301", 2, ["e\u0301e\u0301", "e\u0301"]),
+    ],
+)
+def test_lines_fit_their_column(text, width, lines):
+    assert list(columns.wrap(text, width)) == lines
+    assert all(columns.count_cells(line) <= width for line in lines)
+
+
+@pytest.mark.parametrize("num_cells", [5, 40, 81])
+def test_columns_hold_whole_texts(num_cells):
+    texts = {"first": "这款上衣采用了柔软的面料。" * 3, "second": "白色的连衣裙", "third": ""}
+    rows = [line.ljust(1) for line in columns.side_by_side(texts, num_cells).splitlines()]
+    width = max(columns.MIN_CELLS, (num_cells - 2 * len(columns.GAP)) // 3)
+    cells = [[part.strip() for part in row.split("|")] for row in rows]
+    assert all(columns.count_cells(row) <= 3 * width + 2 * len(columns.GAP) for row in rows)
+    for index, (title, text) in enumerate(texts.items()):
+        column = [row[index] for row in cells if len(row) > index]
+        assert column[:2] == [title, "-" * width]
+        assert "".join(column[2:]) == text
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+def test_a_model_that_does_not_fit_is_refused_before_loading(tiny_dir, monkeypatch, capsys):
+    monkeypatch.setattr(inference_job, "free_bytes", lambda device: 1_000_000)
+    monkeypatch.setattr(chat_model, "load_base_model", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    with pytest.raises(SystemExit):
+        run_cli(chat_demo.chat_demo, ["--model_path", str(tiny_dir), "--prompt", QUERY, "--device=cpu"])
+    assert re.search(r"needs at least .* GB .* 0.00 GB are free on cpu.*--load_in_4bit", capsys.readouterr().err)
+
+
+def test_out_of_memory_ends_an_answer_and_not_the_program(capsys):
+    """The other session answers all the same, so that both stay in step."""
+
+    def stream_chat(tokenizer, query, history, **settings):
+        yield "一", []
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    sessions = {"full": scripted(), "other": scripted("二", "二三")}
+    sessions["full"].model.stream_chat = stream_chat
+    with pytest.raises(UserError, match="out of memory after .* clear earlier turns"):
+        chat_demo.answer(sessions, "q")
+    assert [session.history for session in sessions.values()] == [[("q", "一")], [("q", "二三")]]
+    assert "二三" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--temperature=inf"], "--temperature inf: expected 0"),
+        (["--temperature=1e-45"], "--temperature 1e-45: expected 0"),
+        (["--top_p=0"], "--top_p 0"),
+        (["--seed=99999999999999999999999"], "--seed 99999999999999999999999: expected 0 to"),
+    ],
+)
+def test_bad_settings_are_refused_before_loading(flags, message, monkeypatch, capsys):
+    monkeypatch.setattr(chat_demo, "load_chat_model", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    with pytest.raises(SystemExit):
+        run_cli(chat_demo.chat_demo, ["--model_path=models/chatglm2-tiny", *flags])
+    assert message in capsys.readouterr().err

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []  # every test runs where there is a GPU too
 
 
 @pytest.fixture(params=[True, False], ids=["kernel", "reference"])
@@ -16,7 +17,7 @@ def fused(sibling, monkeypatch, request):
     if request.param:
         pytest.importorskip("triton")
     module = sibling("fused_chatglm")
-    monkeypatch.setattr(module, "has_triton", lambda x: request.param)
+    monkeypatch.setattr(module, "has_kernels", lambda x: request.param)
     return module
 
 
@@ -56,7 +57,7 @@ def test_rotation(sibling, family, num_heads, dim, num_batches, monkeypatch):
     angles = noise(num_batches, 1, 5, *channels, dim // 4, seed=1)
     mixed, results = noise(2, 5, num_heads, 3 * dim), []
     for on in (True, False):
-        monkeypatch.setattr(modeling, "has_triton", lambda x, on=on: on)
+        monkeypatch.setattr(modeling, "has_kernels", lambda x, on=on: on)
         results.append(
             with_gradients(
                 lambda x: modeling.apply_rotary(x[..., dim : 2 * dim].transpose(1, 2), angles.cos(), angles.sin()),

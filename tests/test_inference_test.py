@@ -403,6 +403,12 @@ def no_loading(monkeypatch):
     monkeypatch.setattr(Target, "load", lambda target: pytest.fail("a model was loaded"))
 
 
+@pytest.mark.parametrize("name", ["", "none/x.json"])
+def test_a_result_file_that_cannot_be_written_is_refused_before_loading(model_dir, no_loading, tmp_path, name):
+    with pytest.raises(UserError, match=r"--output_json .*: .*Give a file in a directory that can be written to"):
+        stage.inference_test(model_path=str(model_dir), output_json=str(tmp_path / name))
+
+
 def test_model_that_does_not_fit_is_refused_before_loading(model_dir, no_loading, monkeypatch):
     (target,) = resolve_targets([str(model_dir)], [], False, "fp32", CPU)
     weights, cache = estimate_bytes(target, 2, 60)

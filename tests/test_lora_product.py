@@ -13,6 +13,7 @@ from glm_utils.lora_product import LoraProduct, use_lean_products
 from glm_utils.qlora import make_lora_config, make_lora_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []  # every test runs where there is a GPU too
 
 
 @pytest.fixture

@@ -238,6 +238,25 @@ assert not any("gloo" in name for name in names), f"threads that can abort the e
 """
 
 
+def run_two_processes(write, flags):
+    """Run the stage in two processes on the CPU; they leave without threads of their group. Returns the log."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(write("two.py", TRAIN_AND_LIST_THREADS)), *(f"--{name}={value}" for name, value in flags.items())]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+def test_two_processes_leave_after_a_dry_run(write, train_path, model_dir, tmp_path):
+    path = write("two.json", {**ARGS, "use_cpu": True, "output_dir": str(tmp_path / "two")})
+    flags = {"train_args_json": path, "train_data_path": train_path, "model_name_or_path": model_dir}
+    assert "a step: 8 rows" in run_two_processes(write, {**flags, "dry_run": True})
+    assert not (tmp_path / "two").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])
 def test_two_processes_train_as_one_with_twice_the_batch(train, write, train_path, model_dir, tmp_path, strategy):
@@ -248,12 +267,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(train, write, train_pat
     path = write("two.json", {**ARGS, **args, "per_device_train_batch_size": 2, "output_dir": str(tmp_path / "two")})
     flags = {"train_args_json": path, "train_data_path": train_path, "eval_data_path": eval_path}
     flags |= {"model_name_or_path": model_dir, "lora_dropout": 0}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(write("two.py", TRAIN_AND_LIST_THREADS)), *(f"--{name}={value}" for name, value in flags.items())]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "find_unused_parameters" not in done.stderr
+    assert "find_unused_parameters" not in run_two_processes(write, flags)
     first, second = adapter_state(one), adapter_state(tmp_path / "two")
     assert any(first[key].abs().max() > 1e-3 for key in first if "lora_B" in key)
     assert all(torch.allclose(first[key], second[key], atol=1e-6) for key in first)
@@ -417,9 +431,10 @@ def test_a_path_without_a_complete_checkpoint_is_an_error(train, checkpoint, no_
     for value in (str(tmp_path), str(tmp_path / "nothing"), "latest", True):
         with pytest.raises(UserError, match="no checkpoint-N in"):
             train("fresh", resume_from_checkpoint=value)
-    (checkpoint / "optimizer.pt").unlink()
-    with pytest.raises(UserError, match=r"no complete checkpoint, optimizer.pt missing"):
-        train(resume_from_checkpoint=str(checkpoint))
+    for data in ((checkpoint / "optimizer.pt").read_bytes()[:-100], None):
+        (checkpoint / "optimizer.pt").write_bytes(data) if data else (checkpoint / "optimizer.pt").unlink()
+        with pytest.raises(UserError, match=r"no complete checkpoint, optimizer.pt missing or cut"):
+            train(resume_from_checkpoint=str(checkpoint))
 
 
 # ---- refusals
@@ -434,6 +449,83 @@ def test_an_earlier_run_is_kept_unless_the_file_says_otherwise(train, checkpoint
     assert sorted(path.name for path in out.iterdir()) == before
     train(args={"max_steps": 1, "overwrite_output_dir": True})
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+def test_a_setting_that_the_trainer_refuses_costs_nothing(train, checkpoint):
+    out = checkpoint.parent
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    with pytest.raises(ImportError, match="galore"):
+        train(args={"overwrite_output_dir": True, "optim": "galore_adamw", "optim_target_modules": ["dense"]})
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    assert checkpoint.is_dir()
+
+
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+def test_an_output_dir_in_the_home_directory_is_as_safe(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    train(args={"max_steps": 1, "save_steps": 1, "output_dir": "~/run"})
+    with pytest.raises(UserError, match="holds an earlier run"):
+        train(args={"max_steps": 2, "output_dir": "~/run"})
+    train(args={"max_steps": 2, "output_dir": "~/run"}, resume_from_checkpoint="latest")
+    assert json.loads((tmp_path / "run/trainer_state.json").read_text())["global_step"] == 2
+
+
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+def test_going_on_from_elsewhere_keeps_an_earlier_run(train, checkpoint):
+    """Also a run that goes on from another directory's checkpoint needs a free output_dir, and writes it whole."""
+    other = train("other", args={"max_steps": 1, "save_steps": 1})
+    before = (other / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="other: output_dir holds an earlier run"):
+        train("other", resume_from_checkpoint=str(checkpoint))
+    assert (other / "adapter_model.safetensors").read_bytes() == before
+    for name, more in (("other", {"overwrite_output_dir": True}), ("free", {})):
+        out = train(name, args={"max_steps": 2, "save_steps": 2, **more}, resume_from_checkpoint=str(checkpoint))
+        assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+        assert_same_bits(out, checkpoint.parent)
+    assert checkpoint.is_dir()
+
+
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+@pytest.mark.parametrize("name", ["config.json", "README.md"])
+def test_what_is_no_run_is_not_replaced(train, no_training, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine")
+    with pytest.raises(UserError, match=rf"holds {name}, which is of no run of this script"):
+        train(args={"overwrite_output_dir": True})
+    assert (tmp_path / "out" / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+def test_results_are_those_of_the_run_that_is_there(train, write):
+    eval_path = write("dev.json", ROWS[:4])
+    train(args={"max_steps": 1}, eval_data_path=str(eval_path))
+    out = train(args={"max_steps": 1, "overwrite_output_dir": True})
+    assert not (out / "eval_results.json").exists()
+    assert "eval_loss" not in json.loads((out / "all_results.json").read_text())
+
+
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+def test_the_preflight_takes_no_more_rows_than_a_batch(train, monkeypatch):
+    tokens = []
+    real = stage.make_plan
+    monkeypatch.setattr(stage, "make_plan", lambda *args: tokens.append(args[1]["input_ids"].numel()) or real(*args))
+    for size in (1, 2):
+        train(args={"per_device_train_batch_size": size}, dry_run=True)
+    assert tokens[0] * 2 == pytest.approx(tokens[1], abs=4)
+
+
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")]
+)
+def test_out_of_memory_before_training_says_what_to_change(train, monkeypatch, error):
+    def make_plan(*args):
+        raise error
+
+    monkeypatch.setattr(stage, "make_plan", make_plan)
+    with pytest.raises(UserError, match="out of memory in the preflight.*halve per_device_train_batch_size"):
+        train()
 
 
 @pytest.mark.parametrize("family_name", ["chatglm2-6b"])
@@ -456,6 +548,18 @@ def test_an_earlier_run_is_kept_unless_the_file_says_otherwise(train, checkpoint
         ({"learning_rte": 1}, {}, "Did you mean learning_rate?"),
         ({"learning_rate": "fast"}, {}, 'learning_rate is "fast", expected float'),
         ({"output_dir": "train.jsonl"}, {}, "output_dir is a file"),
+        ({"output_dir": "train.jsonl/out"}, {}, "train.jsonl is a file"),
+        ({"per_device_train_batch_size": 0}, {}, "per_device_train_batch_size is 0, expected 1 or more"),
+        ({"per_device_eval_batch_size": 0}, {}, "per_device_eval_batch_size is 0, expected 1 or more"),
+        ({"gradient_accumulation_steps": -2}, {}, "gradient_accumulation_steps is -2, expected 1 or more"),
+        (
+            {"per_device_train_batch_size": 16, "dataloader_drop_last": True},
+            {},
+            "15 training rows fill no batch of 16",
+        ),
+        ({"accelerator_config": "none.json"}, {}, "none.json"),
+        ({}, {"seed": -1}, "seed -1: expected 0 to 4294967295"),
+        ({}, {"prompt_text": "a\udcff"}, "--prompt_text 'a\\udcff': broken UTF-8"),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what a GPU allows differs")

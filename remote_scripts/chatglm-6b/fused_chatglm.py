@@ -1,6 +1,6 @@
 """Operations that keep less for the backward pass than autograd would, and take fewer kernels on a GPU.
 
-Each is plain torch, the reference, and a Triton kernel where Triton and CUDA are there. Monkeypatching ``has_triton``
+Each is plain torch, the reference, and a Triton kernel where Triton and CUDA are there. Monkeypatching ``has_kernels``
 forces the reference. (This file is byte-identical in both families' directories.)
 
 Shapes: B batch, T tokens, H heads, D head channels, P rotated pairs of a head, M rows (tokens), C hidden, F ffn,
@@ -19,7 +19,7 @@ except ImportError:
 CHUNK_LOGITS = 512 * 65024  # held at once by the loss: 512 tokens of ChatGLM2-6B
 
 
-def has_triton(x: torch.Tensor) -> bool:
+def has_kernels(x: torch.Tensor) -> bool:
     """Return whether a Triton kernel can take this tensor."""
     return triton is not None and x.is_cuda and x.dtype != torch.float64
 
@@ -105,7 +105,7 @@ class SwiGLU(torch.autograd.Function):
     def forward(ctx, gate_up: torch.Tensor) -> torch.Tensor:
         """Return (..., F) for (..., 2F)."""
         ctx.save_for_backward(gate_up)
-        if not has_triton(gate_up):
+        if not has_kernels(gate_up):
             gate, up = gate_up.chunk(2, dim=-1)
             return nn.functional.silu(gate).mul_(up)
         gate_up = gate_up.contiguous()
@@ -120,7 +120,7 @@ class SwiGLU(torch.autograd.Function):
         """Return the gradient of the input, (..., 2F)."""
         (gate_up,) = ctx.saved_tensors
         grad_input = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
-        if has_triton(gate_up):
+        if has_kernels(gate_up):
             gate_up, grad, width = gate_up.contiguous(), grad.contiguous(), grad.shape[-1]
             with torch.cuda.device_of(grad):
                 _swiglu_backward_kernel[(grad.numel() // width, triton.cdiv(width, 1024))](
@@ -199,7 +199,7 @@ def launch_rotation(x, cos, sin, step: int, gap: int, sign: int) -> torch.Tensor
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the losses (M,), fp32, and the gradient of the logits (M, V), whose memory may be used for it."""
-    if has_triton(logits):
+    if has_kernels(logits):
         losses = torch.empty(len(logits), device=logits.device)
         with torch.cuda.device_of(logits):
             _cross_entropy_kernel[(len(logits),)](logits, targets, losses, logits.shape[-1], BLOCK=4096, num_warps=8)

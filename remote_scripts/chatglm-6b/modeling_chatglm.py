@@ -21,7 +21,7 @@ from .configuration_chatglm import ChatGLMConfig
 from .cuda_kernels import MAX_ROWS  # noqa: F401 - transformers copies the siblings that this file names
 from .cuda_source import SOURCE  # noqa: F401
 from .decoding_chatglm import Block, DecodeGraph, DecodeParts
-from .fused_chatglm import Rotation, has_triton, linear_cross_entropy
+from .fused_chatglm import Rotation, has_kernels, linear_cross_entropy
 from .generation_chatglm import ChatGLMGenerationMixin, eager_attention_forward
 from .masking_chatglm import blocked_to_keep, build_keep_mask, padding_queries
 from .packing_chatglm import PackedRows, packed_attention_forward
@@ -69,7 +69,7 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     Returns:
         (B, H, T, D).
     """
-    if has_triton(x):
+    if has_kernels(x):
         return Rotation.apply(x, cos, sin, 1, x.shape[-1] // 4)
     first, second = x.unflatten(-1, (2, 2, -1)).unbind(-2)  # (B, H, T, 2, D/4) each
     return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-2).flatten(-3)

@@ -20,7 +20,7 @@ from .configuration_chatglm import ChatGLMConfig
 from .cuda_kernels import MAX_ROWS  # noqa: F401 - transformers copies the siblings that this file names
 from .cuda_source import SOURCE  # noqa: F401
 from .decoding_chatglm import Block, DecodeGraph, DecodeParts
-from .fused_chatglm import Rotation, has_triton, linear_cross_entropy, swiglu
+from .fused_chatglm import Rotation, has_kernels, linear_cross_entropy, swiglu
 from .generation_chatglm import ChatGLMGenerationMixin, eager_attention_forward
 from .masking_chatglm import blocked_to_keep, build_keep_mask
 from .packing_chatglm import PackedRows, packed_attention_forward
@@ -77,7 +77,7 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     Returns:
         (B, H or G, T, D); the second half passes through.
     """
-    if has_triton(x):
+    if has_kernels(x):
         return Rotation.apply(x, cos, sin, 2, 1)
     rotated, rest = x.chunk(2, dim=-1)
     even, odd = rotated[..., 0::2], rotated[..., 1::2]
