@@ -118,9 +118,12 @@ def fit_prompt(row: Row, tokenizer: PreTrainedTokenizer, limits: EncodingLimits)
     ids = tokenizer.encode_prompt(query, history)
     if len(ids) <= limits.max_input_length:
         return ids, False
-    while history and len(ids) > limits.max_input_length:
-        history.pop(0)
-        ids = tokenizer.encode_prompt(query, history)
+
+    def fits(num_dropped: int) -> bool:
+        return len(tokenizer.encode_prompt(query, history[num_dropped:])) <= limits.max_input_length
+
+    history = history[bisect.bisect_left(range(len(history)), True, key=fits) :]  # all go where none is few enough
+    ids = tokenizer.encode_prompt(query, history)
     if len(ids) > limits.max_input_length:
         num_kept = bisect.bisect_right(
             range(len(query) + 1),
