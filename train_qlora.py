@@ -87,10 +87,12 @@ def train_qlora(
     limits = EncodingLimits(max_input_length, max_output_length, prompt_text)
     data_paths = find_data(train_data_path, eval_data_path)
     rows = {name: read_rows(path) for name, path in data_paths.items()}
-    base_dir = resolve_checkpoint_dir(model_name_or_path)
+    lora_config = make_lora_config(lora_rank, lora_alpha, lora_dropout)
+    args_file = read_train_args(project_path(train_args_json)) if train_args_json else None
+    base_dir = resolve_checkpoint_dir(model_name_or_path)  # may download it, so what can be wrong before is checked
     base_config, family = check_trainable(base_dir)
-    lora_config = make_lora_config(lora_rank, lora_alpha, lora_dropout, resolve_lora_targets(family, lora_targets))
-    args_file = read_train_args(project_path(train_args_json or family.train_args_json))
+    lora_config.target_modules = set(resolve_lora_targets(family, lora_targets))
+    args_file = args_file or read_train_args(project_path(family.train_args_json))
     arguments["compute_dtype"] = compute_dtype = resolve_compute_dtype(compute_dtype, args_file)
     training_args = make_training_args(args_file, seed, compute_dtype, "eval" in rows, packing)
     record = make_record(arguments, base_dir, family, data_paths, sorted(lora_config.target_modules), training_args)

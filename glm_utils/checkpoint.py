@@ -14,7 +14,6 @@ import bitsandbytes
 import peft
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -61,9 +60,9 @@ def resolve_checkpoint_dir(name_or_path: str) -> Path:
         raise UserError(f"{name_or_path}: no such directory, and no hub id either. Known hub ids: {known}")
     try:
         return _download(name_or_path)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # without a network: an error of whatever HTTP library huggingface_hub uses
         raise UserError(
-            f"{name_or_path}: could not be downloaded ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            f"{name_or_path}: could not be downloaded ({type(error).__name__}: {str(error).partition(chr(10))[0]}). "
             f"Without a network, copy the checkpoint here and give its directory; where there is one: "
             f"hf download {name_or_path} --local-dir DIR"
         ) from error
@@ -73,8 +72,8 @@ def _download(hub_id: str) -> Path:
     """Download config, tokenizer and weights; safetensors alone where a repository holds both forms."""
     try:
         names = HfApi().list_repo_files(hub_id)
-    except (HfHubHTTPError, OSError):
-        names = []  # no network: snapshot_download finds what was downloaded before, or says so
+    except Exception:
+        names = []  # no network, see above: snapshot_download finds what was downloaded before, or says so
     both = any(name.endswith(".safetensors") for name in names)
     return Path(snapshot_download(hub_id, allow_patterns=HUB_PATTERNS, ignore_patterns=["*.bin"] if both else None))
 

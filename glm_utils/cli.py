@@ -71,8 +71,8 @@ def parse_args(stage: Callable, argv: Sequence[str]) -> dict:
         The arguments that were given, converted to their annotated types.
 
     Raises:
-        UserError: A word without a flag, an unknown flag, one that is missing, or a value of another type than the
-            annotation's.
+        UserError: A word without a flag, an unknown flag, one that is missing or has no value, or a value of another
+            type than the annotation's.
     """
     parameters = inspect.signature(stage).parameters
     words, recorded = record_args(stage, argv)
@@ -86,7 +86,17 @@ def parse_args(stage: Callable, argv: Sequence[str]) -> dict:
         if parameter.default is inspect.Parameter.empty and name not in recorded:
             raise UserError(f"--{name} is missing; --help says what it is")
     annotations = typing.get_type_hints(stage)
+    for name in recorded:
+        if _is_bare(name, argv) and bool not in union_members(annotations.get(name, str)):
+            raise UserError(f"--{name}: its value is missing; --help says what it is")
     return {name: convert(value, annotations.get(name, str), f"--{name}") for name, value in recorded.items()}
+
+
+def _is_bare(name: str, argv: Sequence[str]) -> bool:
+    """Return whether a flag stands on a command line without a value, which fire takes for True."""
+    flags = (f"--{name}", f"--{name.replace('_', '-')}")
+    followers = [*argv[1:], "--"]
+    return any(word in flags and after.startswith("--") for word, after in zip(argv, followers, strict=True))
 
 
 def record_args(stage: Callable, argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:

@@ -49,7 +49,8 @@ def read_rows(path: Path) -> list[Row]:
         UserError: A missing or empty file, broken JSON, or a row that fits no schema; with line and remedy.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such file. Give a JSONL or JSON file; data/README.md describes the schema")
+        found = "a directory" if path.is_dir() else "no such file"
+        raise UserError(f"{path}: {found}. Give a JSONL or JSON file; data/README.md describes the schema")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

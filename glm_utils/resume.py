@@ -45,10 +45,12 @@ def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: Path)
         return None
     latest = resume_from_checkpoint is True or resume_from_checkpoint == "latest"
     path = output_dir if latest else Path(resume_from_checkpoint).expanduser()
+    there = "" if path.is_dir() else "; the directory does not exist"
+    if there and CHECKPOINT_NAME.fullmatch(path.name):
+        raise UserError(f"--resume_from_checkpoint {path}: no such directory. Give one of {path.parent}, or latest")
     if not (path / "trainer_state.json").is_file() or list_checkpoints(path):
         found = list_checkpoints(path)
         if not found and not CHECKPOINT_NAME.fullmatch(path.name):
-            there = "" if path.is_dir() else "; the directory does not exist"
             raise UserError(
                 f"--resume_from_checkpoint: no checkpoint-N in {path}{there}. Give a checkpoint directory, or leave "
                 "the flag out to start anew"

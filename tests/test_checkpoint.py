@@ -114,6 +114,21 @@ def test_the_hub_gives_data_files_only(hub_id, with_safetensors, monkeypatch, tm
     assert resolve_checkpoint_dir(hub_id) == tmp_path
 
 
+def test_a_network_that_fails_in_its_own_way_names_the_remedy(monkeypatch):
+    """What huggingface_hub lets through depends on its HTTP library."""
+
+    class ConnectError(Exception):
+        pass
+
+    def fail(*args, **kwargs):
+        raise ConnectError
+
+    monkeypatch.setattr(checkpoint.HfApi, "list_repo_files", fail)
+    monkeypatch.setattr(checkpoint, "snapshot_download", fail)
+    with pytest.raises(UserError, match=r"could not be downloaded \(ConnectError: \).*give its directory"):
+        resolve_checkpoint_dir("THUDM/chatglm2-6b")
+
+
 def test_offline_names_the_remedy():
     with pytest.raises(UserError, match=r"could not be downloaded.*give its directory.*hf download THUDM"):
         resolve_checkpoint_dir("THUDM/chatglm2-6b")

@@ -50,6 +50,8 @@ def _no_calls():
         (["--overwrite=false"], {"overwrite": False}),  # fire alone makes it a string, which is true
         (["--nooverwrite"], {"overwrite": False}),
         (["--dtype=bf16"], {"dtype": "bf16"}),
+        (["--model_path=True"], {"model_path": "True"}),
+        (["--model_path", "True", "--overwrite"], {"model_path": "True", "overwrite": True}),
         (["--targets=dense,query_key_value"], {"targets": ["dense", "query_key_value"]}),
         (["--targets=['dense']"], {"targets": ["dense"]}),
         (["--targets=dense"], {"targets": "dense"}),
@@ -74,6 +76,8 @@ def test_values(argv, expected):
         (["--dropout=much"], "--dropout=much: expected float"),
         (["--overwrite=maybe"], "--overwrite=maybe: expected bool"),
         (["--dtype=fp8"], "--dtype=fp8: expected one of fp32, bf16"),
+        (["--model_path"], "--model_path: its value is missing"),
+        (["--model-path", "--lora_rank=4"], "--model_path: its value is missing"),
     ],
 )
 def test_bad_values_end_before_the_stage(argv, message, capsys):

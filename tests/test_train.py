@@ -431,6 +431,8 @@ def test_a_path_without_a_complete_checkpoint_is_an_error(train, checkpoint, no_
     for value in (str(tmp_path), str(tmp_path / "nothing"), "latest", True):
         with pytest.raises(UserError, match="no checkpoint-N in"):
             train("fresh", resume_from_checkpoint=value)
+    with pytest.raises(UserError, match="checkpoint-99: no such directory"):
+        train(resume_from_checkpoint=str(checkpoint.parent / "checkpoint-99"))
     for data in ((checkpoint / "optimizer.pt").read_bytes()[:-100], None):
         (checkpoint / "optimizer.pt").write_bytes(data) if data else (checkpoint / "optimizer.pt").unlink()
         with pytest.raises(UserError, match=r"no complete checkpoint, optimizer.pt missing or cut"):
@@ -593,6 +595,13 @@ def test_an_adapter_as_base_is_refused(train, no_training, tmp_path):
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "x"}')
     with pytest.raises(UserError, match="a LoRA adapter, not a base model"):
         train(model_name_or_path=str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("flags", [{"lora_rank": 0}, {"lora_dropout": 1.0}, {"train_args_json": "none.json"}])
+def test_the_base_is_not_fetched_before_flags_are_right(train, monkeypatch, flags):
+    monkeypatch.setattr(stage, "resolve_checkpoint_dir", lambda name: pytest.fail("a base was asked for"))
+    with pytest.raises(UserError):
+        train(**flags)
 
 
 def test_flags_are_the_issues():
