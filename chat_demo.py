@@ -7,6 +7,7 @@ Ctrl-C stops an answer; help lists the commands. Answers go to stdout, all else 
 """
 
 import contextlib
+import functools
 import shutil
 import sys
 
@@ -144,21 +145,19 @@ def answer(sessions: dict[str, ChatSession], query: str) -> None:
     for session in sessions.values():
         session.count_prompt(query)  # of all before the first answer, so that they stay in step
     is_compared, faults = len(sessions) > 1, []
+    write = (lambda text: None) if is_compared else functools.partial(print, end="", flush=True)
     for title, session in sessions.items():
         ending = ""
         with contextlib.closing(session.ask(query)) as pieces:
             try:
                 for piece in pieces:
-                    if not is_compared:
-                        print(piece, end="", flush=True)
+                    write(piece)
             except KeyboardInterrupt:
                 ending = ", stopped"
             except UserError as error:  # the other sessions answer all the same
                 faults.append(error)
-        if not is_compared:
-            print(flush=True)
-        label = f"{title}: " if is_compared else ""
-        note(label + describe(session.counts, session.settings.max_length) + ending)
+        write("\n")
+        note((f"{title}: " if title else "") + describe(session.counts, session.settings.max_length) + ending)
     if is_compared:
         answers = {title: session.history[-1][1] for title, session in sessions.items()}
         print(side_by_side(answers, shutil.get_terminal_size().columns), flush=True)

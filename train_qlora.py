@@ -26,7 +26,13 @@ from glm_utils.encoding import Collator, EncodedRows, EncodingLimits, PackingCol
 from glm_utils.family import Family, detect_family, resolve_lora_targets
 from glm_utils.memory_plan import MemoryPlan, make_plan
 from glm_utils.preflight import memory_advice, memory_explained, num_steps, report_run
-from glm_utils.qlora import make_lora_config, make_lora_model, make_training_args, resolve_compute_dtype
+from glm_utils.qlora import (
+    check_lora_settings,
+    make_lora_config,
+    make_lora_model,
+    make_training_args,
+    resolve_compute_dtype,
+)
 from glm_utils.resume import (
     check_output_dir,
     check_same_run,
@@ -87,11 +93,11 @@ def train_qlora(
     limits = EncodingLimits(max_input_length, max_output_length, prompt_text)
     data_paths = find_data(train_data_path, eval_data_path)
     rows = {name: read_rows(path) for name, path in data_paths.items()}
-    lora_config = make_lora_config(lora_rank, lora_alpha, lora_dropout)
+    check_lora_settings(lora_rank, lora_alpha, lora_dropout)
     args_file = read_train_args(project_path(train_args_json)) if train_args_json else None
     base_dir = resolve_checkpoint_dir(model_name_or_path)  # may download it, so what can be wrong before is checked
     base_config, family = check_trainable(base_dir)
-    lora_config.target_modules = set(resolve_lora_targets(family, lora_targets))
+    lora_config = make_lora_config(lora_rank, lora_alpha, lora_dropout, resolve_lora_targets(family, lora_targets))
     args_file = args_file or read_train_args(project_path(family.train_args_json))
     arguments["compute_dtype"] = compute_dtype = resolve_compute_dtype(compute_dtype, args_file)
     training_args = make_training_args(args_file, seed, compute_dtype, "eval" in rows, packing)

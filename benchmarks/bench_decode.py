@@ -30,7 +30,7 @@ from glm_utils.family import PROJECT_DIR, Family
 from glm_utils.inference_job import auto_dtype, dtype_name, free_bytes, prompt_ids
 from glm_utils.inference_measure import Workload, measure_model, stream_generate
 from glm_utils.inference_memory import copy_bandwidth, reset_peak_memory
-from glm_utils.inference_report import write_report
+from glm_utils.inference_report import check_report_path, write_report
 
 PROMPT = "类型#裙*颜色#白色*风格#简约*图案#刺绣"
 LONG_CONTEXT = 2048  # prompt and new tokens together
@@ -118,6 +118,7 @@ def bench_decode(
         limit = LONG_CONTEXT - MIN_PROMPT
         raise UserError(f"--new_tokens {new_tokens}: expected less than {limit}, or --cases without the long one")
     path = output_json or RESULTS_DIR / f"decode_baselines_{device_name()}.json"
+    check_report_path(path)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     bandwidth = copy_bandwidth(device, free_bytes(device))
     result: dict = {"benchmark": "decode_baselines", "scale": scale, "copy_bytes_per_second": bandwidth, "models": []}

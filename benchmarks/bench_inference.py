@@ -26,7 +26,7 @@ from random_checkpoint import find_family, random_adapter
 from glm_utils.checkpoint import load_base_model, load_tokenizer
 from glm_utils.cli import UserError, nearest, run_cli
 from glm_utils.family import PROJECT_DIR, Family
-from glm_utils.inference_report import write_report
+from glm_utils.inference_report import check_report_path, write_report
 from glm_utils.run_record import versions
 
 RESULTS_DIR = PROJECT_DIR / "benchmarks" / "results"
@@ -82,6 +82,7 @@ def bench_inference(
     chosen = choose_cases(CASES, cases)
     records = [find_family(name) for name in families.split(",")]
     path = output_json or RESULTS_DIR / f"inference_models_{device_name()}.json"
+    check_report_path(path)
     result: dict = {"benchmark": "inference_models", "scale": scale, "models": []}
     try:
         for family in records:

@@ -9,7 +9,7 @@ import json
 import zipfile
 from pathlib import Path
 
-from glm_utils.cli import UserError
+from glm_utils.cli import JSON_ERRORS, UserError, json_fault
 from glm_utils.family import detect_family
 
 LFS_MAGIC = b"version https://git-lfs"
@@ -155,10 +155,11 @@ def read_json_object(path: Path) -> dict:
         raise UserError(f"{path}: no such file. {download_again(path)}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error}). {download_again(path)}") from None
-    except json.JSONDecodeError as error:
+    except JSON_ERRORS as error:
         if path.read_bytes().startswith(LFS_MAGIC):
             raise UserError(f"{path}: a Git LFS pointer, not the file. Run `git lfs pull`") from None
-        raise UserError(f"{path}:{error.lineno}: broken JSON, {error.msg}. {download_again(path)}") from None
+        where = f"{path}:{getattr(error, 'lineno', 1)}"
+        raise UserError(f"{where}: broken JSON, {json_fault(error)}. {download_again(path)}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}:1: expected a JSON object, found {type(value).__name__}. {download_again(path)}")
     return value

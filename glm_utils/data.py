@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from glm_utils.cli import UserError
+from glm_utils.cli import JSON_ERRORS, UserError, json_fault
 
 SCHEMAS = (
     "instruction/output (+ optional input, history), content/summary, or messages; "
@@ -72,8 +72,8 @@ def _iter_lines(path: Path, text: str) -> Iterator[tuple[object, str]]:
             continue
         try:
             yield json.loads(line), f"{path}:{number}"
-        except (ValueError, RecursionError) as error:
-            message = f"{path}:{number}: broken JSON, {_fault(error)}"
+        except JSON_ERRORS as error:
+            message = f"{path}:{number}: broken JSON, {json_fault(error)}"
             if line.startswith("version https://git-lfs"):
                 message = f"{path}:{number}: a Git LFS pointer, not the file. Run `git lfs pull`"
             raise UserError(f"{message}. Every line must be one JSON object") from None
@@ -96,8 +96,8 @@ def _iter_list(path: Path, text: str) -> Iterator[tuple[object, str]]:
             break
         try:
             value, end = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}:{getattr(error, 'lineno', line)}: broken JSON, {_fault(error)}") from None
+        except JSON_ERRORS as error:
+            raise UserError(f"{path}:{getattr(error, 'lineno', line)}: broken JSON, {json_fault(error)}") from None
         yield value, f"{path}:{line}"
         position = skip(end, " \t\r\n")
         if text[position : position + 1] not in (",", "]"):
@@ -106,11 +106,6 @@ def _iter_list(path: Path, text: str) -> Iterator[tuple[object, str]]:
         position += text[position] == ","
     if text[position + 1 :].strip():
         raise UserError(f"{path}:{line}: text behind the end of the list. Expected one list, or one object a line")
-
-
-def _fault(error: ValueError | RecursionError) -> str:
-    """Say what json could not read: a syntax error, a number of too many digits, or nesting without end."""
-    return f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def _parse_row(value: object, where: str) -> Row:

@@ -102,7 +102,7 @@ def markdown_table(rows: list[dict]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
-def check_report_path(output_json: str | None) -> None:
+def check_report_path(output_json: str | Path | None) -> None:
     """Refuse, before anything is measured, a file that cannot be written.
 
     Args:

@@ -1,7 +1,6 @@
 """QLoRA's own settings: LoRA on a 4-bit base, and which number formats go together."""
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import peft
@@ -17,14 +16,8 @@ from glm_utils.training_args import TrainArgsFile
 DEFAULT_SEED = 42
 
 
-def make_lora_config(rank: int, alpha: int, dropout: float, targets: Sequence[str] = ()) -> peft.LoraConfig:
-    """Check the LoRA settings.
-
-    Args:
-        rank: Rank of the matrices.
-        alpha: The product is multiplied by alpha / rank.
-        dropout: Dropout before the matrices.
-        targets: Module names; may be set later.
+def check_lora_settings(rank: int, alpha: int, dropout: float) -> None:
+    """Check the numbers of `make_lora_config`.
 
     Raises:
         UserError: A value out of range.
@@ -35,8 +28,24 @@ def make_lora_config(rank: int, alpha: int, dropout: float, targets: Sequence[st
         raise UserError(f"--lora_alpha={alpha}: expected 1 or more")
     if not 0 <= dropout < 1:
         raise UserError(f"--lora_dropout={dropout}: expected 0 to below 1")
-    settings = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": list(targets)}
-    return peft.LoraConfig(**settings, bias="none", task_type="CAUSAL_LM")
+
+
+def make_lora_config(rank: int, alpha: int, dropout: float, targets: list[str]) -> peft.LoraConfig:
+    """Check the LoRA settings.
+
+    Args:
+        rank: Rank of the matrices.
+        alpha: The product is multiplied by alpha / rank.
+        dropout: Dropout before the matrices.
+        targets: Module names.
+
+    Raises:
+        UserError: A value out of range.
+    """
+    check_lora_settings(rank, alpha, dropout)
+    return peft.LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none", task_type="CAUSAL_LM"
+    )
 
 
 def uses_gpu(args_file: TrainArgsFile) -> bool:

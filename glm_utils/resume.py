@@ -11,13 +11,14 @@ from loguru import logger
 
 from glm_utils.checkpoint_files import ADAPTER_WEIGHT_NAMES, check_adapter, read_json_object
 from glm_utils.cli import UserError
+from glm_utils.family import FAMILIES
 from glm_utils.run_record import RUN_CONFIG_NAME
 
 STATE_NAMES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 RNG_NAMES = ("rng_state.pth", "rng_state_0.pth")
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 RESULT_NAMES = ("train_results.json", "eval_results.json", "all_results.json")
-REPLACED_NAMES = ("README.md", "tokenizer_config.json", "tokenizer.model", "ice_text.model", "config.json")
+REPLACED_NAMES = ("README.md", "tokenizer_config.json", *(family.tokenizer_file for family in FAMILIES))
 LORA_KEYS = {"r": "lora_rank", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
 
 
@@ -45,12 +46,12 @@ def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: Path)
         return None
     latest = resume_from_checkpoint is True or resume_from_checkpoint == "latest"
     path = output_dir if latest else Path(resume_from_checkpoint).expanduser()
-    there = "" if path.is_dir() else "; the directory does not exist"
-    if there and CHECKPOINT_NAME.fullmatch(path.name):
+    if CHECKPOINT_NAME.fullmatch(path.name) and not path.is_dir():
         raise UserError(f"--resume_from_checkpoint {path}: no such directory. Give one of {path.parent}, or latest")
     if not (path / "trainer_state.json").is_file() or list_checkpoints(path):
         found = list_checkpoints(path)
         if not found and not CHECKPOINT_NAME.fullmatch(path.name):
+            there = "" if path.is_dir() else "; the directory does not exist"
             raise UserError(
                 f"--resume_from_checkpoint: no checkpoint-N in {path}{there}. Give a checkpoint directory, or leave "
                 "the flag out to start anew"
@@ -138,12 +139,11 @@ def check_output_dir(output_dir: Path, overwrite: bool) -> None:
         of_whom = "output_dir" if place == output_dir else f"output_dir cannot be made, {place}"
         raise UserError(f"{output_dir}: {of_whom} {found}. Choose another output_dir")
     is_run = any((output_dir / name).exists() for name in (RUN_CONFIG_NAME, "adapter_config.json"))
-    foreign = [name for name in REPLACED_NAMES if (output_dir / name).exists() and not is_run]
-    if foreign or (output_dir / "config.json").exists():
-        raise UserError(
-            f"{output_dir}: output_dir holds {(foreign or ['config.json'])[0]}, which is of no run of this script. "
-            "Choose another output_dir"
-        )
+    for name in ("config.json", *(() if is_run else REPLACED_NAMES)):
+        if (output_dir / name).exists():
+            raise UserError(
+                f"{output_dir}: output_dir holds {name}, which is of no run of this script. Choose another output_dir"
+            )
     if not overwrite and (list_checkpoints(output_dir) or (output_dir / "adapter_config.json").exists()):
         raise UserError(
             f"{output_dir}: output_dir holds an earlier run. Choose another output_dir, go on with "

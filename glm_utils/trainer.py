@@ -7,13 +7,7 @@ from collections.abc import Callable, Iterator
 import peft
 import torch
 from accelerate import PartialState
-from transformers import (
-    PreTrainedTokenizer,
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import PreTrainedTokenizer, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from glm_utils.encoding import Collator, EncodedRows, PackingCollator
@@ -52,7 +46,7 @@ class LoraTrainer(Trainer):
     """
 
     plan: MemoryPlan
-    run_log: "RunCallback"
+    run_log: RunCallback
     eval_sums: torch.Tensor
 
     def _get_train_sampler(self, train_dataset=None):

@@ -15,7 +15,7 @@ from pathlib import Path
 from loguru import logger
 from transformers import TrainingArguments
 
-from glm_utils.cli import UserError, describe, nearest, union_members
+from glm_utils.cli import JSON_ERRORS, UserError, describe, json_fault, nearest, union_members
 
 RENAMED_KEYS: dict[str, tuple[str, Callable | None]] = {
     "evaluation_strategy": ("eval_strategy", None),
@@ -150,8 +150,10 @@ def _read_json(path: Path) -> tuple[_Source, dict]:
         values = json.loads(text, object_pairs_hook=unique)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error}). Save the file as UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: broken JSON, {error.msg} (column {error.colno})") from error
+    except UserError:  # of unique, a ValueError too
+        raise
+    except JSON_ERRORS as error:
+        raise UserError(f"{path}:{getattr(error, 'lineno', 1)}: broken JSON, {json_fault(error)}") from error
     if not isinstance(values, dict):
         raise UserError(f'{path}: expected one JSON object like {{"output_dir": ...}}, found {type(values).__name__}')
     return _Source(path, text), values

@@ -152,6 +152,7 @@ def cut(path):
 DAMAGES = {
     "no config": (lambda d, f: (d / "config.json").unlink(), "config.json: no such file"),
     "broken config": (lambda d, f: (d / "config.json").write_text('{\n"a": }'), "config.json:2: broken JSON"),
+    "nested config": (lambda d, f: (d / "config.json").write_text("[" * 100_000), "config.json:1: broken JSON"),
     "config is a pointer": (lambda d, f: (d / "config.json").write_text(LFS_POINTER), "Git LFS pointer"),
     "config is a list": (lambda d, f: (d / "config.json").write_text("[]"), "expected a JSON object"),
     "other family": (lambda d, f: (d / "config.json").write_text('{"model_type": "llama"}'), "unknown model family"),

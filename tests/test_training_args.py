@@ -138,6 +138,7 @@ def test_tensorboard_is_on_unless_the_file_says_otherwise(write):
         ('{"output_dir": "x",\n"bf16_full_eval": true}', "rounded before they are saved. Delete the line"),
         ("[]", "expected one JSON object"),
         ("", ":1: broken JSON"),
+        ("[" * 100_000, ":1: broken JSON"),
         ('{"seed": 1}', "output_dir is missing"),
     ],
 )  # fmt: skip

@@ -466,11 +466,10 @@ def linear_in_parts(
         return F.linear(x, _decoded(weight, scale, bits, x), bias)
     out = x.new_empty(*x.shape[:-1], len(weight))
     flat, columns = x.reshape(-1, x.shape[-1]), out.view(-1, len(weight))
-    rows = -(-len(weight) // num_parts)
+    rows, multiply = -(-len(weight) // num_parts), torch.mm if bias is None else torch.addmm
     for start in range(0, len(weight), rows):
         part = slice(start, start + rows)
         bias_part = () if bias is None else (bias[part],)
-        multiply = torch.addmm if bias_part else torch.mm
         # written where it belongs, and no name holds a decoded part while the next is made
         multiply(*bias_part, flat, _decoded(weight[part], scale[part], bits, x).T, out=columns[:, part])
     return out
