@@ -12,15 +12,20 @@ import shutil
 import sys
 
 import torch
+from loguru import logger
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizer
 
-from glm_utils.chat import AnswerCounts, ChatSession, chat_settings, check_sampling
-from glm_utils.chat_model import load_chat_model
 from glm_utils.cli import UserError, run_cli
-from glm_utils.columns import side_by_side
+from glm_utils.device import resolve_device
+from glm_utils.inference.chat import AnswerCounts, ChatSession, chat_settings, check_sampling
+from glm_utils.inference.side_by_side import side_by_side
+from glm_utils.load_model import ModelSource, find_model
 
 with contextlib.suppress(ImportError):  # Windows has its own line editing
     import readline  # noqa: F401
 
+LEAST_TOKENS = 256  # whose keys and values must fit beside the weights
 COMMANDS = {
     "clear": "forget all turns",
     "undo": "take the last question and its answer back",
@@ -62,7 +67,7 @@ def chat_demo(
     check_sampling(temperature, top_p)
     if seed is not None and not 0 <= seed < 2**64:
         raise UserError(f"--seed {seed}: expected 0 to {2**64 - 1}")
-    model, tokenizer = load_chat_model(model_path, lora_path, load_in_4bit, device, switchable=compare)
+    model, tokenizer = load_chat_model(model_path, lora_path, load_in_4bit, device, merge_adapter=not compare)
     settings = chat_settings(model, max_length, temperature, top_p)
     sessions = {"": ChatSession(model, tokenizer, settings)}
     if compare:
@@ -75,6 +80,30 @@ def chat_demo(
         answer(sessions, prompt)
     else:
         converse(sessions)
+
+
+def load_chat_model(
+    model_path: str | None, lora_path: str | None, load_in_4bit: bool, device: str, merge_adapter: bool
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizer]:
+    """Load a model, in fp16 on a GPU and in fp32 on the CPU, and its tokenizer.
+
+    Args:
+        model_path: Directory or hub id of a base or merged model.
+        lora_path: Directory of an adapter, instead of model_path.
+        load_in_4bit: Quantize the layers to NF4 while loading.
+        device: auto, cpu or cuda:N.
+        merge_adapter: False keeps the adapter apart, so that it can be disabled.
+
+    Raises:
+        UserError: No model, two models, a broken one, one that is quantized already, or one that does not fit.
+    """
+    place = resolve_device(device)
+    checkpoint, adapter = find_model(model_path, lora_path)
+    dtype = torch.float16 if place.type == "cuda" else torch.float32
+    source = ModelSource(str(checkpoint.directory), checkpoint, adapter, load_in_4bit, dtype, place)
+    source.check_fits(1, LEAST_TOKENS, "an int4 model or --load_in_4bit")
+    logger.info(f"loading {checkpoint.directory}{f' with {adapter.directory}' if adapter else ''} on {place}")
+    return source.load(merge_adapter), checkpoint.tokenizer
 
 
 def converse(sessions: dict[str, ChatSession]) -> None:

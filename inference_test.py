@@ -12,12 +12,13 @@ from typing import Literal
 import torch
 from loguru import logger
 
-from glm_utils.checkpoint import load_tokenizer
 from glm_utils.cli import UserError, run_cli
-from glm_utils.inference_job import Target, check_context, check_fits, free_bytes, prompt_ids, resolve_targets
-from glm_utils.inference_measure import Workload, measure_model, stream_generate
-from glm_utils.inference_memory import copy_bandwidth
-from glm_utils.inference_report import check_report_path, write_report
+from glm_utils.device import free_bytes
+from glm_utils.inference.measure import Workload, measure_model, stream_generate
+from glm_utils.inference.memory import copy_bandwidth
+from glm_utils.inference.report import check_report_path, write_report
+from glm_utils.inference.request import check_context, prompt_ids, resolve_sources
+from glm_utils.load_model import ModelSource
 
 INSTRUCTION = "类型#裙*颜色#白色*风格#简约*图案#刺绣"
 REMEDY = "an int4 model, --load_in_4bit, or a smaller --dtype or --batch_size"
@@ -59,19 +60,19 @@ def inference_test(
     check_counts(arguments)
     check_report_path(output_json)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    targets = resolve_targets(as_list(model_path), as_list(lora_path), load_in_4bit, dtype, device)
-    prompts = [prompt_ids(load_tokenizer(target.base_dir), instruction_text, prompt_tokens) for target in targets]
-    for target, prompt in zip(targets, prompts, strict=True):
-        check_context(target, len(prompt), new_tokens)
-        check_fits(target, batch_size, len(prompt) + new_tokens, REMEDY)
+    sources = resolve_sources(as_list(model_path), as_list(lora_path), load_in_4bit, dtype, device)
+    prompts = [prompt_ids(source.checkpoint.tokenizer, instruction_text, prompt_tokens) for source in sources]
+    for source, prompt in zip(sources, prompts, strict=True):
+        check_context(source, len(prompt), new_tokens)
+        source.check_fits(batch_size, len(prompt) + new_tokens, REMEDY)
     bandwidth = copy_bandwidth(device, free_bytes(device))
     logger.info(f"{device}: copies {bandwidth / 1e9:,.1f} GB/s, read plus written")
     make_generate = functools.partial(stream_generate, fast_path=use_cuda_graph)
     rows = []
-    for target, prompt in zip(targets, prompts, strict=True):
-        logger.info(f"{target.label}: {target.weight_format}, batch {batch_size}, {len(prompt)} + {new_tokens} tokens")
+    for source, prompt in zip(sources, prompts, strict=True):
+        logger.info(f"{source.label}: {source.weight_format}, batch {batch_size}, {len(prompt)} + {new_tokens} tokens")
         workload = Workload(torch.tensor([prompt] * batch_size, device=device), new_tokens, loop_number, max_time)
-        rows.append(describe(target) | measure_model(target.load, make_generate, workload, bandwidth))
+        rows.append(identify(source) | measure_model(source.load, make_generate, workload, bandwidth))
     print(write_report({"arguments": arguments, "copy_bytes_per_second": bandwidth, "models": rows}, output_json))
 
 
@@ -87,9 +88,10 @@ def as_list(paths: str | list[str] | None) -> list[str]:
     return [paths] if isinstance(paths, str) else paths or []
 
 
-def describe(target: Target) -> dict:
-    """Return what identifies a model in its row."""
-    return {"label": target.label, "family": target.family.name, "weight_format": target.weight_format}
+def identify(source: ModelSource) -> dict:
+    """Return what identifies a model in its column of the table."""
+    family = source.checkpoint.family.name
+    return {"label": source.label, "family": family, "weight_format": source.weight_format}
 
 
 if __name__ == "__main__":

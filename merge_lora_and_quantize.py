@@ -7,12 +7,10 @@ reloaded in a fresh process and compared before the command calls it done, and a
 weight at a time, whatever the model's size.
 """
 
-import importlib
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Literal
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: a large tensor is allocated seven times faster
@@ -20,22 +18,19 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: a large tensor
 import torch
 from loguru import logger
 
+from glm_utils.adapter import find_base, read_adapter
 from glm_utils.cli import UserError, run_cli
-from glm_utils.lora import read_adapter
-from glm_utils.merge import MergeJob
-from glm_utils.merge_card import merge_card
-from glm_utils.merge_job import find_base, make_job, resolve_device
-from glm_utils.output_dir import check_free_space, check_output_path, whole_directory
-from glm_utils.run_record import RUN_CONFIG_NAME, git_commit, versions, write_json
+from glm_utils.device import resolve_device
+from glm_utils.export import EXPORTS, ExportFormat
+from glm_utils.files import atomic_directory, check_free_space, write_json
+from glm_utils.merging.job import make_job
+from glm_utils.merging.merge import MergeJob
+from glm_utils.model_card import merged_card
+from glm_utils.run_record import RUN_CONFIG_NAME, check_replaceable, git_commit, versions
 
 STAGE = "merge_lora_and_quantize"
 QBITS = (0, 4, 8)
 MAX_COPY_THREADS = 4  # a 6B merge on 16 cores: 6.0 s with 16 threads, 4.4 s with 4; copying the files takes 4.1 s
-EXPORTS = {  # export format -> module with check(job), write(job, directory) and verify(job, directory, reference)
-    "chatglm": "glm_utils.export_chatglm",
-    "glm": "glm_utils.export_glm",
-    "gguf": "glm_utils.export_gguf",
-}
 
 
 def merge_lora_and_quantize(
@@ -67,29 +62,18 @@ def merge_lora_and_quantize(
         raise UserError(f"--qbits {qbits}: expected 0 (fp16), 8 or 4")
     output_dir = Path(output_path).expanduser()
     adapter = read_adapter(Path(lora_path).expanduser())
-    base_dir = find_base(adapter)
-    check_output_path(output_dir, overwrite, STAGE, [adapter.directory, base_dir])
-    job = make_job(adapter, base_dir, qbits, resolve_device(device), remote_scripts_dir, merge_base)
-    exporter = load_exporter(export_format)
-    check_free_space(output_dir, exporter.check(job))
-    logger.info(f"{adapter.directory} ({len(adapter.pairs)} updates) + {base_dir} on {job.device}")
+    base = find_base(adapter)
+    check_replaceable(output_dir, overwrite, STAGE, [adapter.directory, base.directory])
+    job = make_job(adapter, base, qbits, resolve_device(device), remote_scripts_dir, merge_base)
+    export = EXPORTS[export_format]
+    check_free_space(output_dir, export.check(job))
+    logger.info(f"{adapter.directory} ({len(adapter.pairs)} updates) + {base.directory} on {job.device}")
     limit_threads(job)
-    with whole_directory(output_dir) as directory:
-        reference = timed("merged and written", exporter.write, job, directory)
-        write_records(job, directory, arguments)
-        timed("reloaded and verified", exporter.verify, job, directory, reference)
+    with atomic_directory(output_dir) as directory:
+        reference = timed("merged and written", export.write, job, directory)
+        write_records(job, export, directory, arguments)
+        timed("reloaded and verified", export.verify, job, directory, reference)
     log_result(job, output_dir, time.monotonic() - start_seconds)
-
-
-def load_exporter(export_format: str) -> ModuleType:
-    """Import the module of an export format."""
-    name = EXPORTS[export_format]
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        remedy = f"{error.name} is not installed. Run pip install {error.name} -c constraints.txt"
-        reason = "not part of this version; use chatglm" if error.name == name else remedy
-        raise UserError(f"--export_format {export_format}: {reason}") from error
 
 
 def limit_threads(job: MergeJob) -> None:
@@ -106,28 +90,44 @@ def timed(words: str, function: Callable, *arguments: object) -> object:
     return result
 
 
-def write_records(job: MergeJob, directory: Path, arguments: dict) -> None:
+def write_records(job: MergeJob, export: ExportFormat, directory: Path, arguments: dict) -> None:
     """Log what the merge did to the weights, and write run_config.json and the model card."""
     for line in job.report.lines(job.merge_base):
         logger.info(line)
     record = {
         "stage": STAGE,
         "arguments": arguments,
-        "base": {"name": job.adapter.base_name, "family": job.family.name},
+        "base": {"name": job.adapter.base_name, "family": job.base.family.name},
         "adapter": {"num_updates": len(job.adapter.pairs), "run_config": job.adapter.run_config},
         "report": job.report.record(),
         "versions": versions(),
         "commit": git_commit(),
     }
     write_json(directory / RUN_CONFIG_NAME, record)
-    (directory / "README.md").write_text(merge_card(job, record), encoding="utf-8")
+    card = merged_card(
+        job.adapter.base_name, job.weight_format, card_properties(job), export.USAGE, export.LIBRARY_NAME
+    )
+    (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+def card_properties(job: MergeJob) -> dict[str, str]:
+    """Return what the model card's table shows."""
+    error = job.report.relative_weight_error()
+    found = versions()
+    return {
+        "family": job.base.family.title,
+        "weights of the layers": job.weight_format,
+        "merged into": f"{job.merge_base} base weights",
+        "LoRA updates": str(len(job.adapter.pairs)),
+        **({} if error is None else {"squared relative weight error": f"{error:.3g}"}),
+        "written with": ", ".join(f"{name} {found[name]}" for name in ("torch", "transformers", "peft")),
+    }
 
 
 def log_result(job: MergeJob, output_dir: Path, seconds: float) -> None:
     """Log the one line that says it is done."""
     num_bytes = sum(path.stat().st_size for path in output_dir.iterdir())
-    kind = f"int{job.bits}" if job.bits else "fp16"
-    logger.success(f"{kind} model of {num_bytes:,} bytes in {seconds:.1f} s: {output_dir}")
+    logger.success(f"{job.weight_format} model of {num_bytes:,} bytes in {seconds:.1f} s: {output_dir}")
 
 
 if __name__ == "__main__":

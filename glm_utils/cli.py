@@ -7,7 +7,6 @@ records the raw strings here; names and types are checked against the stage's si
 import difflib
 import functools
 import inspect
-import json
 import sys
 import types
 import typing
@@ -20,7 +19,6 @@ from tqdm import tqdm
 LOG_FORMAT = "<green>{time:HH:mm:ss}</green> <level>{level: <7}</level> {message}"
 TRUE_WORDS = ("true", "yes", "on", "1")
 FALSE_WORDS = ("false", "no", "off", "0")
-JSON_ERRORS = (ValueError, RecursionError)  # of json.loads; `json_fault` puts them in words
 
 
 class UserError(ValueError):
@@ -202,12 +200,3 @@ def nearest(name: str, known: Iterable[str], noun: str, prefix: str = "") -> str
     if close:
         return f"Did you mean {prefix}{close[0]}?"
     return f"Known {noun}: " + ", ".join(prefix + item for item in known)
-
-
-def json_fault(error: ValueError | RecursionError) -> str:
-    """Say what json could not read: a syntax error, a number of too many digits, or nesting without end.
-
-    Args:
-        error: One of JSON_ERRORS.
-    """
-    return f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else str(error)

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from glm_utils.cli import JSON_ERRORS, UserError, json_fault
+from glm_utils.cli import UserError
+from glm_utils.files import JSON_ERRORS, json_fault, parse_json, read_text
 
 SCHEMAS = (
     "instruction/output (+ optional input, history), content/summary, or messages; "
@@ -48,14 +49,8 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         UserError: A missing or empty file, broken JSON, or a row that fits no schema; with line and remedy.
     """
-    if not path.is_file():
-        found = "a directory" if path.is_dir() else "no such file"
-        raise UserError(f"{path}: {found}. Give a JSONL or JSON file; data/README.md describes the schema")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes().count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: not UTF-8. Convert it, e.g. iconv -f gb18030 -t utf-8") from None
+    remedy = "Give a JSONL or JSON file; data/README.md describes the schema"
+    text = read_text(path, remedy, encoding_remedy="Convert it, e.g. iconv -f gb18030 -t utf-8")
     values = _iter_list(path, text) if text.lstrip().startswith("[") else _iter_lines(path, text)
     rows = [_parse_row(value, where) for value, where in values]
     if not rows:
@@ -70,13 +65,7 @@ def _iter_lines(path: Path, text: str) -> Iterator[tuple[object, str]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            yield json.loads(line), f"{path}:{number}"
-        except JSON_ERRORS as error:
-            message = f"{path}:{number}: broken JSON, {json_fault(error)}"
-            if line.startswith("version https://git-lfs"):
-                message = f"{path}:{number}: a Git LFS pointer, not the file. Run `git lfs pull`"
-            raise UserError(f"{message}. Every line must be one JSON object") from None
+        yield parse_json(line, path, "Every line must be one JSON object", number), f"{path}:{number}"
 
 
 def _iter_list(path: Path, text: str) -> Iterator[tuple[object, str]]:

@@ -21,8 +21,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; read when triton is imported
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent
-from glm_utils import checkpoint
+from glm_utils.checkpoint import load_classes, open_checkpoint
 from glm_utils.family import FAMILIES
+from glm_utils.load_model import load_base_model
 
 FIXTURES_DIR = PROJECT_DIR / "tests" / "fixtures"
 FAMILY_BY_NAME = {family.name: family for family in FAMILIES}
@@ -65,7 +66,7 @@ def model_dir(fixture_dir):
 @pytest.fixture
 def model_classes(family):
     """Config, model and tokenizer class of a family."""
-    return checkpoint.load_classes(family)
+    return load_classes(family)
 
 
 @pytest.fixture
@@ -77,13 +78,13 @@ def sibling(model_classes):
 @pytest.fixture
 def tokenizer(model_dir):
     """Tokenizer of a family's golden model."""
-    return checkpoint.load_tokenizer(model_dir)
+    return open_checkpoint(model_dir).tokenizer
 
 
 @pytest.fixture
 def golden_model(model_dir):
     """A family's golden model in fp32, loaded afresh for every test."""
-    return checkpoint.load_base_model(model_dir).eval()
+    return load_base_model(open_checkpoint(model_dir)).eval()
 
 
 @pytest.fixture

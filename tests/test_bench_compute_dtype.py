@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from glm_utils.checkpoint import load_config
+from glm_utils.checkpoint import open_checkpoint
 from glm_utils.cli import UserError
 from tests.conftest import PROJECT_DIR
 
@@ -75,5 +75,5 @@ def test_a_resized_checkpoint_has_its_configuration(tmp_path):
     from random_checkpoint import random_checkpoint
 
     random_checkpoint(output_path=str(tmp_path / "base"), config_overrides=json.dumps(SMALL_CONFIG))
-    config = load_config(tmp_path / "base")
+    config = open_checkpoint(tmp_path / "base").model_config
     assert {key: getattr(config, key) for key in SMALL_CONFIG} == SMALL_CONFIG

@@ -7,10 +7,11 @@ import weakref
 import pytest
 import torch
 
-from glm_utils.checkpoint import load_adapter, load_base_model, load_tokenizer
+from glm_utils.checkpoint import open_checkpoint
 from glm_utils.cli import UserError
 from glm_utils.family import PROJECT_DIR
-from glm_utils.inference_memory import weight_bytes
+from glm_utils.inference.memory import weight_bytes
+from glm_utils.load_model import load_adapter, load_base_model
 
 CPU = torch.device("cpu")
 
@@ -54,7 +55,7 @@ def layout(model):
 
 def test_random_weights(make, small_dir):
     """Noise of 0.02 in matrices, ones and zeros in norms and biases; buffers as in a loaded model, whatever dtype."""
-    model, loaded = make("fp16", torch.float16), load_base_model(small_dir)
+    model, loaded = make("fp16", torch.float16), load_base_model(open_checkpoint(small_dir))
     assert layout(model).keys() == layout(loaded).keys()
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
     assert not model.training
@@ -70,19 +71,19 @@ def test_random_weights(make, small_dir):
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
 def test_quantised_models_are_those_of_a_directory(make, name, small_dir, tmp_path):
-    load_base_model(small_dir).quantize(int(name[3:])).save_pretrained(tmp_path)
-    load_tokenizer(small_dir).save_pretrained(tmp_path)
-    assert layout(make(name)) == layout(load_base_model(tmp_path))
+    load_base_model(open_checkpoint(small_dir)).quantize(int(name[3:])).save_pretrained(tmp_path)
+    open_checkpoint(small_dir).tokenizer.save_pretrained(tmp_path)
+    assert layout(make(name)) == layout(load_base_model(open_checkpoint(tmp_path)))
 
 
 def test_nf4_is_that_of_loading(benchmark_modules, make, small_dir):
     """The same weights give the same logits as with load_in_4bit, and as many bytes."""
     from random_model import replace_linears
 
-    loaded = load_base_model(small_dir, load_in_4bit=True).eval()
-    model = load_base_model(small_dir).eval()
+    loaded = load_base_model(open_checkpoint(small_dir), load_in_4bit=True).eval()
+    model = load_base_model(open_checkpoint(small_dir)).eval()
     replace_linears(model, torch.float32)
-    ids = torch.tensor([load_tokenizer(small_dir).encode_prompt("类型#裙*颜色#白色")])
+    ids = torch.tensor([open_checkpoint(small_dir).tokenizer.encode_prompt("类型#裙*颜色#白色")])
     with torch.no_grad():
         assert torch.equal(model(ids).logits, loaded(ids).logits)
     assert weight_bytes(make("nf4")) == weight_bytes(model) == weight_bytes(loaded)
@@ -92,7 +93,7 @@ def test_adapter_is_laid_as_a_loaded_one(make, small_dir, tmp_path):
     from random_checkpoint import random_adapter
 
     random_adapter(small_dir, tmp_path / "adapter", ["query_key_value"])
-    base = load_base_model(small_dir, load_in_4bit=True, dtype="fp16")
+    base = load_base_model(open_checkpoint(small_dir), load_in_4bit=True, dtype="fp16")
     loaded = load_adapter(base, tmp_path / "adapter").get_base_model()
     model = make("nf4 + adapter", torch.float16)
     assert layout(model) == layout(loaded)
@@ -132,7 +133,7 @@ def test_sizes_are_the_published_ones(bench, family):
         model = classes.model(classes.config.from_dict(base.config))
     shapes = {name: shape for name, shape in published_model(family.name)["shapes"].items() if "inv_freq" not in name}
     assert {name: list(parameter.shape) for name, parameter in model.named_parameters()} == shapes
-    tokenizer = load_tokenizer(base.tokenizer_dir)
+    tokenizer = open_checkpoint(base.tokenizer_dir).tokenizer
     assert tokenizer.eos_token_id == model.config.eos_token_id
 
 

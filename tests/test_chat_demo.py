@@ -18,12 +18,13 @@ import torch
 
 import chat_demo
 import merge_lora_and_quantize as merge_stage
-from glm_utils import chat_model, columns, inference_job
-from glm_utils.chat import ChatSession, ChatSettings, chat_settings
-from glm_utils.chat_model import load_chat_model
-from glm_utils.checkpoint import load_base_model
+from glm_utils import load_model
+from glm_utils.checkpoint import open_checkpoint
 from glm_utils.cli import UserError, run_cli
 from glm_utils.family import PROJECT_DIR
+from glm_utils.inference import side_by_side as columns
+from glm_utils.inference.chat import ChatSession, ChatSettings, chat_settings
+from glm_utils.load_model import load_base_model
 
 TINY_NAMES = {"chatglm-6b": "chatglm-tiny", "chatglm2-6b": "chatglm2-tiny"}
 QUERY = "类型#裙*颜色#白色*风格#简约"
@@ -40,7 +41,7 @@ def tiny_dir(family_name):
 @pytest.fixture
 def adapter_dir(tiny_dir, tmp_path):
     """An adapter of a tiny model that changes what it says."""
-    model = load_base_model(tiny_dir)
+    model = load_base_model(open_checkpoint(tiny_dir))
     model.name_or_path = str(tiny_dir)
     torch.manual_seed(0)
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["query_key_value"], init_lora_weights=False)
@@ -51,7 +52,7 @@ def adapter_dir(tiny_dir, tmp_path):
 @pytest.fixture
 def session(tiny_dir):
     """A greedy session with a tiny model."""
-    return ChatSession(*load_chat_model(str(tiny_dir), None, False, "cpu"), GREEDY)
+    return ChatSession(*chat_demo.load_chat_model(str(tiny_dir), None, False, "cpu", merge_adapter=True), GREEDY)
 
 
 class ScriptedModel:
@@ -181,10 +182,10 @@ def ask(model, tokenizer, **settings):
 
 
 def test_adapter_switched_off_is_the_base(tiny_dir, adapter_dir):
-    base_answer = ask(*load_chat_model(str(tiny_dir), None, False, "cpu"))
-    merged_model, tokenizer = load_chat_model(None, str(adapter_dir), False, "cpu")
+    base_answer = ask(*chat_demo.load_chat_model(str(tiny_dir), None, False, "cpu", merge_adapter=True))
+    merged_model, tokenizer = chat_demo.load_chat_model(None, str(adapter_dir), False, "cpu", merge_adapter=True)
     assert not isinstance(merged_model, peft.PeftModel)
-    model, _ = load_chat_model(None, str(adapter_dir), False, "cpu", switchable=True)
+    model, _ = chat_demo.load_chat_model(None, str(adapter_dir), False, "cpu", merge_adapter=False)
     assert isinstance(model, peft.PeftModel)
     adapted_answer = ask(model, tokenizer)
     assert adapted_answer == ask(merged_model, tokenizer)
@@ -196,7 +197,7 @@ def test_adapter_switched_off_is_the_base(tiny_dir, adapter_dir):
 
 
 def test_adapter_on_a_4bit_base(adapter_dir):
-    model, tokenizer = load_chat_model(None, str(adapter_dir), True, "cpu")
+    model, tokenizer = chat_demo.load_chat_model(None, str(adapter_dir), True, "cpu", merge_adapter=True)
     assert isinstance(model, peft.PeftModel)
     session = ChatSession(model, tokenizer, chat_settings(model, 200, 0, None))
     answer = "".join(session.ask(QUERY))
@@ -206,15 +207,15 @@ def test_adapter_on_a_4bit_base(adapter_dir):
 
 @pytest.mark.parametrize("qbits", [0, 8, 4])
 def test_merged_directory(adapter_dir, tmp_path, monkeypatch, qbits):
-    monkeypatch.setattr("glm_utils.export_chatglm.verify", lambda *args: None)
+    monkeypatch.setattr("glm_utils.export.chatglm.verify", lambda *args: None)
     out = tmp_path / "merged"
     flags = {"lora_path": str(adapter_dir), "output_path": str(out), "qbits": qbits, "device": "cpu"}
     merge_stage.merge_lora_and_quantize(**flags)
-    model, tokenizer = load_chat_model(str(out), None, False, "cpu")
+    model, tokenizer = chat_demo.load_chat_model(str(out), None, False, "cpu", merge_adapter=True)
     assert ask(model, tokenizer) == model.chat(tokenizer, QUERY, [], do_sample=False, max_length=200)[0]
     if qbits:
-        with pytest.raises(UserError, match=f"int{qbits} already. Leave --load_in_4bit out"):
-            load_chat_model(str(out), None, True, "cpu")
+        with pytest.raises(UserError, match=f"quantized already .quantization_bit {qbits}.* leave it out"):
+            chat_demo.load_chat_model(str(out), None, True, "cpu", merge_adapter=True)
 
 
 def test_paths_that_name_no_model(tiny_dir, adapter_dir, tmp_path):
@@ -222,15 +223,15 @@ def test_paths_that_name_no_model(tiny_dir, adapter_dir, tmp_path):
         (None, None, "neither is given: give --model_path DIR, or --lora_path DIR"),
         (str(tiny_dir), str(adapter_dir), "both are given"),
         (str(adapter_dir), None, "a LoRA adapter. Give it as --lora_path"),
-        (None, str(tiny_dir), "adapter_config.json: no such file, so this is no LoRA adapter"),
-        (str(tmp_path / "absent"), None, "no such directory, and no hub id either"),
+        (None, str(tiny_dir), "adapter_config.json is missing: not a LoRA adapter"),
+        (str(tmp_path / "absent"), None, "no such directory, and not a hub id either"),
     ):
         with pytest.raises(UserError, match=message):
-            load_chat_model(model_path, lora_path, False, "cpu")
+            chat_demo.load_chat_model(model_path, lora_path, False, "cpu", merge_adapter=True)
     config_path = adapter_dir / "adapter_config.json"
     config_path.write_text(config_path.read_text().replace(str(tiny_dir), str(tmp_path / "gone")))
-    with pytest.raises(UserError, match="the base model of .* cannot be found"):
-        load_chat_model(None, str(adapter_dir), False, "cpu")
+    with pytest.raises(UserError, match="the base model of .* cannot be opened"):
+        chat_demo.load_chat_model(None, str(adapter_dir), False, "cpu", merge_adapter=True)
 
 
 # ---- the command
@@ -240,7 +241,7 @@ def test_paths_that_name_no_model(tiny_dir, adapter_dir, tmp_path):
 def test_one_prompt(tiny_dir, capsys):
     run_cli(chat_demo.chat_demo, ["--model_path", str(tiny_dir), "--prompt", QUERY, "--temperature=0"])
     output = capsys.readouterr()
-    model, tokenizer = load_chat_model(str(tiny_dir), None, False, "cpu")
+    model, tokenizer = chat_demo.load_chat_model(str(tiny_dir), None, False, "cpu", merge_adapter=True)
     assert output.out == model.chat(tokenizer, QUERY, [], do_sample=False)[0] + "\n"
     assert re.search(r"\n\d+ tokens, [\d.]+ tokens/s, the first after [\d.]+ s\n$", output.err)
 
@@ -422,8 +423,8 @@ def test_columns_hold_whole_texts(num_cells):
 
 @pytest.mark.parametrize("family_name", ["chatglm2-6b"])
 def test_a_model_that_does_not_fit_is_refused_before_loading(tiny_dir, monkeypatch, capsys):
-    monkeypatch.setattr(inference_job, "free_bytes", lambda device: 1_000_000)
-    monkeypatch.setattr(chat_model, "load_base_model", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(load_model, "free_bytes", lambda device: 1_000_000)
+    monkeypatch.setattr(load_model, "load_base_model", lambda *args, **kwargs: pytest.fail("a model was loaded"))
     with pytest.raises(SystemExit):
         run_cli(chat_demo.chat_demo, ["--model_path", str(tiny_dir), "--prompt", QUERY, "--device=cpu"])
     assert re.search(r"needs at least .* GB .* 0.00 GB are free on cpu.*--load_in_4bit", capsys.readouterr().err)

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from glm_utils import checkpoint
-from glm_utils.checkpoint import load_adapter, load_base_model, load_classes, load_tokenizer, resolve_checkpoint_dir
-from glm_utils.checkpoint_files import check_checkpoint, fingerprint
+from glm_utils.checkpoint import find_checkpoint_dir, load_classes, open_checkpoint
+from glm_utils.checkpoint_files import fingerprint
 from glm_utils.cli import UserError
 from glm_utils.family import FAMILIES, PROJECT_DIR, detect_family, resolve_lora_targets
+from glm_utils.load_model import keep_4bit_layout, load_adapter, load_base_model
 
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1234\n"
 
@@ -86,12 +87,12 @@ def test_lora_targets():
 
 def test_a_local_directory_is_taken_before_the_hub(base_dir, monkeypatch):
     monkeypatch.setattr(checkpoint, "snapshot_download", lambda *args, **kwargs: pytest.fail("the hub was asked"))
-    assert resolve_checkpoint_dir(str(base_dir)) == base_dir
+    assert find_checkpoint_dir(str(base_dir)) == base_dir
 
 
 def test_shipped_directories_are_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert resolve_checkpoint_dir("remote_scripts/chatglm-6b") == PROJECT_DIR / "remote_scripts" / "chatglm-6b"
+    assert find_checkpoint_dir("remote_scripts/chatglm-6b") == PROJECT_DIR / "remote_scripts" / "chatglm-6b"
 
 
 @pytest.mark.parametrize("hub_id", [hub_id for family in FAMILIES for hub_id in family.hub_ids])
@@ -111,7 +112,7 @@ def test_the_hub_gives_data_files_only(hub_id, with_safetensors, monkeypatch, tm
 
     monkeypatch.setattr(checkpoint.HfApi, "list_repo_files", lambda self, repo_id: names)
     monkeypatch.setattr(checkpoint, "snapshot_download", download)
-    assert resolve_checkpoint_dir(hub_id) == tmp_path
+    assert find_checkpoint_dir(hub_id) == tmp_path
 
 
 def test_a_network_that_fails_in_its_own_way_names_the_remedy(monkeypatch):
@@ -126,12 +127,12 @@ def test_a_network_that_fails_in_its_own_way_names_the_remedy(monkeypatch):
     monkeypatch.setattr(checkpoint.HfApi, "list_repo_files", fail)
     monkeypatch.setattr(checkpoint, "snapshot_download", fail)
     with pytest.raises(UserError, match=r"could not be downloaded \(ConnectError: \).*give its directory"):
-        resolve_checkpoint_dir("THUDM/chatglm2-6b")
+        find_checkpoint_dir("THUDM/chatglm2-6b")
 
 
 def test_offline_names_the_remedy():
     with pytest.raises(UserError, match=r"could not be downloaded.*give its directory.*hf download THUDM"):
-        resolve_checkpoint_dir("THUDM/chatglm2-6b")
+        find_checkpoint_dir("THUDM/chatglm2-6b")
 
 
 @pytest.mark.parametrize("name", ["/no/such/dir", "./nothing", "tests/nothing", "nothing"])
@@ -139,7 +140,7 @@ def test_a_path_that_is_not_there_is_not_looked_up_on_the_hub(name, monkeypatch)
     monkeypatch.chdir(PROJECT_DIR)
     monkeypatch.setattr(checkpoint, "snapshot_download", lambda *args, **kwargs: pytest.fail("the hub was asked"))
     with pytest.raises(UserError, match="no such directory"):
-        resolve_checkpoint_dir(name)
+        find_checkpoint_dir(name)
 
 
 # ---- what is refused
@@ -150,7 +151,7 @@ def cut(path):
 
 
 DAMAGES = {
-    "no config": (lambda d, f: (d / "config.json").unlink(), "config.json: no such file"),
+    "no config": (lambda d, f: (d / "config.json").unlink(), "config.json is missing: not a model directory"),
     "broken config": (lambda d, f: (d / "config.json").write_text('{\n"a": }'), "config.json:2: broken JSON"),
     "nested config": (lambda d, f: (d / "config.json").write_text("[" * 100_000), "config.json:1: broken JSON"),
     "config is a pointer": (lambda d, f: (d / "config.json").write_text(LFS_POINTER), "Git LFS pointer"),
@@ -160,19 +161,22 @@ DAMAGES = {
     "no weights": (lambda d, f: (d / "model.safetensors").unlink(), "no weights"),
     "weights are a pointer": (lambda d, f: (d / "model.safetensors").write_text(LFS_POINTER), "git lfs pull"),
     "weights are empty": (lambda d, f: (d / "model.safetensors").write_text(""), "empty file"),
-    "weights are cut": (lambda d, f: cut(d / "model.safetensors"), "its header promises"),
+    "weights are cut": (lambda d, f: cut(d / "model.safetensors"), "truncated safetensors file"),
     "weights are cut in the header": (
         lambda d, f: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:50]),
-        "broken safetensors header",
+        "truncated safetensors file",
     ),
-    "weights are noise": (lambda d, f: (d / "model.safetensors").write_bytes(b"\xff" * 99), "no safetensors file"),
+    "weights are noise": (
+        lambda d, f: (d / "model.safetensors").write_bytes(b"\xff" * 99),
+        "broken or truncated safetensors file",
+    ),
     "no vocabulary": (lambda d, f: (d / f.tokenizer_file).unlink(), "no such file"),
     "vocabulary is a pointer": (lambda d, f: (d / f.tokenizer_file).write_text(LFS_POINTER), "Git LFS pointer"),
     "missing shard": (
         lambda d, f: (to_shards(d), (d / "pytorch_model-00002-of-00002.bin").unlink()),
         "pytorch_model-00002-of-00002.bin: no such file",
     ),
-    "cut shard": (lambda d, f: (to_shards(d), cut(d / "pytorch_model-00001-of-00002.bin")), "cut short"),
+    "cut shard": (lambda d, f: (to_shards(d), cut(d / "pytorch_model-00001-of-00002.bin")), "truncated"),
     "shard is a pointer": (
         lambda d, f: (to_shards(d), (d / "pytorch_model-00001-of-00002.bin").write_text(LFS_POINTER)),
         "Git LFS pointer",
@@ -187,10 +191,10 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_checkpoints_are_refused_with_a_remedy(base_dir, family, damage):
     change, message = DAMAGES[damage]
-    check_checkpoint(base_dir)
+    open_checkpoint(base_dir)
     change(base_dir, family)
     with pytest.raises(UserError) as error_info:
-        check_checkpoint(base_dir)
+        open_checkpoint(base_dir)
     assert str(error_info.value).startswith(str(base_dir))
     assert message in str(error_info.value)
 
@@ -198,13 +202,13 @@ def test_damaged_checkpoints_are_refused_with_a_remedy(base_dir, family, damage)
 def test_an_adapter_given_as_base_is_refused_with_its_base(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "THUDM/chatglm2-6b"}')
     with pytest.raises(UserError, match=r"a LoRA adapter, not a base model. Give its base: 'THUDM/chatglm2-6b'"):
-        check_checkpoint(tmp_path)
+        open_checkpoint(tmp_path)
 
 
 def test_a_broken_vocabulary_is_a_user_error(base_dir, family):
     (base_dir / family.tokenizer_file).write_bytes(b"noise" * 10)
     with pytest.raises(UserError, match=family.tokenizer_file):
-        load_tokenizer(base_dir)
+        open_checkpoint(base_dir).tokenizer.encode_prompt("你好")
 
 
 def test_fingerprint_changes_with_config_and_weights(base_dir):
@@ -221,9 +225,9 @@ def test_fingerprint_changes_with_config_and_weights(base_dir):
 
 
 def test_published_shards_load_as_safetensors_do(base_dir):
-    expected = load_base_model(base_dir).state_dict()
+    expected = load_base_model(open_checkpoint(base_dir)).state_dict()
     to_shards(base_dir)
-    found = load_base_model(base_dir).state_dict()
+    found = load_base_model(open_checkpoint(base_dir)).state_dict()
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
@@ -243,7 +247,7 @@ def test_weights_that_are_not_those_of_the_config_are_refused(base_dir, kind, lo
         state[name] = torch.zeros(2, 2)
     save_file(state, base_dir / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=f"1 {kind} weights, e.g. .*{name}"):
-        load_base_model(base_dir, load_in_4bit=load_in_4bit)
+        load_base_model(open_checkpoint(base_dir), load_in_4bit=load_in_4bit)
 
 
 @pytest.mark.parametrize("family_name", ["chatglm2-6b"])
@@ -251,7 +255,7 @@ def test_a_config_that_is_not_computed_is_a_user_error(base_dir):
     path = base_dir / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "rope_ratio": 50}))
     with pytest.raises(UserError, match=r"config\.json: rope_ratio=50 is not supported"):
-        load_base_model(base_dir)
+        load_base_model(open_checkpoint(base_dir))
 
 
 def test_the_rotary_buffer_may_be_absent(base_dir):
@@ -259,9 +263,9 @@ def test_the_rotary_buffer_may_be_absent(base_dir):
     state = load_file(base_dir / "model.safetensors")
     kept = {key: value for key, value in state.items() if not key.endswith("inv_freq")}
     assert len(kept) < len(state)
-    whole = load_base_model(base_dir)
+    whole = load_base_model(open_checkpoint(base_dir))
     save_file(kept, base_dir / "model.safetensors", {"format": "pt"})
-    bare = load_base_model(base_dir)
+    bare = load_base_model(open_checkpoint(base_dir))
     for (name, a), b in zip(whole.state_dict().items(), bare.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
@@ -281,15 +285,15 @@ def test_code_beside_a_checkpoint_is_never_run(base_dir):
     tokenizer_map = {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]}
     path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": tokenizer_map}))
     to_shards(base_dir)
-    tokenizer = load_tokenizer(base_dir)
+    tokenizer = open_checkpoint(base_dir).tokenizer
     for load_in_4bit in (False, True):
-        model = load_base_model(base_dir, load_in_4bit=load_in_4bit)
+        model = load_base_model(open_checkpoint(base_dir), load_in_4bit=load_in_4bit)
         ids = torch.tensor([tokenizer.encode_prompt("你好")])
         assert model(input_ids=ids).logits.isfinite().all()
 
 
 def test_four_bit_loading_quantises_the_layers_only(model_dir, family):
-    model = load_base_model(model_dir, load_in_4bit=True, compute_dtype="fp32")
+    model = load_base_model(open_checkpoint(model_dir), load_in_4bit=True, compute_dtype="fp32")
     quantised = [name for name, module in model.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     plain = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
     assert {name.rsplit(".", 1)[1] for name in quantised} == set(family.linear_names)
@@ -306,7 +310,7 @@ def test_four_bit_loading_quantises_the_layers_only(model_dir, family):
 
 def lora_model(model_dir, seed=0):
     torch.manual_seed(seed)
-    model = load_base_model(model_dir, load_in_4bit=True)
+    model = load_base_model(open_checkpoint(model_dir), load_in_4bit=True)
     model = peft.get_peft_model(
         model, peft.LoraConfig(r=4, target_modules=["query_key_value"], init_lora_weights=False)
     )
@@ -343,7 +347,7 @@ def test_train_evaluate_train_merge_on_a_cpu(model_dir, tokenizer, monkeypatch, 
     assert all(gradient.abs().sum() > 0 for gradient in before.values())
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert all(torch.equal(weight, weights[name]) for name, weight in dequantised(model).items())
-    merged = load_base_model(model_dir)
+    merged = load_base_model(open_checkpoint(model_dir))
     for name, weight in weights.items():
         linear = merged.get_submodule(name.removeprefix("base_model.model.").removesuffix(".base_layer"))
         linear.weight.data = weight.float()
@@ -366,7 +370,7 @@ def test_the_trap_is_real_where_the_cpu_has_it(model_dir, tokenizer):
         layer(torch.randn(2, 64))
     assert layer.weight.quant_state.packing_format_for_cpu
     layer = bitsandbytes.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32)
-    checkpoint.keep_4bit_layout(layer)
+    keep_4bit_layout(layer)
     with torch.no_grad():
         layer.to("cpu").eval()(torch.randn(2, 64))
     assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
@@ -405,7 +409,7 @@ def old_adapter(model_dir, target):
 
 def test_adapters_of_the_original_project_load(model_dir, tokenizer, tmp_path):
     expected = old_adapter(model_dir, tmp_path / "adapter").eval()
-    found = load_adapter(load_base_model(model_dir, load_in_4bit=True), tmp_path / "adapter").eval()
+    found = load_adapter(load_base_model(open_checkpoint(model_dir), load_in_4bit=True), tmp_path / "adapter").eval()
     ids = torch.tensor([tokenizer.encode_prompt("你好")])
     with torch.no_grad():
         assert torch.equal(found(input_ids=ids).logits, expected(input_ids=ids).logits)
@@ -422,15 +426,15 @@ def test_an_adapter_with_code_in_its_bin_is_not_executed(model_dir, tmp_path):
 
     torch.save({"x": Trap()}, tmp_path / "adapter" / "adapter_model.bin")
     with pytest.raises(UserError, match="holds more than tensors"):
-        load_adapter(load_base_model(model_dir), tmp_path / "adapter")
+        load_adapter(load_base_model(open_checkpoint(model_dir)), tmp_path / "adapter")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: (d / "adapter_config.json").unlink(), "no LoRA adapter"),
+        (lambda d: (d / "adapter_config.json").unlink(), "not a LoRA adapter"),
         (lambda d: (d / "adapter_model.bin").unlink(), "no adapter_model.safetensors or adapter_model.bin"),
-        (lambda d: cut(d / "adapter_model.bin"), "cut short"),
+        (lambda d: cut(d / "adapter_model.bin"), "truncated"),
         (lambda d: (d / "adapter_model.bin").write_text(LFS_POINTER), "Git LFS pointer"),
         (lambda d: (d / "adapter_config.json").write_text('{"peft_type": "PREFIX_TUNING"}'), "expected 'LORA'"),
     ],

@@ -11,7 +11,9 @@ import torch
 from transformers import DynamicCache
 
 from glm_utils import checkpoint
+from glm_utils.checkpoint import open_checkpoint
 from glm_utils.family import PROJECT_DIR
+from glm_utils.load_model import load_base_model
 from tests import decode_reference
 
 TINY = {"chatglm-6b": "chatglm-tiny", "chatglm2-6b": "chatglm2-tiny"}
@@ -39,7 +41,7 @@ def load(tiny_dir):
     def load_model(weights, device):
         dtype = "bf16" if weights == "bfloat16" else "fp16"
         settings = {"load_in_4bit": True} if weights.startswith("nf4") else {}
-        model = checkpoint.load_base_model(tiny_dir, compute_dtype=dtype, device_map=device, **settings).eval()
+        model = load_base_model(open_checkpoint(tiny_dir), compute_dtype=dtype, device_map=device, **settings).eval()
         if weights.startswith("int"):
             model.quantize(int(weights[3:]))
         if weights.endswith("lora"):
@@ -96,7 +98,7 @@ def same_steps(fast, slow):
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_wiring(load, tiny_dir, reference_kernels, weights):
     """With reference kernels the decode path gives the ids of the model's forward, also padded and batched."""
-    model, tokenizer = load(weights, "cpu"), checkpoint.load_tokenizer(tiny_dir)
+    model, tokenizer = load(weights, "cpu"), open_checkpoint(tiny_dir).tokenizer
     for texts in ([QUERY], [QUERY, "类型#裙*颜色#红色"]):
         ids, mask = prompts(tokenizer, texts)
         slow = greedy(model, ids, mask, 12, use_cuda_graph=False)
@@ -107,7 +109,7 @@ def test_wiring(load, tiny_dir, reference_kernels, weights):
 
 def test_growing_context(load, tiny_dir, reference_kernels, monkeypatch):
     """The cache grows in the middle of an answer."""
-    model, tokenizer = load("float16", "cpu"), checkpoint.load_tokenizer(tiny_dir)
+    model, tokenizer = load("float16", "cpu"), open_checkpoint(tiny_dir).tokenizer
     ids, mask = prompts(tokenizer, [QUERY])
     monkeypatch.setattr(reference_kernels, "MIN_SLOTS", 8)
     fast = greedy(model, ids, mask, 40)
@@ -118,7 +120,7 @@ def test_growing_context(load, tiny_dir, reference_kernels, monkeypatch):
 
 def test_graph_is_reused_until_weights_change(load, tiny_dir, reference_kernels):
     """A second prompt takes the same graph; new weights, or an adapter that is switched off, make another."""
-    model, tokenizer = load("lora", "cpu"), checkpoint.load_tokenizer(tiny_dir)
+    model, tokenizer = load("lora", "cpu"), open_checkpoint(tiny_dir).tokenizer
     ids, mask = prompts(tokenizer, [QUERY])
 
     def graph():
@@ -140,7 +142,7 @@ def test_graph_is_reused_until_weights_change(load, tiny_dir, reference_kernels)
 
 def test_a_graph_keeps_no_model_alive(load, tiny_dir, reference_kernels):
     """A model that is dropped goes, and its graph with it."""
-    model, tokenizer = load("float16", "cpu"), checkpoint.load_tokenizer(tiny_dir)
+    model, tokenizer = load("float16", "cpu"), open_checkpoint(tiny_dir).tokenizer
     ids, mask = prompts(tokenizer, [QUERY])
     greedy(model, ids, mask, 3)
     gone = weakref.ref(model)
@@ -152,7 +154,7 @@ def test_a_graph_keeps_no_model_alive(load, tiny_dir, reference_kernels):
 
 def test_own_processors_see_no_token_behind_the_end(load, tiny_dir, reference_kernels):
     """A processor of the caller's is called once a token, with and without the decode path."""
-    model, tokenizer = load("float16", "cpu"), checkpoint.load_tokenizer(tiny_dir)
+    model, tokenizer = load("float16", "cpu"), open_checkpoint(tiny_dir).tokenizer
     ids, mask = prompts(tokenizer, [QUERY])
     eos = int(greedy(model, ids, mask, 10, use_cuda_graph=False)[-1][0, -1])
     lengths = {}
@@ -171,7 +173,7 @@ def test_own_processors_see_no_token_behind_the_end(load, tiny_dir, reference_ke
 
 def test_end_token_stops_each_row(load, tiny_dir, reference_kernels):
     """Rows end where they end in the eager path, finished rows are padded, and the last token is yielded."""
-    model, tokenizer = load("float16", "cpu"), checkpoint.load_tokenizer(tiny_dir)
+    model, tokenizer = load("float16", "cpu"), open_checkpoint(tiny_dir).tokenizer
     ids, mask = prompts(tokenizer, [QUERY, "类型#裙*颜色#红色"])
     free = greedy(model, ids, mask, 30, use_cuda_graph=False)[-1][:, ids.shape[1] :]
     eos = [int(free[0, 9]), int(free[1, 17])]
@@ -182,7 +184,7 @@ def test_end_token_stops_each_row(load, tiny_dir, reference_kernels):
 
 def test_chat_and_stream_chat_agree(load, tiny_dir, reference_kernels):
     """Streaming ends in the answer that chat gives, with and without the decode path."""
-    model, tokenizer = load("int8", "cpu"), checkpoint.load_tokenizer(tiny_dir)
+    model, tokenizer = load("int8", "cpu"), open_checkpoint(tiny_dir).tokenizer
     settings = {"do_sample": False, "max_length": 120}
     answer, history = model.chat(tokenizer, QUERY, history=[], **settings)
     *_, (streamed, streamed_history) = model.stream_chat(tokenizer, QUERY, history=[], **settings)
@@ -195,7 +197,7 @@ def test_chat_and_stream_chat_agree(load, tiny_dir, reference_kernels):
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_nan_logits_are_an_error(load, tiny_dir, reference_kernels, do_sample):
     """A NaN that appears behind the prompt ends the stream of a chat, with the token's place, and leaves no trace."""
-    model, tokenizer = load("float16", "cpu"), checkpoint.load_tokenizer(tiny_dir)
+    model, tokenizer = load("float16", "cpu"), open_checkpoint(tiny_dir).tokenizer
     ids, mask = prompts(tokenizer, [QUERY])
     expected = greedy(model, ids, mask, 8)
     graph = reference_kernels.DecodeGraph._idle[model]
@@ -209,7 +211,7 @@ def test_nan_logits_are_an_error(load, tiny_dir, reference_kernels, do_sample):
 
 def test_sampling_follows_the_processors(load, tiny_dir, reference_kernels):
     """With top_k 1 sampling is greedy; other processors than those of the scores alone are still applied."""
-    model, tokenizer = load("float16", "cpu"), checkpoint.load_tokenizer(tiny_dir)
+    model, tokenizer = load("float16", "cpu"), open_checkpoint(tiny_dir).tokenizer
     ids, mask = prompts(tokenizer, [QUERY])
     slow = greedy(model, ids, mask, 10, use_cuda_graph=False)
     assert same_steps(greedy(model, ids, mask, 10, do_sample=True, top_k=1), slow)
@@ -223,7 +225,7 @@ def test_sampling_follows_the_processors(load, tiny_dir, reference_kernels):
 )
 def test_what_is_not_covered_goes_through_the_model(load, tiny_dir, reference_kernels, reason):
     """Inputs that the path does not cover are answered without it, and equal."""
-    model, tokenizer = load("float16", "cpu"), checkpoint.load_tokenizer(tiny_dir)
+    model, tokenizer = load("float16", "cpu"), open_checkpoint(tiny_dir).tokenizer
     texts = [QUERY, QUERY] if reason != "rows" else [QUERY] * 17
     ids, mask = prompts(tokenizer, texts)
     settings = {}
@@ -249,7 +251,7 @@ def test_what_is_not_covered_goes_through_the_model(load, tiny_dir, reference_ke
 
 def test_streams_at_once(load, tiny_dir, reference_kernels):
     """Streams of one model that run in turn have a graph each; a later stream takes one that was given back."""
-    model, tokenizer = load("float16", "cpu"), checkpoint.load_tokenizer(tiny_dir)
+    model, tokenizer = load("float16", "cpu"), open_checkpoint(tiny_dir).tokenizer
     inputs = [prompts(tokenizer, [text]) for text in (QUERY, "类型#裙*颜色#红色")]
     slow = [greedy(model, *each, 12, use_cuda_graph=False) for each in inputs]
     streams = [model.stream_generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=[]) for ids, _ in inputs]
@@ -270,7 +272,7 @@ def test_streams_at_once(load, tiny_dir, reference_kernels):
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_graph_survives_an_error(load, tiny_dir, reference_kernels, error):
     """An exception in the middle of a stream gives the graph back, fit for the next stream."""
-    model, tokenizer = load("float16", "cpu"), checkpoint.load_tokenizer(tiny_dir)
+    model, tokenizer = load("float16", "cpu"), open_checkpoint(tiny_dir).tokenizer
     ids, mask = prompts(tokenizer, [QUERY])
     calls = iter(range(100))
 
@@ -287,7 +289,7 @@ def test_a_graph_survives_an_error(load, tiny_dir, reference_kernels, error):
 
 def test_chat_takes_the_decode_path(load, tiny_dir, reference_kernels):
     """The plain call does, with its default settings too; beam search and other forms of output go to generate."""
-    model, tokenizer = load("float16", "cpu"), checkpoint.load_tokenizer(tiny_dir)
+    model, tokenizer = load("float16", "cpu"), open_checkpoint(tiny_dir).tokenizer
     expected, _ = model.chat(tokenizer, QUERY, do_sample=False, max_length=90, use_cuda_graph=False)
     assert model not in reference_kernels.DecodeGraph._idle
     for settings in ({"num_beams": 2}, {"num_return_sequences": 1, "max_time": 1e9}):
@@ -299,7 +301,7 @@ def test_chat_takes_the_decode_path(load, tiny_dir, reference_kernels):
 
 def test_weights_that_move_take_the_graph_along(load, tiny_dir, reference_kernels):
     """A graph that holds a model's old weights goes when they are cast, moved or quantised."""
-    model, tokenizer = load("float16", "cpu"), checkpoint.load_tokenizer(tiny_dir)
+    model, tokenizer = load("float16", "cpu"), open_checkpoint(tiny_dir).tokenizer
     ids, mask = prompts(tokenizer, [QUERY])
     for change in (lambda: model.to(torch.bfloat16), model.half, lambda: model.quantize(8)):
         greedy(model, ids, mask, 3)
@@ -311,7 +313,7 @@ def test_weights_that_move_take_the_graph_along(load, tiny_dir, reference_kernel
 
 def test_a_graph_notices_the_scale_of_an_adapter(load, tiny_dir, reference_kernels):
     """The scale of a LoRA layer is a plain number; the graph multiplies it into its copy of B."""
-    model, tokenizer = load("lora", "cpu"), checkpoint.load_tokenizer(tiny_dir)
+    model, tokenizer = load("lora", "cpu"), open_checkpoint(tiny_dir).tokenizer
     ids, mask = prompts(tokenizer, [QUERY])
     greedy(model, ids, mask, 3)
     graph = reference_kernels.DecodeGraph._idle[model]
@@ -324,7 +326,7 @@ def test_a_graph_notices_the_scale_of_an_adapter(load, tiny_dir, reference_kerne
 
 def test_inference_mode(load, tiny_dir, reference_kernels):
     """A graph made in inference mode is used again outside of it."""
-    model, tokenizer = load("float16", "cpu"), checkpoint.load_tokenizer(tiny_dir)
+    model, tokenizer = load("float16", "cpu"), open_checkpoint(tiny_dir).tokenizer
     ids, mask = prompts(tokenizer, [QUERY])
     with torch.inference_mode():
         inside = greedy(model, ids, mask, 8)
@@ -337,7 +339,7 @@ def test_inference_mode(load, tiny_dir, reference_kernels):
 
 def test_the_decode_path_is_tried_once(load, tiny_dir, reference_kernels, monkeypatch):
     """A model that it does not cover is not examined again after each token."""
-    model, tokenizer = load("float16", "cpu").train(), checkpoint.load_tokenizer(tiny_dir)
+    model, tokenizer = load("float16", "cpu").train(), open_checkpoint(tiny_dir).tokenizer
     ids, mask = prompts(tokenizer, [QUERY])
     tries = []
     monkeypatch.setattr(reference_kernels, "available", lambda device: tries.append(device))
@@ -347,7 +349,7 @@ def test_the_decode_path_is_tried_once(load, tiny_dir, reference_kernels, monkey
 
 def test_the_prompts_cache_is_freed(load, tiny_dir, reference_kernels, monkeypatch):
     """Keys and values of the prompt are held once, in the graph."""
-    model, tokenizer = load("float16", "cpu"), checkpoint.load_tokenizer(tiny_dir)
+    model, tokenizer = load("float16", "cpu"), open_checkpoint(tiny_dir).tokenizer
     ids, _ = prompts(tokenizer, [QUERY])
     caches, fill = [], reference_kernels.DecodeGraph.fill
 
@@ -493,7 +495,7 @@ def assert_as_good_a_choice(model, mask, fast, slow):
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_greedy_ids_on_a_gpu(load, tiny_dir, weights):
     """The captured path gives the ids of the model's forward: alone, padded, across a growing cache."""
-    model, tokenizer = load(weights, "cuda"), checkpoint.load_tokenizer(tiny_dir)
+    model, tokenizer = load(weights, "cuda"), open_checkpoint(tiny_dir).tokenizer
     decoding = sibling(type(model), "decoding_chatglm")
     for texts in ([QUERY], [QUERY, "类型#裙*颜色#红色", "类型#裤"], [QUERY] * 16):
         ids, mask = prompts(tokenizer, texts, "cuda")
@@ -509,7 +511,7 @@ def test_greedy_ids_on_a_gpu(load, tiny_dir, weights):
 @on_gpu
 def test_long_answers_on_a_gpu(load, tiny_dir):
     """400 tokens cross two cache sizes; the logits stay those of the model's forward within fp16."""
-    model, tokenizer = load("float16", "cuda"), checkpoint.load_tokenizer(tiny_dir)
+    model, tokenizer = load("float16", "cuda"), open_checkpoint(tiny_dir).tokenizer
     decoding = sibling(type(model), "decoding_chatglm")
     ids, mask = prompts(tokenizer, [QUERY], "cuda")
     fast = greedy(model, ids, mask, 600)[-1]
@@ -523,7 +525,7 @@ def test_long_answers_on_a_gpu(load, tiny_dir):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_model_on_the_second_gpu(load, tiny_dir):
     """Kernels, captures and events are those of the model's device, whichever is current."""
-    tokenizer = checkpoint.load_tokenizer(tiny_dir)
+    tokenizer = open_checkpoint(tiny_dir).tokenizer
     for device in ("cuda:0", "cuda:1"):
         model = load("int4", device)
         ids, mask = prompts(tokenizer, [QUERY], device)
@@ -535,7 +537,7 @@ def test_a_model_on_the_second_gpu(load, tiny_dir):
 @on_gpu
 def test_streams_at_once_on_a_gpu(load, tiny_dir):
     """Two streams in turn give the ids that each gives alone."""
-    model, tokenizer = load("int4", "cuda"), checkpoint.load_tokenizer(tiny_dir)
+    model, tokenizer = load("int4", "cuda"), open_checkpoint(tiny_dir).tokenizer
     inputs = [prompts(tokenizer, [text], "cuda")[0] for text in (QUERY, "类型#裙*颜色#红色")]
     slow = [greedy(model, ids, None, 40, use_cuda_graph=False) for ids in inputs]
     streams = [model.stream_generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=[]) for ids in inputs]
@@ -546,7 +548,7 @@ def test_streams_at_once_on_a_gpu(load, tiny_dir):
 @on_gpu
 def test_chat_on_a_gpu(load, tiny_dir):
     """chat and stream_chat use the path, sample from it, and the same seed gives the same answer."""
-    model, tokenizer = load("int4", "cuda"), checkpoint.load_tokenizer(tiny_dir)
+    model, tokenizer = load("int4", "cuda"), open_checkpoint(tiny_dir).tokenizer
     settings = {"do_sample": False, "max_length": 160}
     eager, _ = model.chat(tokenizer, QUERY, history=[], use_cuda_graph=False, **settings)
     assert model.chat(tokenizer, QUERY, history=[], **settings)[0] == eager
@@ -564,7 +566,7 @@ def test_chat_on_a_gpu(load, tiny_dir):
 @on_gpu
 def test_nan_logits_on_a_gpu(load, tiny_dir):
     """NaN while sampling is this project's error and leaves the GPU fit for use: no assert on the device."""
-    model, tokenizer = load("float16", "cuda"), checkpoint.load_tokenizer(tiny_dir)
+    model, tokenizer = load("float16", "cuda"), open_checkpoint(tiny_dir).tokenizer
     ids, mask = prompts(tokenizer, [QUERY], "cuda")
     expected = greedy(model, ids, mask, 20)
     graph = sibling(type(model), "decoding_chatglm").DecodeGraph._idle[model]

@@ -6,7 +6,6 @@ Tests of llama.cpp need llama-cpp-python, the test of the Modelfile's template n
 import json
 import shutil
 import subprocess
-import sys
 
 import gguf
 import jinja2
@@ -18,10 +17,12 @@ from safetensors.torch import load_file
 from sentencepiece import sentencepiece_model_pb2
 
 import merge_lora_and_quantize as stage
-from glm_utils import export_gguf, gguf_text, output_dir
-from glm_utils.checkpoint import load_adapter, load_base_model, load_classes, load_tokenizer
+from glm_utils import files
+from glm_utils.checkpoint import load_classes, open_checkpoint
 from glm_utils.cli import UserError
+from glm_utils.export import gguf_file, gguf_tokenizer
 from glm_utils.family import PROJECT_DIR
+from glm_utils.load_model import load_adapter, load_base_model
 from tests.conftest import FAMILY_BY_NAME, FIXTURES_DIR
 
 TINY_DIR = PROJECT_DIR / "models" / "chatglm2-tiny"
@@ -47,7 +48,7 @@ CONVERSATIONS = [
 
 def make_adapter(base_dir, directory):
     """Write an adapter of all Linear modules with random weights, small enough that the model still speaks."""
-    model = load_base_model(base_dir)
+    model = load_base_model(open_checkpoint(base_dir))
     model.name_or_path = str(base_dir)
     torch.manual_seed(0)
     config = peft.LoraConfig(r=4, lora_alpha=1, target_modules=LINEARS, init_lora_weights=False)
@@ -176,7 +177,7 @@ def test_metadata(tiny_adapter, export, qbits):
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.ggml.add_eos_token": False,
-        "tokenizer.chat_template": gguf_text.JINJA_TEMPLATE,
+        "tokenizer.chat_template": gguf_tokenizer.JINJA_TEMPLATE,
     }
     assert {key: found[key] for key in expected} == expected
 
@@ -184,7 +185,7 @@ def test_metadata(tiny_adapter, export, qbits):
 def test_vocabulary(tiny_adapter, export):
     found = metadata(export(tiny_adapter) / "model.gguf")
     tokens, scores, types = (found[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores", "token_type"))
-    tokenizer = load_tokenizer(TINY_DIR)
+    tokenizer = open_checkpoint(TINY_DIR).tokenizer
     num_pieces, num_rows = tokenizer.sp.get_piece_size(), 2048
     assert len(tokens) == len(scores) == len(types) == len(set(tokens)) == num_rows
     for index in range(num_pieces):
@@ -204,7 +205,7 @@ def test_vocabulary(tiny_adapter, export):
 
 def render_jinja(messages):
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)  # as transformers and llama.cpp do
-    return environment.from_string(gguf_text.JINJA_TEMPLATE).render(messages=messages, add_generation_prompt=True)
+    return environment.from_string(gguf_tokenizer.JINJA_TEMPLATE).render(messages=messages, add_generation_prompt=True)
 
 
 def as_messages(query, history):
@@ -215,7 +216,7 @@ def as_messages(query, history):
 
 @pytest.mark.parametrize(("query", "history"), CONVERSATIONS)
 def test_jinja_template_writes_the_prompt(query, history):
-    prompt = load_tokenizer(TINY_DIR).build_prompt(query, history)
+    prompt = open_checkpoint(TINY_DIR).tokenizer.build_prompt(query, history)
     assert render_jinja(as_messages(query, history)) == "[gMASK]<sop>" + prompt
     system = {"role": "system", "content": "说中文"}
     first = history[0][0] if history else query
@@ -257,9 +258,9 @@ def test_modelfile_template_writes_the_prompt(tmp_path):
     (tmp_path / "main.go").write_text(GO_PROGRAM)
     program = tmp_path / "render"
     subprocess.run(["go", "build", "-o", program, "main.go"], cwd=tmp_path, check=True, capture_output=True)
-    text = gguf_text.modelfile("model.gguf", 2048)
+    text = gguf_tokenizer.modelfile("model.gguf", 2048)
     template = text[text.index('"""') + 3 : text.rindex('"""')]
-    tokenizer = load_tokenizer(TINY_DIR)
+    tokenizer = open_checkpoint(TINY_DIR).tokenizer
     for query, history in CONVERSATIONS:
         for system in ([], [{"role": "system", "content": "说中文"}]):
             messages = [*system, *as_messages(query, history)]
@@ -281,7 +282,9 @@ def test_chatglm_6b_is_refused(tmp_path, model_dir, export):
 
 def test_what_the_format_does_not_hold_is_refused(tmp_path, base_dir, export):
     adapter_dir = make_adapter(base_dir, tmp_path / "adapter")
-    with pytest.raises(UserError, match="dense_4h_to_h.weight has 176 columns, no multiple of the 32.*Use --qbits 0"):
+    with pytest.raises(
+        UserError, match="dense_4h_to_h.weight has 176 columns, not a multiple of the 32.*Use --qbits 0"
+    ):
         export(adapter_dir, qbits=4)
     for changes, message in (
         ({"kv_channels": 32}, "hidden_size is 64, not that of 4 heads of 32 channels"),
@@ -308,31 +311,30 @@ def test_what_the_format_does_not_hold_is_refused(tmp_path, base_dir, export):
 )
 def test_vocabulary_that_llama_cpp_splits_differently(base_dir, spec, name, value):
     path = base_dir / "tokenizer.model"
-    gguf_text.check_vocabulary(path)
-    model = gguf_text.read_vocabulary(path)
+    gguf_tokenizer.check_vocabulary(path)
+    model = gguf_tokenizer.read_vocabulary(path)
     setattr(getattr(model, spec), name, value)
     path.write_bytes(model.SerializeToString())
     with pytest.raises(UserError, match=f"{name} is .*llama.cpp would split text in another way"):
-        gguf_text.check_vocabulary(path)
+        gguf_tokenizer.check_vocabulary(path)
 
 
 def test_package_that_is_missing(tiny_adapter, export, monkeypatch):
-    monkeypatch.delitem(sys.modules, "glm_utils.export_gguf")
-    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setattr(gguf_file, "gguf", None)
     with pytest.raises(UserError, match="gguf is not installed. Run pip install gguf"):
         export(tiny_adapter)
 
 
 def test_disk_that_is_too_small(tiny_adapter, export, monkeypatch, tmp_path):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(output_dir.shutil, "disk_usage", lambda path: usage._replace(free=6_000_000))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage._replace(free=6_000_000))
     with pytest.raises(UserError, match="0.01 GB free, 0.03 GB needed"):
         export(tiny_adapter)
 
 
 @pytest.mark.parametrize("place", ["data", "name"])
 def test_a_file_that_differs_is_refused(tiny_adapter, export, monkeypatch, tmp_path, place):
-    write = export_gguf.write
+    write = gguf_file.write
 
     def write_and_break(job, directory):
         reference = write(job, directory)
@@ -343,7 +345,7 @@ def test_a_file_that_differs_is_refused(tiny_adapter, export, monkeypatch, tmp_p
         path.write_bytes(data)
         return reference
 
-    monkeypatch.setattr(export_gguf, "write", write_and_break)
+    monkeypatch.setattr(gguf_file, "write", write_and_break)
     with pytest.raises(UserError, match="the written file differs"):
         export(tiny_adapter)
     assert not list(tmp_path.iterdir())
@@ -386,8 +388,8 @@ def greedy(model, ids, num_new):
 @pytest.mark.slow
 def test_llama_cpp_generates_the_same_tokens(tiny_adapter, export, llama):
     theirs = llama(export(tiny_adapter) / "model.gguf")
-    ours = load_adapter(load_base_model(TINY_DIR), tiny_adapter).merge_and_unload().eval()
-    tokenizer = load_tokenizer(TINY_DIR)
+    ours = load_adapter(load_base_model(open_checkpoint(TINY_DIR)), tiny_adapter).merge_and_unload().eval()
+    tokenizer = open_checkpoint(TINY_DIR).tokenizer
     rows = [json.loads(line) for line in (PROJECT_DIR / "data" / "dev.jsonl").read_text("utf-8").splitlines()]
     prompts = [tokenizer.encode_prompt(row["content"]) for row in rows[:20]]
     assert len(prompts) == 20
@@ -422,7 +424,7 @@ def test_llama_cpp_computes_the_same_logits(tmp_path, base_dir, export, llama, c
     ours.save_pretrained(tmp_path / "saved")
     shutil.copyfile(tmp_path / "saved" / "model.safetensors", base_dir / "model.safetensors")
     adapter_dir = make_adapter(base_dir, tmp_path / "adapter")
-    ours = load_adapter(load_base_model(base_dir), adapter_dir).merge_and_unload().eval()
+    ours = load_adapter(load_base_model(open_checkpoint(base_dir)), adapter_dir).merge_and_unload().eval()
     ids = torch.randint(3, 2000, (300,)).tolist()
     with torch.no_grad():
         expected = ours(input_ids=torch.tensor([ids])).logits[0].numpy()
@@ -439,7 +441,7 @@ def test_llama_cpp_splits_text_as_the_tokenizer_does(tiny_adapter, export, llama
     texts += ["philosopher sop eop", "[gMASK]sop</s><unk><0x0A>", "\u3000全角 ▁▁ 😀\t\r\n", "a" * 2000]
     for name, base, adapter in (("tiny", TINY_DIR, tiny_adapter), ("golden", GOLDEN_DIR, adapter_dir)):
         model = llama(export(adapter, name) / "model.gguf")
-        tokenizer = load_tokenizer(base)
+        tokenizer = open_checkpoint(base).tokenizer
         for text in texts:
             ids = model.tokenize(text.encode("utf-8", "replace"), add_bos=True, special=False)
             assert ids == tokenizer.encode_text(text), text
@@ -452,8 +454,8 @@ def test_llama_cpp_splits_text_as_the_tokenizer_does(tiny_adapter, export, llama
 @pytest.mark.slow
 def test_llama_cpp_chats_with_the_stored_template(tiny_adapter, export, llama):
     model = llama(export(tiny_adapter) / "model.gguf")
-    ours = load_adapter(load_base_model(TINY_DIR), tiny_adapter).merge_and_unload().eval()
+    ours = load_adapter(load_base_model(open_checkpoint(TINY_DIR)), tiny_adapter).merge_and_unload().eval()
     query, history = "类型#裙*颜色#白色", [("你好", "你好！")]
-    expected, _ = ours.chat(load_tokenizer(TINY_DIR), query, history, do_sample=False, max_length=200)
+    expected, _ = ours.chat(open_checkpoint(TINY_DIR).tokenizer, query, history, do_sample=False, max_length=200)
     answer = model.create_chat_completion(as_messages(query, history), temperature=0, max_tokens=100)
     assert answer["choices"][0]["message"]["content"].strip() == expected

@@ -11,10 +11,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GlmForCausalLM
 
 import merge_lora_and_quantize as stage
-from glm_utils import export_chatglm, export_glm, reload_check
-from glm_utils.checkpoint import load_adapter, load_base_model, load_tokenizer
+from glm_utils.checkpoint import open_checkpoint
 from glm_utils.cli import UserError, run_cli
+from glm_utils.export import chatglm, glm
 from glm_utils.family import FAMILIES, PROJECT_DIR
+from glm_utils.load_model import load_adapter, load_base_model
+from glm_utils.merging import reload_check
 from tests.test_merge import VARIED
 
 FIXTURES_DIR = PROJECT_DIR / "tests" / "fixtures"
@@ -60,7 +62,7 @@ def make_base(family, tmp_path):
         for file_name in ("config.json", "tokenizer_config.json", family.tokenizer_file, "model.safetensors"):
             shutil.copyfile(source / file_name, target / file_name)
         if SHAPES[name]:
-            model = load_base_model(source)
+            model = load_base_model(open_checkpoint(source))
             config = model.config.from_dict({**json.loads((source / "config.json").read_text()), **SHAPES[name]})
             torch.manual_seed(0)
             model = type(model)(config)
@@ -84,7 +86,7 @@ def adapter(tmp_path):
     """Make an adapter with random weights for a base through peft; returns its directory."""
 
     def make(base_dir, **settings):
-        model = load_base_model(base_dir)
+        model = load_base_model(open_checkpoint(base_dir))
         model.name_or_path = str(base_dir)
         torch.manual_seed(1)
         config = peft.LoraConfig(**{**PLAIN, **settings}, init_lora_weights=False)
@@ -100,7 +102,7 @@ def run(tmp_path, monkeypatch):
 
     def run_stage(name, convert=False, verify=False, **arguments):
         if not verify:
-            for module in (export_glm, export_chatglm):
+            for module in (glm, chatglm):
                 monkeypatch.setattr(module, "verify", lambda job, directory, reference: None)
         arguments = {key: str(value) if key.endswith("path") else value for key, value in arguments.items()}
         if convert:
@@ -121,7 +123,7 @@ def _logits(model, batch):
 
 
 def _batch(base_dir):
-    tokenizer = load_tokenizer(base_dir)
+    tokenizer = open_checkpoint(base_dir).tokenizer
     rows = [{"input_ids": tokenizer.encode_prompt(text, HISTORY)} for text in ("类型#裙*颜色#白色", "a", "😀你好")]
     return tokenizer.pad(rows, padding=True, return_tensors="pt")
 
@@ -138,7 +140,9 @@ def _assert_same(found, expected):
 def test_merged_logits_in_the_native_class(make_base, adapter, run, name):
     base_dir = make_base(name)
     out = run("merged", lora_path=adapter(base_dir, **VARIED))
-    published = load_base_model(run("published", lora_path=base_dir.with_name("adapter"), export_format="chatglm"))
+    published = load_base_model(
+        open_checkpoint(run("published", lora_path=base_dir.with_name("adapter"), export_format="chatglm"))
+    )
     native, info = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
     assert type(native) is GlmForCausalLM
     assert not any(info.values())
@@ -160,29 +164,29 @@ def test_command_end_to_end(base_dir, adapter, run, tmp_path, log_lines, monkeyp
     assert tokenizer.model_max_length == 512
     messages = [{"role": "user", "content": "你好"}]
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
-    ours = load_adapter(load_base_model(base_dir), tmp_path / "adapter").merge_and_unload().eval()
-    ours_ids = torch.tensor([load_tokenizer(base_dir).encode_prompt("你好")])
+    ours = load_adapter(load_base_model(open_checkpoint(base_dir)), tmp_path / "adapter").merge_and_unload().eval()
+    ours_ids = torch.tensor([open_checkpoint(base_dir).tokenizer.encode_prompt("你好")])
     generated = model.generate(**inputs, max_new_tokens=24, do_sample=False)
     assert torch.equal(generated, ours.generate(input_ids=ours_ids, max_new_tokens=24, do_sample=False))
 
 
 def test_large_models_are_checked_module_by_module(base_dir, adapter, run):
     out = run("merged", lora_path=adapter(base_dir))
-    ids = load_tokenizer(base_dir).encode_prompt("你好")
+    ids = open_checkpoint(base_dir).tokenizer.encode_prompt("你好")
     form = reload_check.FORMS["native"]
     whole = reload_check.whole_logits(out, ids, "cpu", form)
     assert torch.equal(whole, reload_check.module_logits(out, ids, "cpu", form))
 
 
 def test_a_directory_that_computes_something_else_is_refused(base_dir, adapter, run, monkeypatch, tmp_path):
-    def swap(name, config, native_tensors=export_glm.native_tensors):
+    def swap(name, config, native_tensors=glm.native_tensors):
         parts = native_tensors(name, config)
         if len(parts) == 3:  # keys and values have the same shape
             _, k_name, v_name = parts
             parts[k_name], parts[v_name] = parts[v_name], parts[k_name]
         return parts
 
-    monkeypatch.setattr(export_glm, "native_tensors", swap)
+    monkeypatch.setattr(glm, "native_tensors", swap)
     with pytest.raises(UserError, match="the written model differs"):
         run("merged", lora_path=adapter(base_dir), verify=True)
     assert not (tmp_path / "merged").exists()
@@ -197,7 +201,9 @@ def test_converted_base(make_base, run, name):
     out = run("native", convert=True, model_name_or_path=base_dir)
     assert {path.name for path in out.iterdir()} == FILES - {"README.md"}
     native = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    _assert_same(_logits(native, _batch(base_dir)), _logits(load_base_model(base_dir), _batch(base_dir)))
+    _assert_same(
+        _logits(native, _batch(base_dir)), _logits(load_base_model(open_checkpoint(base_dir)), _batch(base_dir))
+    )
 
 
 @pytest.mark.parametrize("name", list(SHAPES))
@@ -205,8 +211,11 @@ def test_converted_base(make_base, run, name):
 def test_adapter_on_the_native_base(make_base, adapter, run, name, settings):
     base_dir = make_base(name)
     adapter_dir = adapter(base_dir, **settings)
-    ours = load_adapter(load_base_model(base_dir), adapter_dir)
-    expected, without = _logits(ours, _batch(base_dir)), _logits(load_base_model(base_dir), _batch(base_dir))
+    ours = load_adapter(load_base_model(open_checkpoint(base_dir)), adapter_dir)
+    expected, without = (
+        _logits(ours, _batch(base_dir)),
+        _logits(load_base_model(open_checkpoint(base_dir)), _batch(base_dir)),
+    )
     assert (expected - without).abs().max() > 0.1  # the update matters
     native_dir = run("native", convert=True, model_name_or_path=base_dir)
     out = run("native_adapter", convert=True, lora_path=adapter_dir)
@@ -252,7 +261,7 @@ def test_adapter_of_some_layers(base_dir, adapter, run):
     native = AutoModelForCausalLM.from_pretrained(
         run("native", convert=True, model_name_or_path=base_dir), dtype=torch.float32
     )
-    ours = load_adapter(load_base_model(base_dir), adapter_dir)
+    ours = load_adapter(load_base_model(open_checkpoint(base_dir)), adapter_dir)
     native = peft.PeftModel.from_pretrained(native, str(out))
     _assert_same(_logits(native, _batch(base_dir)), _logits(ours, _batch(base_dir)))
 
@@ -265,7 +274,7 @@ def test_quantised_weights_have_no_native_form(base_dir, adapter, run, bits):
     with pytest.raises(UserError, match=f"--qbits {bits}: --export_format glm writes fp16.*Give --qbits 0"):
         run("merged", lora_path=adapter(base_dir), qbits=bits)
     shutil.copyfile(FIXTURES_DIR / "chatglm2-6b" / "model" / f"config_int{bits}.json", base_dir / "config.json")
-    with pytest.raises(UserError, match="quantised weights, and GlmForCausalLM has no layout.*fp16 checkpoint"):
+    with pytest.raises(UserError, match="quantized already.*GlmForCausalLM has no layout.*fp16 checkpoint"):
         run("native", convert=True, model_name_or_path=base_dir)
 
 
@@ -287,7 +296,7 @@ def test_biases_that_glm_has_not(base_dir, run):
 
 
 def test_a_vocabulary_that_cannot_be_converted_is_found_before_any_work(base_dir, run, monkeypatch):
-    monkeypatch.setattr(export_glm, "write", lambda *args: pytest.fail("work was done"))
+    monkeypatch.setattr(glm, "write", lambda *args: pytest.fail("work was done"))
     shutil.copyfile(FIXTURES_DIR / "chatglm-6b" / "model" / "ice_text.model", base_dir / "tokenizer.model")
     with pytest.raises(UserError, match="tokenizer.model"):
         run("native", convert=True, model_name_or_path=base_dir)

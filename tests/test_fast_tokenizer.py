@@ -11,11 +11,11 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer
 
-from glm_utils.checkpoint import load_tokenizer, load_tokenizer_class
+from glm_utils.checkpoint import load_tokenizer_class, open_checkpoint
 from glm_utils.cli import UserError
-from glm_utils.export_glm import TOKENIZER_CONFIG
+from glm_utils.export.fast_tokenizer import CHAT_TEMPLATE, PREFIX_TEXT, fast_tokenizer
+from glm_utils.export.glm import TOKENIZER_CONFIG
 from glm_utils.family import FAMILIES, PROJECT_DIR
-from glm_utils.fast_tokenizer import CHAT_TEMPLATE, PREFIX_TEXT, fast_tokenizer
 
 FAMILY = FAMILIES[1]
 GOLDEN_DIR = PROJECT_DIR / "tests" / "fixtures" / FAMILY.name
@@ -30,7 +30,7 @@ FRAGMENTS = [
 @cache
 def slow(name):
     """Load a small tokenizer of remote_scripts once; tests must not change it."""
-    return load_tokenizer(MODEL_DIRS[name])
+    return open_checkpoint(MODEL_DIRS[name]).tokenizer
 
 
 @cache

@@ -1,5 +1,6 @@
 """inference_test.py: the arithmetic on a clock that is moved by hand, what is counted, every refusal, real runs."""
 
+import dataclasses
 import gc
 import json
 import weakref
@@ -9,20 +10,23 @@ import torch
 from torch import nn
 
 import inference_test as stage
-from glm_utils import device_clock, inference_job, inference_memory
-from glm_utils.checkpoint import load_adapter, load_base_model, load_tokenizer
+from glm_utils import load_model
+from glm_utils.checkpoint import open_checkpoint
 from glm_utils.cli import UserError, run_cli
 from glm_utils.family import PROJECT_DIR
-from glm_utils.inference_job import Target, estimate_bytes, prompt_ids, resolve_targets
-from glm_utils.inference_measure import Workload, measure_model, stream_generate, time_run
-from glm_utils.inference_memory import (
+from glm_utils.inference import memory as inference_memory
+from glm_utils.inference import request, timer
+from glm_utils.inference.measure import Workload, measure_model, stream_generate, time_run
+from glm_utils.inference.memory import (
     bytes_read_per_step,
     copy_bandwidth,
     peak_memory,
     reset_peak_memory,
     weight_bytes,
 )
-from glm_utils.inference_report import TABLE_ROWS, markdown_table, summarize
+from glm_utils.inference.report import TABLE_ROWS, markdown_table, summarize
+from glm_utils.inference.request import prompt_ids, resolve_sources
+from glm_utils.load_model import ModelSource, load_adapter, load_base_model
 
 CPU = torch.device("cpu")
 AUTO_DTYPE = "fp16" if torch.cuda.is_available() else "fp32"  # of the small models, which are stored in fp16
@@ -36,7 +40,7 @@ def clock(monkeypatch):
     class Clock:
         now = 100.0
 
-    monkeypatch.setattr(device_clock.time, "perf_counter", lambda: Clock.now)
+    monkeypatch.setattr(timer.time, "perf_counter", lambda: Clock.now)
     return Clock
 
 
@@ -71,8 +75,8 @@ def workload(new_tokens=5, loop_number=4, max_time=None):
 @pytest.fixture
 def int4_dir(model_dir, tmp_path):
     """The golden model in int4."""
-    load_base_model(model_dir).quantize(4).save_pretrained(tmp_path / "int4")
-    load_tokenizer(model_dir).save_pretrained(tmp_path / "int4")
+    load_base_model(open_checkpoint(model_dir)).quantize(4).save_pretrained(tmp_path / "int4")
+    open_checkpoint(model_dir).tokenizer.save_pretrained(tmp_path / "int4")
     return tmp_path / "int4"
 
 
@@ -166,7 +170,7 @@ def test_another_number_of_tokens_is_an_error(num_generated):
         return num_generated
 
     with pytest.raises(RuntimeError, match=f"{num_generated} tokens .* instead of 5"):
-        time_run(generate, device_clock.CpuClock(), 5)
+        time_run(generate, timer.CpuClock(), 5)
 
 
 def test_end_token_does_not_stop(golden_model, tokenizer):
@@ -175,7 +179,7 @@ def test_end_token_does_not_stop(golden_model, tokenizer):
     ids = torch.tensor([tokenizer.encode_prompt("你好")])
     assert len(list(golden_model.stream_generate(ids, max_new_tokens=9, do_sample=False))) == 1
     generate = stream_generate(golden_model, Workload(ids, new_tokens=9, loop_number=1))
-    assert len(time_run(generate, device_clock.CpuClock(), 9)) == 9
+    assert len(time_run(generate, timer.CpuClock(), 9)) == 9
 
 
 def test_fast_path_is_switched_off_only_when_asked(clock):
@@ -206,26 +210,26 @@ def test_estimate_equals_what_is_loaded(form, model_dir, int4_dir, adapter_dir):
         ([str(int4_dir if form == "int4" else model_dir)], []) if "adapter" not in form else ([], [str(adapter_dir)])
     )
     dtype = form if form.startswith("fp") else "fp32"
-    (target,) = resolve_targets(*paths, form.startswith("nf4"), dtype, CPU)
-    assert target.weight_format == form.removesuffix(" + adapter")
-    weights, cache = estimate_bytes(target, batch_size=3, num_tokens=10)
-    loaded = weight_bytes(target.load())
+    (source,) = resolve_sources(*paths, form.startswith("nf4"), dtype, CPU)
+    assert source.weight_format == form.removesuffix(" + adapter")
+    weights, cache = source.estimate_bytes(batch_size=3, num_tokens=10)
+    loaded = weight_bytes(source.load())
     tables = 3 * 4 * 512  # bitsandbytes keeps code tables with each weight, and blocks are rounded up
     assert (
         loaded == pytest.approx(weights, rel=0.02, abs=0)
         if form.startswith("nf4")
         else abs(loaded - weights) <= tables
     )
-    config = target.load().config
+    config = source.load().config
     channels = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    assert cache == 3 * 10 * 2 * channels * target.dtype.itemsize
+    assert cache == 3 * 10 * 2 * channels * source.dtype.itemsize
 
 
 def test_copy_bandwidth_counts_reading_and_writing(clock, monkeypatch):
     """The fastest copy counts; it takes 0.1 s."""
     seconds = iter([0.4, 0.1, *[0.2] * (inference_memory.NUM_COPIES - 2)])
 
-    class SlowClock(device_clock.CpuClock):
+    class SlowClock(timer.CpuClock):
         def mark(self):
             clock.now += next(seconds)
             super().mark()
@@ -287,7 +291,7 @@ def test_table_and_json_agree(measure, model_dir, int4_dir, adapter_dir, tmp_pat
         assert line == [text, *expected]
     for row in rows:
         assert (row["num_runs"], row["num_new_tokens"]) == (2, 4)
-        assert row["num_prompt_tokens"] == len(load_tokenizer(model_dir).encode_prompt(stage.INSTRUCTION))
+        assert row["num_prompt_tokens"] == len(open_checkpoint(model_dir).tokenizer.encode_prompt(stage.INSTRUCTION))
         assert row["ttft_seconds"] > 0
         assert "peak_allocated_bytes" in row or "peak_rss_bytes" in row
         share = row["decode_tokens_per_second"] * row["bytes_read_per_step"] / result["copy_bytes_per_second"]
@@ -311,11 +315,11 @@ def test_nf4_with_adapter(measure, name, tmp_path, benchmark_modules):
 
 def test_adapter_is_part_of_what_is_measured(model_dir, adapter_dir):
     """The measured model generates what the PeftModel does, not what the base does."""
-    (target,) = resolve_targets([], [str(adapter_dir)], False, "fp32", CPU)
-    ids = torch.tensor([load_tokenizer(model_dir).encode_prompt("你好")])
-    base = load_base_model(model_dir)
+    (source,) = resolve_sources([], [str(adapter_dir)], False, "fp32", CPU)
+    ids = torch.tensor([open_checkpoint(model_dir).tokenizer.encode_prompt("你好")])
+    base = load_base_model(open_checkpoint(model_dir))
     with torch.no_grad():
-        plain, measured = base(ids).logits, target.load()(ids).logits
+        plain, measured = base(ids).logits, source.load()(ids).logits
         expected = load_adapter(base, adapter_dir)(input_ids=ids).logits
     assert torch.equal(measured, expected)
     assert not torch.allclose(measured, plain, atol=1e-4)
@@ -324,7 +328,7 @@ def test_adapter_is_part_of_what_is_measured(model_dir, adapter_dir):
 def test_models_of_one_name_are_told_apart(model_dir, family_name):
     """Two directories of one name show their paths."""
     other = str(model_dir / ".." / "model")
-    labels = [target.label for target in resolve_targets([str(model_dir), other], [], False, "auto", CPU)]
+    labels = [source.label for source in resolve_sources([str(model_dir), other], [], False, "auto", CPU)]
     assert labels == [str(model_dir), other]
 
 
@@ -339,16 +343,16 @@ def test_models_of_one_name_are_told_apart(model_dir, family_name):
 )
 def test_out_of_memory_ends_its_row_only(measure, model_dir, int4_dir, monkeypatch, kind, message):
     """The second model runs out after loading; the first and the third are measured."""
-    load, loaded = Target.load, []
+    load, loaded = ModelSource.load, []
 
-    def failing_load(target):
-        model = load(target)
+    def failing_load(source):
+        model = load(source)
         loaded.append(weakref.ref(model))
         if len(loaded) == 2:
             model.stream_generate = raising(kind, message)
         return model
 
-    monkeypatch.setattr(Target, "load", failing_load)
+    monkeypatch.setattr(ModelSource, "load", failing_load)
     cells, result = measure(model_path=[str(model_dir), str(int4_dir), str(model_dir)])
     gc.collect()
     assert [model() for model in loaded] == [None] * 3  # nothing keeps a model once it is measured
@@ -400,7 +404,7 @@ def test_table_is_aligned_and_has_no_line_without_a_figure():
 
 @pytest.fixture
 def no_loading(monkeypatch):
-    monkeypatch.setattr(Target, "load", lambda target: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(ModelSource, "load", lambda source: pytest.fail("a model was loaded"))
 
 
 @pytest.mark.parametrize("name", ["", "none/x.json"])
@@ -410,9 +414,9 @@ def test_a_result_file_that_cannot_be_written_is_refused_before_loading(model_di
 
 
 def test_model_that_does_not_fit_is_refused_before_loading(model_dir, no_loading, monkeypatch):
-    (target,) = resolve_targets([str(model_dir)], [], False, "fp32", CPU)
-    weights, cache = estimate_bytes(target, 2, 60)
-    monkeypatch.setattr(inference_job, "free_bytes", lambda device: weights + cache - 1)
+    (source,) = resolve_sources([str(model_dir)], [], False, "fp32", CPU)
+    weights, cache = source.estimate_bytes(2, 60)
+    monkeypatch.setattr(load_model, "free_bytes", lambda device: weights + cache - 1)
     with pytest.raises(UserError, match=r"needs at least .* GB .* free"):
         stage.inference_test(model_path=str(model_dir), dtype="fp32", batch_size=2, prompt_tokens=30, new_tokens=30)
 
@@ -423,7 +427,7 @@ def test_estimate_at_6b_size(family, fixture_dir, model_dir, tmp_path, no_loadin
     for name in ("tokenizer_config.json", family.tokenizer_file, "model.safetensors"):
         (tmp_path / name).write_bytes((model_dir / name).read_bytes())
     (tmp_path / "config.json").write_text(json.dumps(published["config"]))
-    monkeypatch.setattr(inference_job, "free_bytes", lambda device: 10**10)
+    monkeypatch.setattr(load_model, "free_bytes", lambda device: 10**10)
     with pytest.raises(
         UserError, match=f"{2 * published['n_params'] / 1e9:.2f} of weights as fp16.* 10.00 GB are free"
     ):
@@ -454,21 +458,24 @@ def test_bad_arguments_are_refused(model_dir, no_loading, flags, message):
 def test_bad_directories_are_refused(model_dir, int4_dir, tmp_path, no_loading):
     """The last of several models is checked before the first is loaded."""
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="this is no model"):
+    with pytest.raises(UserError, match="config.json is missing: not a model directory"):
         stage.inference_test(model_path=[str(model_dir), str(tmp_path / "empty")])
     with pytest.raises(UserError, match="no such directory"):
         stage.inference_test(model_path=str(tmp_path / "absent"))
     with pytest.raises(UserError, match="no such directory"):
         stage.inference_test(lora_path=str(tmp_path / "absent"))
-    with pytest.raises(UserError, match="int4 already"):
+    with pytest.raises(UserError, match="quantized already"):
         stage.inference_test(model_path=str(int4_dir), load_in_4bit=True)
 
 
 def test_unknown_dtype_of_a_checkpoint(model_dir):
+    def with_config(config):
+        return dataclasses.replace(open_checkpoint(model_dir), config=config)
+
     with pytest.raises(UserError, match="'float8'.*--dtype"):
-        inference_job.auto_dtype({"torch_dtype": "float8"}, model_dir, torch.device("cuda"))
-    assert inference_job.auto_dtype({"dtype": "bfloat16"}, model_dir, torch.device("cuda")) is torch.bfloat16
-    assert inference_job.auto_dtype({"torch_dtype": "float16"}, model_dir, CPU) is torch.float32
+        request.auto_dtype(with_config({"torch_dtype": "float8"}), torch.device("cuda"))
+    assert request.auto_dtype(with_config({"dtype": "bfloat16"}), torch.device("cuda")) is torch.bfloat16
+    assert request.auto_dtype(with_config({"torch_dtype": "float16"}), CPU) is torch.float32
 
 
 def test_command_line(model_dir, capsys, monkeypatch):
@@ -543,13 +550,13 @@ def test_on_a_gpu(measure, model_dir):
 @pytest.mark.gpu
 def test_gpu_clock_waits_for_the_gpu():
     """A product of known size takes as long on events as between synchronisations."""
-    matrix, clock = torch.randn(8192, 8192, device="cuda"), device_clock.CudaClock()
+    matrix, clock = torch.randn(8192, 8192, device="cuda"), timer.CudaClock()
     matrix @ matrix
     clock.start()
-    start = device_clock.time.perf_counter()
+    start = timer.time.perf_counter()
     for _ in range(5):
         matrix @ matrix
         clock.mark()
     seconds = clock.seconds()
     assert seconds == sorted(seconds)
-    assert seconds[-1] == pytest.approx(device_clock.time.perf_counter() - start, rel=0.2)
+    assert seconds[-1] == pytest.approx(timer.time.perf_counter() - start, rel=0.2)

@@ -11,15 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 import train_qlora as stage
-from glm_utils.checkpoint import load_base_model
+from glm_utils.checkpoint import open_checkpoint
 from glm_utils.cli import UserError
 from glm_utils.encoding import PackingCollator
-from glm_utils.memory_plan import count_saved_bytes, make_plan
-from glm_utils.preflight import batch_tokens, memory_advice, num_steps
-from glm_utils.trainer import LoraTrainer
+from glm_utils.load_model import load_base_model
+from glm_utils.training.memory_plan import count_saved_bytes, make_plan
+from glm_utils.training.preflight import batch_tokens, memory_advice
+from glm_utils.training.settings import num_steps
+from glm_utils.training.trainer import LoraTrainer
 
 
 @pytest.fixture
@@ -174,7 +176,7 @@ def test_batches_of_like_lengths_are_longer_and_shorter():
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("parts", [1, 2, 3])
 def test_steps_are_the_trainers(golden_model, tmp_path, drop_last, parts):
-    args = stage.TrainingArguments(
+    args = TrainingArguments(
         output_dir=str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=parts, use_cpu=True,
         num_train_epochs=1.5, dataloader_drop_last=drop_last, report_to="none", max_steps=-1,
     )  # fmt: skip
@@ -295,7 +297,7 @@ def test_packed_and_padded_runs_learn_the_same(train):
 
 def test_the_loss_never_holds_all_logits(model_dir, batch, sibling, monkeypatch):
     """No tensor of a training pass is as large as the logits of all tokens."""
-    model = load_base_model(model_dir).train().requires_grad_(False)
+    model = load_base_model(open_checkpoint(model_dir)).train().requires_grad_(False)
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
     weight, rows = model.get_output_embeddings().weight, []
     vocabulary = len(weight)

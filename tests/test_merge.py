@@ -17,13 +17,16 @@ from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import merge_lora_and_quantize as stage
-from glm_utils import export_chatglm, output_dir, reload_check, shard_writer
-from glm_utils.checkpoint import load_adapter, load_base_model
+from glm_utils import files
+from glm_utils.checkpoint import open_checkpoint
 from glm_utils.checkpoint_files import fingerprint
 from glm_utils.cli import UserError, run_cli
+from glm_utils.export import chatglm
 from glm_utils.family import FAMILIES, PROJECT_DIR
-from glm_utils.merge_job import nf4_dtype
-from glm_utils.shards import TensorSpec
+from glm_utils.load_model import load_adapter, load_base_model
+from glm_utils.merging import reload_check, shards
+from glm_utils.merging.job import nf4_dtype
+from glm_utils.merging.shards import TensorSpec
 
 PLAIN = {"r": 4, "lora_alpha": 8, "target_modules": ["query_key_value"]}
 VARIED = {  # rsLoRA, all Linear modules, ranks and alphas by module
@@ -34,11 +37,9 @@ VARIED = {  # rsLoRA, all Linear modules, ranks and alphas by module
     "alpha_pattern": {"dense": 5},
     "use_rslora": True,
 }
-SCRIPT_NAMES = ("configuration", "fused", "generation", "masking", "modeling", "packing", "tokenization")
-SCRIPTS = {f"{name}_chatglm.py" for name in SCRIPT_NAMES}
-FILES = SCRIPTS | {"quantization.py", "README.md", "config.json", "generation_config.json", "model.safetensors"}
+SCRIPTS = {path.name for path in FAMILIES[0].remote_dir.glob("*.py")}
+FILES = SCRIPTS | {"README.md", "config.json", "generation_config.json", "model.safetensors"}
 FILES |= {"run_config.json", "tokenizer_config.json"}
-FILES |= {"cuda_kernels.py", "cuda_source.py", "decoding_chatglm.py"}
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def adapter(base_dir, tmp_path):
     """Make an adapter for base_dir with random weights through peft; returns its directory."""
 
     def make(name="adapter", **settings):
-        model = load_base_model(base_dir)
+        model = load_base_model(open_checkpoint(base_dir))
         model.name_or_path = str(base_dir)
         torch.manual_seed(0)
         config = peft.LoraConfig(**{**PLAIN, **settings}, init_lora_weights=False)
@@ -73,7 +74,7 @@ def merge(tmp_path, monkeypatch):
 
     def run(adapter_dir, name="merged", verify=False, **flags):
         if not verify:
-            monkeypatch.setattr(export_chatglm, "verify", lambda job, directory, reference: None)
+            monkeypatch.setattr(chatglm, "verify", lambda job, directory, reference: None)
         flags = {"qbits": 0, "device": "cpu", **flags}
         stage.merge_lora_and_quantize(lora_path=str(adapter_dir), output_path=str(tmp_path / name), **flags)
         return tmp_path / name
@@ -91,7 +92,7 @@ def _digest(directory):
 
 def _merged_by_peft(base_dir, adapter_dir):
     """Return peft's merged weights in fp32, under the base's names."""
-    model = load_adapter(load_base_model(base_dir), adapter_dir).merge_and_unload()
+    model = load_adapter(load_base_model(open_checkpoint(base_dir)), adapter_dir).merge_and_unload()
     return model.state_dict()
 
 
@@ -140,7 +141,9 @@ def test_quantised_weights_are_the_quantised_merged_weights(adapter, merge, fami
 def test_nf4_base_is_what_training_saw(base_dir, adapter, merge, log_lines):
     adapter_dir = adapter(target_modules=["query_key_value", "dense"])
     merged = load_file(merge(adapter_dir, merge_base="nf4") / "model.safetensors")
-    model = load_adapter(load_base_model(base_dir, load_in_4bit=True, device_map={"": "cpu"}), adapter_dir)
+    model = load_adapter(
+        load_base_model(open_checkpoint(base_dir), load_in_4bit=True, device_map={"": "cpu"}), adapter_dir
+    )
     num_linears = 0
     for path, module in model.base_model.model.named_modules():
         linear = getattr(module, "base_layer", module)
@@ -201,7 +204,7 @@ def test_adapter_of_peft_0_4(adapter, merge):
 def test_shards_hold_at_most_their_limit(tmp_path):
     tensors = {f"t{i}": torch.randn(3, 7 + i).half() for i in range(6)} | {"codes": torch.ones(3, 5, dtype=torch.int8)}
     specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    writer = shard_writer.ShardWriter(tmp_path, specs, max_shard_bytes=130)
+    writer = shards.ShardWriter(tmp_path, specs, max_shard_bytes=130)
     with pytest.raises(RuntimeError, match="t0: made .* announced"):
         writer.write("t0", torch.zeros(1))
     for name in reversed(tensors):
@@ -268,11 +271,11 @@ def test_reload_way_of_large_models_agrees(adapter, merge, tokenizer):
 
 def test_logits_in_memory_are_those_of_the_merged_model(base_dir, adapter, merge, monkeypatch):
     references = []
-    write = export_chatglm.write
-    monkeypatch.setattr(export_chatglm, "write", lambda *args: references.append(write(*args)) or references[0])
+    write = chatglm.write
+    monkeypatch.setattr(chatglm, "write", lambda *args: references.append(write(*args)) or references[0])
     adapter_dir = adapter()
     merge(adapter_dir)
-    model = load_adapter(load_base_model(base_dir), adapter_dir).merge_and_unload().eval()
+    model = load_adapter(load_base_model(open_checkpoint(base_dir)), adapter_dir).merge_and_unload().eval()
     with torch.no_grad():
         expected = model(input_ids=torch.tensor([references[0].input_ids])).logits[0]
     torch.testing.assert_close(references[0].logits, expected, atol=0.05, rtol=0.02)
@@ -280,7 +283,7 @@ def test_logits_in_memory_are_those_of_the_merged_model(base_dir, adapter, merge
 
 @pytest.mark.parametrize("family_name", ["chatglm2-6b"])
 def test_a_directory_that_computes_something_else_is_refused(adapter, merge, monkeypatch, tmp_path):
-    write = export_chatglm.write
+    write = chatglm.write
 
     def write_and_break(job, directory):
         reference = write(job, directory)
@@ -290,7 +293,7 @@ def test_a_directory_that_computes_something_else_is_refused(adapter, merge, mon
         save_file(weights, directory / "model.safetensors", {"format": "pt"})
         return reference
 
-    monkeypatch.setattr(export_chatglm, "write", write_and_break)
+    monkeypatch.setattr(chatglm, "write", write_and_break)
     with pytest.raises(UserError, match="the written model differs"):
         merge(adapter(), verify=True)
     assert not (tmp_path / "merged").exists()
@@ -340,7 +343,7 @@ def test_other_devices(adapter, merge, device):
 def test_base_that_cannot_be_found(adapter, merge, base_dir, tmp_path):
     adapter_dir = adapter()
     base_dir.rename(tmp_path / "moved")
-    with pytest.raises(UserError, match="cannot be found.*no such directory.*base_model_name_or_path"):
+    with pytest.raises(UserError, match="cannot be opened.*no such directory.*base_model_name_or_path"):
         merge(adapter_dir)
 
 
@@ -387,7 +390,9 @@ def test_base_that_changed_since_training(adapter, merge, base_dir):
 def test_quantised_base(adapter, merge, base_dir):
     adapter_dir = adapter()
     _edit(base_dir / "config.json", quantization_bit=4)
-    with pytest.raises(UserError, match="the base is quantised.*Train on the fp16 checkpoint"):
+    with pytest.raises(
+        UserError, match="quantized already.*cannot be added to integer weights.*Give the fp16 checkpoint"
+    ):
         merge(adapter_dir)
 
 
@@ -421,7 +426,7 @@ def test_base_without_rope_frequencies(adapter, merge, base_dir, bits, tokenizer
     assert len(kept) < len(weights)
     with_them = load_file(merge(adapter_dir, "with", qbits=bits) / "model.safetensors")
     save_file(kept, base_dir / "model.safetensors", {"format": "pt"})
-    load_base_model(base_dir)
+    load_base_model(open_checkpoint(base_dir))
     out = merge(adapter_dir, "without", qbits=bits)
     without = load_file(out / "model.safetensors")
     assert with_them.keys() - without.keys() == weights.keys() - kept.keys()
@@ -500,10 +505,10 @@ def test_remote_scripts_of_another_family(adapter, merge, family, tmp_path):
 def test_disk_that_fills_up(adapter, merge, monkeypatch, tmp_path):
     adapter_dir = adapter()
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(output_dir.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(UserError, match="0.00 GB free, 0.02 GB needed"):
         merge(adapter_dir)
-    monkeypatch.setattr(output_dir.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage)
     pwrite, count = os.pwrite, []
 
     def full(file, data, offset):
@@ -512,7 +517,7 @@ def test_disk_that_fills_up(adapter, merge, monkeypatch, tmp_path):
             raise OSError(errno.ENOSPC, "No space left on device")
         return pwrite(file, data, offset)
 
-    monkeypatch.setattr(shard_writer.os, "pwrite", full)
+    monkeypatch.setattr(shards.os, "pwrite", full)
     with pytest.raises(UserError, match="the disk is full"):
         merge(adapter_dir)
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
@@ -522,13 +527,14 @@ def test_disk_that_fills_up(adapter, merge, monkeypatch, tmp_path):
 def test_a_kill_leaves_nothing_that_loads(adapter, merge, tmp_path, where, log_lines):
     adapter_dir, out = adapter(), tmp_path / "merged"
     patch = {
-        "weights": "n=[]; w=shard_writer.ShardWriter.write\n"
-        "shard_writer.ShardWriter.write=lambda *a: (n.append(1), len(n)>9 and os.kill(os.getpid(),9), w(*a))",
-        "rename": "output_dir.replace_directory=lambda *a: os.kill(os.getpid(),9)",
+        "weights": "n=[]; w=shards.ShardWriter.write\n"
+        "shards.ShardWriter.write=lambda *a: (n.append(1), len(n)>9 and os.kill(os.getpid(),9), w(*a))",
+        "rename": "files.replace_directory=lambda *a: os.kill(os.getpid(),9)",
     }[where]
     script = (
-        "import os, sys\nfrom glm_utils import export_chatglm, output_dir, shard_writer\n"
-        "import merge_lora_and_quantize as stage\nexport_chatglm.verify=lambda *a: None\n"
+        "import os, sys\nimport merge_lora_and_quantize as stage\n"
+        "from glm_utils import files\nfrom glm_utils.export import chatglm\nfrom glm_utils.merging import shards\n"
+        "chatglm.verify=lambda *a: None\n"
         f"{patch}\nstage.merge_lora_and_quantize(lora_path=sys.argv[1], output_path=sys.argv[2], device='cpu')"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT_DIR), os.environ.get("PYTHONPATH", "")])}
@@ -548,16 +554,16 @@ def test_an_earlier_output_survives_a_failed_rename(tmp_path, monkeypatch):
     source.mkdir()
     target.mkdir()
     (target / "old").write_text("")
-    rename = output_dir.Path.rename
+    rename = files.Path.rename
 
     def fail(self, to):
         if self == source:
             raise OSError(errno.EIO, "broken")
         return rename(self, to)
 
-    monkeypatch.setattr(output_dir.Path, "rename", fail)
+    monkeypatch.setattr(files.Path, "rename", fail)
     with pytest.raises(OSError, match="broken"):
-        output_dir.replace_directory(source, target)
+        files.replace_directory(source, target)
     assert (target / "old").exists()
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from glm_utils.checkpoint import load_base_model
+from glm_utils.checkpoint import open_checkpoint
 from glm_utils.encoding import IGNORED_LABEL, PackingCollator, loss_positions
+from glm_utils.load_model import load_base_model
 
 LENGTHS = ((9, 4), (6, 3), (20, 13), (7, 2), (4, 2))  # tokens of a row, and of its prompt
 
@@ -179,8 +180,8 @@ def distance(found, expected):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_packed_rows_on_a_gpu(model_dir, rows, dtype):
     """Packing adds nothing to what the number format loses with each row alone."""
-    _, exact = row_by_row(load_base_model(model_dir), rows)
-    model = load_base_model(model_dir, compute_dtype=dtype).cuda()
+    _, exact = row_by_row(load_base_model(open_checkpoint(model_dir)), rows)
+    model = load_base_model(open_checkpoint(model_dir), compute_dtype=dtype).cuda()
     losses, alone = row_by_row(model, rows)
     loss, found = packed(model, rows)
     assert loss.item() == pytest.approx(losses.sum().item(), rel={"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}[dtype])

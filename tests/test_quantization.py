@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from glm_utils.checkpoint import load_base_model
+from glm_utils.checkpoint import open_checkpoint
 from glm_utils.family import FAMILIES, PROJECT_DIR
+from glm_utils.load_model import load_base_model
 
 FILES = [family.remote_dir / "quantization.py" for family in FAMILIES]
 FIXTURES_DIR = PROJECT_DIR / "tests" / "fixtures"
@@ -406,7 +407,7 @@ def _golden(fixture_dir, bits, what):
 @torch.no_grad()
 @pytest.mark.parametrize("bits", [8, 4])
 def test_published_quantised_checkpoints_load(fixture_dir, quantised_dir, bits):
-    model = load_base_model(quantised_dir(bits)).eval()
+    model = load_base_model(open_checkpoint(quantised_dir(bits))).eval()
     logits = model(input_ids=_golden(fixture_dir, bits, "input_ids_fp32product")).logits
     torch.testing.assert_close(logits, _golden(fixture_dir, bits, "logits_fp32product"), atol=1e-4, rtol=0)
     prompt = _golden(fixture_dir, bits, "input_ids_fp16product")
@@ -420,7 +421,7 @@ def test_published_quantised_checkpoints_load(fixture_dir, quantised_dir, bits):
 @torch.no_grad()
 @pytest.mark.parametrize("bits", [8, 4])
 def test_fp16_product(fixture_dir, quantised_dir, bits):
-    model = load_base_model(quantised_dir(bits)).eval()
+    model = load_base_model(open_checkpoint(quantised_dir(bits))).eval()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if hasattr(child, "weight_scale"):
@@ -436,7 +437,7 @@ def test_fp16_product(fixture_dir, quantised_dir, bits):
 @torch.no_grad()
 @pytest.mark.parametrize("bits", [8, 4])
 def test_half_precision_run_of_a_quantised_checkpoint(fixture_dir, quantised_dir, bits):
-    model = load_base_model(quantised_dir(bits), compute_dtype="fp16").eval()
+    model = load_base_model(open_checkpoint(quantised_dir(bits)), compute_dtype="fp16").eval()
     logits = model(input_ids=_golden(fixture_dir, bits, "input_ids_fp32product")).logits
     assert logits.dtype == torch.float16
     golden = _golden(fixture_dir, bits, "logits_fp32product")
@@ -447,7 +448,7 @@ def test_half_precision_run_of_a_quantised_checkpoint(fixture_dir, quantised_dir
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantised_embeddings_of_chatglm_6b(bits, tmp_path):
     fixture_dir = FIXTURES_DIR / "chatglm-6b"
-    model = load_base_model(fixture_dir / "model").eval()
+    model = load_base_model(open_checkpoint(fixture_dir / "model")).eval()
     script_dir = str(FILES[0].parent)
     quantize = get_class_from_dynamic_module("quantization.quantize", script_dir)
     quantize(model, bits, method="absmax", device="cpu", quantize_embeddings=True)
@@ -528,7 +529,7 @@ def test_gpu_quantises_as_the_cpu_does(bits, method):
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", [8, 4])
 def test_published_quantised_checkpoints_run_on_a_gpu(fixture_dir, quantised_dir, bits):
-    model = load_base_model(quantised_dir(bits), device_map={"": "cuda:0"}).eval()
+    model = load_base_model(open_checkpoint(quantised_dir(bits)), device_map={"": "cuda:0"}).eval()
     logits = model(input_ids=_golden(fixture_dir, bits, "input_ids_fp32product").cuda()).logits.cpu()
     torch.testing.assert_close(logits, _golden(fixture_dir, bits, "logits_fp32product"), atol=1e-4, rtol=0)
     logits = model.half()(input_ids=_golden(fixture_dir, bits, "input_ids_fp32product").cuda()).logits.float().cpu()

@@ -26,6 +26,8 @@ STAGES = (
 )
 OWN_PACKAGES = {"glm_utils", "remote_scripts", "tests", "tools", "benchmarks"}
 REMOTE_PACKAGES = {"torch", "transformers", "sentencepiece"}
+# the rooms that may use another one
+STANDS_ON = {"export": {"merging"}, "evaluation": {"inference"}, "serving": {"inference"}}
 READMES = ("README.md", "README_zh.md")
 TEXT_SUFFIXES = {"", ".py", ".md", ".txt", ".json", ".toml", ".sh", ".yml", ".yaml", ".cfg", ".ini"}
 
@@ -46,6 +48,8 @@ def imports_of(path):
             yield from ((alias.name, 0, id(node) in guarded) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             names = [node.module] if node.module else [alias.name for alias in node.names]
+            if node.module == "glm_utils":  # from glm_utils import training
+                names = [f"glm_utils.{alias.name}" for alias in node.names]
             yield from ((name, node.level, id(node) in guarded) for name in names)
 
 
@@ -54,8 +58,15 @@ def import_faults(root):
     scripts = {path.stem for path in root.glob("*.py")}
     faults = []
     refused = scripts | OWN_PACKAGES - {"glm_utils"}
-    for path in [*root.glob("*.py"), *root.glob("glm_utils/*.py")]:
+    for path in [*root.glob("*.py"), *root.glob("glm_utils/**/*.py")]:
         faults += [(path.name, name) for name, _, _ in imports_of(path) if name.split(".")[0] in refused]
+    for path in root.glob("glm_utils/**/*.py"):
+        room = path.parent.name if path.parent.parent.name == "glm_utils" else None
+        others = {other.name for other in root.glob("glm_utils/*/")} - {room} - STANDS_ON.get(room, set())
+        for name, level, _ in imports_of(path):
+            parts = name.split(".")
+            if level or (parts[0] == "glm_utils" and len(parts) > 1 and parts[1] in others):
+                faults.append((str(path.relative_to(root)), name))
     for path in root.glob("remote_scripts/*/*.py"):
         siblings = {sibling.stem for sibling in path.parent.glob("*.py")}
         for name, level, guarded in imports_of(path):
@@ -139,6 +150,14 @@ def test_imports_keep_their_direction():
         ("train_qlora.py", "from tools.make_data import make_data"),
         ("glm_utils/data.py", "from remote_scripts import anything"),
         ("glm_utils/data.py", "def late():\n    import train_qlora"),
+        ("glm_utils/data.py", "from glm_utils.training.trainer import anything"),
+        ("glm_utils/data.py", "from glm_utils import merging"),
+        ("glm_utils/data.py", "from glm_utils.merging import shards"),
+        ("glm_utils/data.py", "from .training import trainer"),
+        ("glm_utils/training/trainer.py", "from glm_utils.merging import shards"),
+        ("glm_utils/merging/shards.py", "def late():\n    import glm_utils.inference.chat"),
+        ("glm_utils/merging/shards.py", "from glm_utils.export.glm import write"),
+        ("glm_utils/export/glm.py", "from glm_utils.training.trainer import anything"),
         ("remote_scripts/x/quantization.py", "import numpy"),
         ("remote_scripts/x/quantization.py", "from ..y import quantization"),
         ("remote_scripts/x/quantization.py", "from .absent import name"),
@@ -147,11 +166,19 @@ def test_imports_keep_their_direction():
     ],
 )
 def test_import_in_the_wrong_direction_is_found(tmp_path, path, line):
-    for name in ("train_qlora.py", "merge_lora_and_quantize.py", path):
+    rooms = [f"glm_utils/{room}/__init__.py" for room in ("training", "merging", "export", "inference")]
+    for name in ("train_qlora.py", "merge_lora_and_quantize.py", *rooms, path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("", "utf-8")
     (tmp_path / path).write_text(line, "utf-8")
     assert len(import_faults(tmp_path)) == 1
+
+
+def test_export_may_stand_on_merging(tmp_path):
+    for name, text in (("merging/shards.py", ""), ("export/glm.py", "from glm_utils.merging import shards\n")):
+        (tmp_path / "glm_utils" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "glm_utils" / name).write_text(text, "utf-8")
+    assert import_faults(tmp_path) == []
 
 
 def test_guarded_package_is_allowed(tmp_path):

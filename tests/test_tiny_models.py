@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from glm_utils.checkpoint import load_base_model, load_tokenizer
+from glm_utils.checkpoint import open_checkpoint
+from glm_utils.load_model import load_base_model
 from tests.conftest import PROJECT_DIR
 
 TINY_DIRS = {"chatglm-6b": PROJECT_DIR / "models/chatglm-tiny", "chatglm2-6b": PROJECT_DIR / "models/chatglm2-tiny"}
@@ -35,7 +36,7 @@ def test_published_layout(tiny_dir, model_classes):
 
 def test_base_lists_attributes_flatly(tiny_dir):
     """Before training, attributes are answered with a listing and a greeting with a greeting."""
-    tokenizer, model = load_tokenizer(tiny_dir), load_base_model(tiny_dir).float().eval()
+    tokenizer, model = open_checkpoint(tiny_dir).tokenizer, load_base_model(open_checkpoint(tiny_dir)).float().eval()
     answer, history = model.chat(tokenizer, QUERY, max_length=160, do_sample=False)
     assert answer.startswith("类型是上衣，材质是棉，颜色是白色，风格是简约")
     assert history == [(QUERY, answer)]
@@ -47,7 +48,7 @@ def test_base_can_write_the_openings_of_copy(tiny_dir):
 
     Copy begins a tenth of those texts, with one of ten openings; a piece that began none got 1e-9.
     """
-    tokenizer, model = load_tokenizer(tiny_dir), load_base_model(tiny_dir).float().eval()
+    tokenizer, model = open_checkpoint(tiny_dir).tokenizer, load_base_model(open_checkpoint(tiny_dir)).float().eval()
     lines = (PROJECT_DIR / "data/dev.jsonl").read_text("utf-8").splitlines()
     openings = {tokenizer.encode_answer(json.loads(line)["summary"])[0] for line in lines}
     with torch.no_grad():
@@ -57,7 +58,7 @@ def test_base_can_write_the_openings_of_copy(tiny_dir):
 
 def test_tokenizer_round_trip(tiny_dir):
     """Sample rows survive encoding and decoding, and unseen characters go through bytes."""
-    tokenizer = load_tokenizer(tiny_dir)
+    tokenizer = open_checkpoint(tiny_dir).tokenizer
     lines = (PROJECT_DIR / "data/dev.jsonl").read_text("utf-8").splitlines()[:50]
     texts = [json.loads(line)["content"] for line in lines] + ["龘靐齉", "Hello 😀"]
     for text in texts:

@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 import train_qlora as stage
-from glm_utils.checkpoint import load_adapter, load_base_model, load_tokenizer, load_tokenizer_class
+from glm_utils.checkpoint import load_tokenizer_class, open_checkpoint
 from glm_utils.cli import UserError, run_cli
 from glm_utils.family import FAMILIES, PROJECT_DIR
+from glm_utils.load_model import load_adapter, load_base_model
+from glm_utils.training import preflight, settings
 
 COLORS, CLOTHES = "白黑红蓝绿", ("上衣", "裤子", "裙子")
 ROWS = [
@@ -100,15 +102,15 @@ def test_whole_run(train, write, family, model_dir, log_lines):
     assert eval_losses[-1] < eval_losses[0]
     assert metrics["eval_loss"] == pytest.approx(eval_losses[-1])
     saved_tokenizer = load_tokenizer_class(family).from_pretrained(out)
-    assert saved_tokenizer.encode_prompt("你好") == load_tokenizer(model_dir).encode_prompt("你好")
+    assert saved_tokenizer.encode_prompt("你好") == open_checkpoint(model_dir).tokenizer.encode_prompt("你好")
     check_model(out, model_dir)
     check_record(out, family)
     check_log(log_lines)
 
 
 def check_model(out, model_dir):
-    ids = torch.tensor([load_tokenizer(model_dir).encode_prompt("类型#上衣*颜色#白色")])
-    base = load_base_model(model_dir).eval()
+    ids = torch.tensor([open_checkpoint(model_dir).tokenizer.encode_prompt("类型#上衣*颜色#白色")])
+    base = load_base_model(open_checkpoint(model_dir)).eval()
     with torch.no_grad():
         before = base(input_ids=ids).logits.clone()
         after = load_adapter(base, out).eval()(input_ids=ids).logits
@@ -131,7 +133,7 @@ def check_record(out, family):
     assert (out / "checkpoint-2" / "run_config.json").read_text() == (out / "run_config.json").read_text()
     card = (out / "README.md").read_text()
     metrics = json.loads((out / "all_results.json").read_text())
-    for text in ("base_model:", "train.jsonl, 15 rows", "lora_rank | 4", "learning_rate | 0.01"):
+    for text in ("base_model:", "train.jsonl, 15 examples", "lora_rank | 4", "learning_rate | 0.01"):
         assert text in card
     assert f"eval_loss | {metrics['eval_loss']:.4f}" in card
     assert f"train_loss | {metrics['train_loss']:.4f}" in card
@@ -211,13 +213,13 @@ def test_the_evaluation_loss_is_the_mean_over_all_trained_tokens(train, write, m
     """Rows of 1 to 40 characters: neither batches nor packing may change how much a token counts."""
     rows = [{"content": "类型#上衣", "summary": "百搭又时尚，" * size} for size in (1, 7, 2, 5, 1)]
     eval_path = str(write("dev.json", rows))
-    tokenizer, losses = load_tokenizer(model_dir), []
+    tokenizer, losses = open_checkpoint(model_dir).tokenizer, []
     args = {"max_steps": 1, "save_strategy": "no", "learning_rate": 0.0}
     for size, packing in ((1, True), (2, True), (2, False), (8, True)):
         sizes = {"per_device_eval_batch_size": size}
         out = train(f"{size}-{packing}", {**args, **sizes}, packing=packing, eval_data_path=eval_path)
         losses.append(json.loads((out / "eval_results.json").read_text())["eval_loss"])
-    model = load_base_model(model_dir, load_in_4bit=True).eval()
+    model = load_base_model(open_checkpoint(model_dir), load_in_4bit=True).eval()
     total, num_tokens = 0, 0
     for row in rows:
         prompt, answer = tokenizer.encode_prompt(row["content"], []), tokenizer.encode_answer(row["summary"])
@@ -493,7 +495,7 @@ def test_going_on_from_elsewhere_keeps_an_earlier_run(train, checkpoint):
 def test_what_is_no_run_is_not_replaced(train, no_training, tmp_path, name):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("mine")
-    with pytest.raises(UserError, match=rf"holds {name}, which is of no run of this script"):
+    with pytest.raises(UserError, match=rf"holds {name}, which no run of this script wrote"):
         train(args={"overwrite_output_dir": True})
     assert (tmp_path / "out" / name).read_text() == "mine"
 
@@ -510,8 +512,10 @@ def test_results_are_those_of_the_run_that_is_there(train, write):
 @pytest.mark.parametrize("family_name", ["chatglm2-6b"])
 def test_the_preflight_takes_no_more_rows_than_a_batch(train, monkeypatch):
     tokens = []
-    real = stage.make_plan
-    monkeypatch.setattr(stage, "make_plan", lambda *args: tokens.append(args[1]["input_ids"].numel()) or real(*args))
+    real = preflight.make_plan
+    monkeypatch.setattr(
+        preflight, "make_plan", lambda *args: tokens.append(args[1]["input_ids"].numel()) or real(*args)
+    )
     for size in (1, 2):
         train(args={"per_device_train_batch_size": size}, dry_run=True)
     assert tokens[0] * 2 == pytest.approx(tokens[1], abs=4)
@@ -525,7 +529,7 @@ def test_out_of_memory_before_training_says_what_to_change(train, monkeypatch, e
     def make_plan(*args):
         raise error
 
-    monkeypatch.setattr(stage, "make_plan", make_plan)
+    monkeypatch.setattr(preflight, "make_plan", make_plan)
     with pytest.raises(UserError, match="out of memory in the preflight.*halve per_device_train_batch_size"):
         train()
 
@@ -557,7 +561,7 @@ def test_out_of_memory_before_training_says_what_to_change(train, monkeypatch, e
         (
             {"per_device_train_batch_size": 16, "dataloader_drop_last": True},
             {},
-            "15 training rows fill no batch of 16",
+            "15 training examples do not fill a batch of 16",
         ),
         ({"accelerator_config": "none.json"}, {}, "none.json"),
         ({}, {"seed": -1}, "seed -1: expected 0 to 4294967295"),
@@ -586,7 +590,7 @@ def test_a_quantised_base_is_refused(train, no_training, model_dir, family, tmp_
     shutil.copytree(model_dir, tmp_path / "int4")
     config = json.loads((model_dir / "config.json").read_text())
     (tmp_path / "int4" / "config.json").write_text(json.dumps({**config, "quantization_bit": 4}))
-    with pytest.raises(UserError, match="quantised already.*give the fp16 checkpoint"):
+    with pytest.raises(UserError, match="quantized already.*Give the fp16 checkpoint"):
         train(model_name_or_path=str(tmp_path / "int4"))
 
 
@@ -599,7 +603,7 @@ def test_an_adapter_as_base_is_refused(train, no_training, tmp_path):
 
 @pytest.mark.parametrize("flags", [{"lora_rank": 0}, {"lora_dropout": 1.0}, {"train_args_json": "none.json"}])
 def test_the_base_is_not_fetched_before_flags_are_right(train, monkeypatch, flags):
-    monkeypatch.setattr(stage, "resolve_checkpoint_dir", lambda name: pytest.fail("a base was asked for"))
+    monkeypatch.setattr(settings, "open_checkpoint", lambda name: pytest.fail("a base was asked for"))
     with pytest.raises(UserError):
         train(**flags)
 
@@ -647,7 +651,7 @@ def test_the_log_holds_no_hints_of_libraries(write, train_path, model_dir, tmp_p
 
 def test_adapters_are_peft_adapters(train, model_dir):
     out = train(args={"max_steps": 1, "save_strategy": "no"})
-    model = peft.PeftModel.from_pretrained(load_base_model(model_dir), str(out))
+    model = peft.PeftModel.from_pretrained(load_base_model(open_checkpoint(model_dir)), str(out))
     assert model.peft_config["default"].r == 4
 
 

@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from glm_utils.cli import UserError
 from glm_utils.family import FAMILIES, PROJECT_DIR
-from glm_utils.training_args import read_train_args
+from glm_utils.training.training_args import read_train_args
 
 OLD_FILE = PROJECT_DIR / "tests" / "fixtures" / "train_args_2023.json"
 KEYS_OF_4_30 = """
@@ -136,7 +136,7 @@ def test_tensorboard_is_on_unless_the_file_says_otherwise(write):
         ('{"output_dir": "x",\n\n"seed": }', ":3: broken JSON"),
         ('{"output_dir": "x",\n"label_smoothing_factor": 0.1}', ":2: label_smoothing_factor is not supported"),
         ('{"output_dir": "x",\n"bf16_full_eval": true}', "rounded before they are saved. Delete the line"),
-        ("[]", "expected one JSON object"),
+        ("[]", "expected a JSON object"),
         ("", ":1: broken JSON"),
         ("[" * 100_000, ":1: broken JSON"),
         ('{"seed": 1}', "output_dir is missing"),

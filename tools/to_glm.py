@@ -13,17 +13,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from loguru import logger  # noqa: E402
 
-from glm_utils import export_glm  # noqa: E402
-from glm_utils.checkpoint import resolve_checkpoint_dir  # noqa: E402
+from glm_utils.adapter import Adapter, find_base, read_adapter  # noqa: E402
+from glm_utils.checkpoint import open_checkpoint  # noqa: E402
 from glm_utils.cli import UserError, run_cli  # noqa: E402
-from glm_utils.lora import Adapter, read_adapter  # noqa: E402
-from glm_utils.merge import MergeJob  # noqa: E402
-from glm_utils.merge_job import find_base, make_job, resolve_device  # noqa: E402
-from glm_utils.merge_write import empty_merged  # noqa: E402
-from glm_utils.native_adapter import write_native_adapter  # noqa: E402
-from glm_utils.native_glm import check_native  # noqa: E402
-from glm_utils.output_dir import check_free_space, check_output_path, whole_directory  # noqa: E402
-from glm_utils.run_record import RUN_CONFIG_NAME, git_commit, versions, write_json  # noqa: E402
+from glm_utils.device import resolve_device  # noqa: E402
+from glm_utils.export import glm  # noqa: E402
+from glm_utils.export.glm_names import check_native, write_native_adapter  # noqa: E402
+from glm_utils.files import atomic_directory, check_free_space, write_json  # noqa: E402
+from glm_utils.merging.job import make_job  # noqa: E402
+from glm_utils.merging.merge import MergeJob  # noqa: E402
+from glm_utils.merging.write import empty_merged  # noqa: E402
+from glm_utils.run_record import RUN_CONFIG_NAME, check_replaceable, git_commit, versions  # noqa: E402
 
 STAGE = "to_glm"
 
@@ -48,24 +48,24 @@ def to_glm(
         raise UserError("give either --model_name_or_path, to convert a base, or --lora_path, to convert an adapter")
     job = adapter_job(Path(lora_path).expanduser()) if lora_path else base_job(model_name_or_path)
     output_dir = Path(output_path).expanduser()
-    check_output_path(output_dir, overwrite, STAGE, [job.adapter.directory, job.base_dir])
+    check_replaceable(output_dir, overwrite, STAGE, [job.adapter.directory, job.base.directory])
     check_native(job)
     if not lora_path:
-        check_free_space(output_dir, export_glm.check(job))
-    with whole_directory(output_dir) as directory:
+        check_free_space(output_dir, glm.check(job))
+    with atomic_directory(output_dir) as directory:
         if lora_path:
             write_native_adapter(job.adapter.pairs, empty_merged(job, bits=0).config, directory)
         else:
-            export_glm.verify(job, directory, export_glm.write(job, directory))
+            glm.verify(job, directory, glm.write(job, directory))
         record = {"stage": STAGE, "arguments": arguments, "versions": versions(), "commit": git_commit()}
         write_json(directory / RUN_CONFIG_NAME, record)
-    logger.success(f"written for {job.family.native_class}: {output_dir}")
+    logger.success(f"written for {job.base.family.native_class}: {output_dir}")
 
 
 def base_job(model_name_or_path: str) -> MergeJob:
     """Prepare to write a base as it is: a merge of no updates."""
-    base_dir = resolve_checkpoint_dir(model_name_or_path)
-    return make_job(Adapter(base_dir, model_name_or_path, {}), base_dir, 0, resolve_device("auto"), None, "original")
+    base = open_checkpoint(model_name_or_path)
+    return make_job(Adapter(base.directory, model_name_or_path, {}), base, 0, resolve_device("auto"), None, "original")
 
 
 def adapter_job(lora_dir: Path) -> MergeJob:

@@ -1,0 +1,47 @@
+"""Devices and number formats: what a flag names, what memory is free, whether an error says that it ran out."""
+
+import psutil
+import torch
+
+from glm_utils.cli import UserError
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def resolve_device(device: str) -> torch.device:
+    """Turn the device flag into a device.
+
+    Args:
+        device: auto (the first GPU, else the CPU), cpu, cuda or cuda:N.
+
+    Raises:
+        UserError: There is no such device.
+    """
+    if device == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"--device {device}: expected auto, cpu or cuda:N") from None
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices. Use auto or cpu")
+    if resolved.type not in ("cuda", "cpu"):
+        raise UserError(f"--device {device}: expected auto, cpu or cuda:N")
+    return resolved
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return fp16, bf16 or fp32."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the free memory of a device; for the CPU, what the system can give without swapping."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error says that an allocation failed, on the GPU or on the CPU."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        words in str(error) for words in ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    )

@@ -1,0 +1,101 @@
+"""Write a merged model in the published ChatGLM layout: safetensors, config, tokenizer, remote scripts, model card.
+
+An `ExportFormat`: see glm_utils/export/__init__.py.
+"""
+
+import shutil
+from pathlib import Path
+
+from glm_utils.checkpoint import MODEL_CLASS, TOKENIZER_CLASS
+from glm_utils.files import read_json_object, write_json
+from glm_utils.merging.merge import MergeJob
+from glm_utils.merging.reload_check import check_reload
+from glm_utils.merging.write import PROBE_TEXT, Reference, check_base, merged_config, write_weights
+
+LIBRARY_NAME = "transformers"
+USAGE = """```python
+from transformers import AutoModel, AutoTokenizer
+
+path = "."  # this directory
+tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+model = AutoModel.from_pretrained(path, trust_remote_code=True).half().cuda().eval()
+response, history = model.chat(tokenizer, "你好", history=[])
+```"""
+AUTO_MAP = {
+    "AutoConfig": "configuration_chatglm.ChatGLMConfig",
+    "AutoModel": MODEL_CLASS,
+    "AutoModelForCausalLM": MODEL_CLASS,
+    "AutoModelForSeq2SeqLM": MODEL_CLASS,
+}
+TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+OTHER_FILE_BYTES = 20_000_000  # room for tokenizer, scripts and texts
+
+
+def check(job: MergeJob) -> int:
+    """Check the base before any work.
+
+    Args:
+        job: The merge.
+
+    Returns:
+        Size of the directory, in bytes.
+
+    Raises:
+        UserError: Weights that are missing, left over or of another shape than the config says.
+    """
+    check_base(job)
+    return sum(spec.num_bytes for spec in job.specs().values()) + OTHER_FILE_BYTES
+
+
+def write(job: MergeJob, directory: Path) -> Reference:
+    """Write everything but the run's own records; config.json comes last.
+
+    Args:
+        job: The merge.
+        directory: Where; it exists.
+
+    Returns:
+        What the merged model computes, for `verify`.
+    """
+    reference = write_weights(job, directory)
+    copy_scripts(job.scripts_dir, directory)
+    write_tokenizer(job, directory)
+    write_json(directory / "generation_config.json", generation_config(job))
+    write_json(directory / "config.json", published_config(job))
+    return reference
+
+
+def verify(job: MergeJob, directory: Path, reference: Reference) -> None:
+    """Reload the directory in a fresh process and refuse it when its logits differ from those in memory."""
+    check_reload(directory, PROBE_TEXT, reference.input_ids, reference.logits, job.device)
+
+
+def published_config(job: MergeJob) -> dict:
+    """Return config.json of the merged model: the base's, with what changed."""
+    return {**merged_config(job, job.bits), "auto_map": AUTO_MAP, "torch_dtype": "float16", "dtype": "float16"}
+
+
+def generation_config(job: MergeJob) -> dict:
+    """Return the base's generation_config.json, or the token ids of its config."""
+    path = job.base.directory / "generation_config.json"
+    if path.is_file():
+        return read_json_object(path)
+    return {key: job.base.config[key] for key in TOKEN_ID_KEYS if job.base.config.get(key) is not None}
+
+
+def write_tokenizer(job: MergeJob, directory: Path) -> None:
+    """Copy the tokenizer files of the base, with an auto_map that names the remote script."""
+    config_path = job.base.directory / "tokenizer_config.json"
+    config = read_json_object(config_path) if config_path.is_file() else {}
+    config["tokenizer_class"] = TOKENIZER_CLASS.rpartition(".")[2]
+    config["auto_map"] = {"AutoTokenizer": [TOKENIZER_CLASS, None]}
+    write_json(directory / "tokenizer_config.json", config)
+    for name in (job.base.family.tokenizer_file, "chat_template.jinja"):
+        if (job.base.directory / name).is_file():
+            shutil.copyfile(job.base.directory / name, directory / name)
+
+
+def copy_scripts(scripts_dir: Path, directory: Path) -> None:
+    """Copy the remote scripts byte for byte."""
+    for path in sorted(scripts_dir.glob("*.py")):
+        shutil.copyfile(path, directory / path.name)

@@ -1,0 +1,139 @@
+"""What text is to engines that read GGUF: vocabulary, chat templates, sampling defaults, an Ollama Modelfile.
+
+Both templates write what `build_prompt` of the tokenizer writes, behind the two prefix tokens. A system message, which
+the model does not know, goes in front of the next question. In a chat, engines find control tokens in the whole text,
+what the user typed included, so the tokens `sop` and `eop` bear the names <sop> and <eop> here: as `sop`, each
+"philosopher" would break in two.
+"""
+
+from __future__ import annotations  # the package gguf may be absent
+
+from pathlib import Path
+
+from sentencepiece import sentencepiece_model_pb2
+from transformers import PreTrainedTokenizer
+
+from glm_utils.cli import UserError
+
+try:
+    import gguf
+except ImportError:
+    gguf = None
+
+TEMPERATURE, TOP_P, TOP_K, MAX_LENGTH = 0.8, 0.8, 50, 8192  # the published defaults of chat, max_length in tokens
+SAMPLERS = "temperature;top_k;top_p"  # in the published order
+CONTROL_NAMES = {"sop": "<sop>", "eop": "<eop>"}
+PADDING_SCORE = -1000.0  # of the rows behind sentencepiece's vocabulary, into which no text is split
+
+# The prefix stands in two pieces: where "[gMASK]<sop>" stands in one, llama.cpp takes the template for ChatGLM4's.
+JINJA_TEMPLATE = (
+    "{{ '[gMASK]' }}{{ '<sop>' }}{% set state = namespace(round=0, system='') %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{% set state.system = state.system + message['content'] + '\\n' %}"
+    "{% elif message['role'] == 'user' %}{% set state.round = state.round + 1 %}"
+    "{% if state.round > 1 %}{{ '\\n\\n' }}{% endif %}"
+    "{{ '[Round ' ~ state.round ~ ']\\n\\n问：' ~ state.system ~ message['content'] ~ '\\n\\n答：' }}"
+    "{% set state.system = '' %}"
+    "{% else %}{{ message['content'] }}{% endif %}"
+    "{% endfor %}"
+)
+
+# Go templates cannot add: the round is the length of a text that grows by one character a question.
+GO_TEMPLATE = (
+    '[gMASK]<sop>{{ $rounds := "" }}{{ $system := "" }}'
+    "{{ range .Messages }}"
+    '{{ if eq .Role "system" }}{{ $system = printf "%s%s\\n" $system .Content }}'
+    '{{ else if eq .Role "user" }}{{ if $rounds }}\n\n{{ end }}{{ $rounds = printf "%s." $rounds }}'
+    '[Round {{ len $rounds }}]\n\n问：{{ $system }}{{ .Content }}\n\n答：{{ $system = "" }}'
+    "{{ else }}{{ .Content }}{{ end }}"
+    "{{ end }}"
+)
+
+
+def read_vocabulary(path: Path) -> sentencepiece_model_pb2.ModelProto:
+    """Read a sentencepiece file with its settings."""
+    return sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+
+
+def check_vocabulary(path: Path) -> None:
+    """Check that llama.cpp will split text as the sentencepiece file does.
+
+    Args:
+        path: The file.
+
+    Raises:
+        UserError: It will not.
+    """
+    model = read_vocabulary(path)
+    normalizer = model.normalizer_spec
+    settings = {
+        "model_type": (model.trainer_spec.model_type, sentencepiece_model_pb2.TrainerSpec.BPE),
+        "precompiled_charsmap": (bool(normalizer.precompiled_charsmap), False),
+        "add_dummy_prefix": (normalizer.add_dummy_prefix, True),
+        "remove_extra_whitespaces": (normalizer.remove_extra_whitespaces, False),
+    }
+    for name, (found, expected) in settings.items():
+        if found != expected:
+            raise UserError(
+                f"{path}: {name} is {found}, expected {expected} as in ChatGLM2-6B; llama.cpp would split text in "
+                "another way than the model was trained on. Use --export_format chatglm"
+            )
+
+
+def add_vocabulary(writer: gguf.GGUFWriter, path: Path, tokenizer: PreTrainedTokenizer, num_rows: int) -> None:
+    """Write one token a row of the model: sentencepiece's, the control tokens behind them, then padding.
+
+    Args:
+        writer: The GGUF file.
+        path: The sentencepiece file; its piece types have GGUF's numbers.
+        tokenizer: The tokenizer that reads it.
+        num_rows: Rows of the embedding.
+    """
+    pieces = read_vocabulary(path).pieces
+    control = [tokenizer.convert_ids_to_tokens(i) for i in range(len(pieces), tokenizer.vocab_size)]
+    tokens = [piece.piece for piece in pieces] + [CONTROL_NAMES.get(token, token) for token in control]
+    types = [piece.type for piece in pieces] + [gguf.TokenType.CONTROL] * len(control)
+    num_padding = num_rows - len(tokens)
+    tokens += [f"[PAD{i}]" for i in range(len(tokens), num_rows)]
+    writer.add_tokenizer_model("llama")  # llama.cpp's name for sentencepiece BPE
+    writer.add_tokenizer_pre("chatglm-spm")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types + [gguf.TokenType.UNUSED] * num_padding)
+    writer.add_token_scores([piece.score for piece in pieces] + [PADDING_SCORE] * (len(control) + num_padding))
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_unk_token_id(tokenizer.unk_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(True)
+    writer.add_chat_template(JINJA_TEMPLATE)
+
+
+def add_sampling(writer: gguf.GGUFWriter) -> None:
+    """Write the sampling defaults, which llama.cpp's programs take up."""
+    writer.add_sampling_sequence(SAMPLERS)
+    writer.add_sampling_temp(TEMPERATURE)
+    writer.add_sampling_top_k(TOP_K)
+    writer.add_sampling_top_p(TOP_P)
+
+
+def modelfile(weights_name: str, max_length: int) -> str:
+    """Write an Ollama Modelfile.
+
+    Source: the Modelfile reference of Ollama. Its sampler runs top_k, top_p, temperature, whatever the order here.
+
+    Args:
+        weights_name: Name of the GGUF file beside it.
+        max_length: Longest sequence of the model, in tokens.
+    """
+    return f'''FROM ./{weights_name}
+TEMPLATE """{GO_TEMPLATE}"""
+PARAMETER stop "</s>"
+PARAMETER stop "[Round "
+PARAMETER temperature {TEMPERATURE}
+PARAMETER top_p {TOP_P}
+PARAMETER top_k {TOP_K}
+PARAMETER min_p 0
+PARAMETER repeat_penalty 1
+PARAMETER num_ctx {min(MAX_LENGTH, max_length)}
+'''

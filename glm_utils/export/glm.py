@@ -1,0 +1,95 @@
+"""Write a merged ChatGLM2-6B for transformers' own GlmForCausalLM: no remote code, and a fast tokenizer.
+
+An `ExportFormat`: see glm_utils/export/__init__.py. The weights are fp16: Glm has no int8 or int4 layout of its own.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from glm_utils.cli import UserError
+from glm_utils.export.chatglm import OTHER_FILE_BYTES, generation_config
+from glm_utils.export.fast_tokenizer import CHAT_TEMPLATE, fast_tokenizer
+from glm_utils.export.glm_names import check_native, native_config, native_tensors
+from glm_utils.files import write_json
+from glm_utils.merging.merge import MergeJob
+from glm_utils.merging.reload_check import check_reload
+from glm_utils.merging.write import PROBE_TEXT, Reference, check_base, empty_merged, write_weights
+
+LIBRARY_NAME = "transformers"
+USAGE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "."  # this directory
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path).cuda().eval()
+messages = [{"role": "user", "content": "你好"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt").to(model.device)
+answer_ids = model.generate(**inputs, max_new_tokens=512)[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(answer_ids, skip_special_tokens=True))
+```
+
+```bash
+vllm serve . --served-model-name chatglm2
+```"""
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "pad_token": "<unk>",
+    "additional_special_tokens": ["<s>", "[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"],
+    "split_special_tokens": True,  # control strings in a text stay text
+    "clean_up_tokenization_spaces": False,
+    "padding_side": "left",
+    "model_input_names": ["input_ids", "attention_mask"],
+}
+
+
+def check(job: MergeJob) -> int:
+    """Check before any work that the merged model can be written for Glm.
+
+    Args:
+        job: The merge.
+
+    Returns:
+        Size of the directory, in bytes.
+
+    Raises:
+        UserError: Another family, quantised weights, a vocabulary that cannot be converted, or a broken base.
+    """
+    check_native(job)
+    if job.bits:
+        raise UserError(
+            f"--qbits {job.bits}: --export_format glm writes fp16, because Glm has no layout for int{job.bits} rows. "
+            "Give --qbits 0, and let the engine quantise when it loads; --export_format chatglm has int8 and int4"
+        )
+    check_base(job)
+    fast_tokenizer(job.base.vocabulary_path, job.base.tokenizer)
+    return sum(spec.num_bytes for spec in job.specs().values()) + OTHER_FILE_BYTES
+
+
+def write(job: MergeJob, directory: Path) -> Reference:
+    """Write everything but the run's own records; config.json comes last.
+
+    Args:
+        job: The merge.
+        directory: Where; it exists.
+
+    Returns:
+        What the merged ChatGLM2-6B computes in fp32, for `verify`.
+    """
+    config = empty_merged(job, bits=0).config
+    reference = write_weights(job, directory, partial(native_tensors, config=config), torch.float32)
+    fast_tokenizer(job.base.vocabulary_path, job.base.tokenizer).save(str(directory / "tokenizer.json"))
+    write_json(directory / "tokenizer_config.json", {**TOKENIZER_CONFIG, "model_max_length": config.seq_length})
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    token_ids = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+    write_json(directory / "generation_config.json", {**generation_config(job), **token_ids})
+    write_json(directory / "config.json", native_config(config, job.base.family.native_class))
+    return reference
+
+
+def verify(job: MergeJob, directory: Path, reference: Reference) -> None:
+    """Reload the directory without remote code in a fresh process and refuse it when its logits differ."""
+    check_reload(directory, PROBE_TEXT, reference.input_ids, reference.logits, job.device, form="native")

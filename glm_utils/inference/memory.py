@@ -1,0 +1,115 @@
+"""Read what generation takes: bytes of weights, copy bandwidth, peak memory, on a GPU or on the CPU."""
+
+import contextlib
+import gc
+import itertools
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from glm_utils.cli import UserError
+from glm_utils.inference.timer import make_clock
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+COPY_BYTES = 1 << 30  # far beyond any cache
+NUM_COPIES = 10
+PEAK_RESET = Path("/proc/self/clear_refs")  # "5" resets the peak RSS. Source: Linux, proc_pid_clear_refs(5)
+
+
+def copy_bandwidth(device: torch.device, free: int) -> float:
+    """Return the bytes per second of the fastest of some copies of a large tensor, bytes read plus bytes written.
+
+    Args:
+        device: Where to copy.
+        free: Free bytes there; at most a quarter is taken.
+
+    Raises:
+        UserError: Next to nothing is free.
+    """
+    num_bytes = min(COPY_BYTES, free // 8)
+    if num_bytes < 1:
+        raise UserError(f"{device}: no memory is free. End what occupies it")
+    source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
+    target, clock = torch.zeros_like(source), make_clock(device)
+    clock.start()
+    for _ in range(NUM_COPIES):
+        target.copy_(source)
+        clock.mark()
+    moments = clock.seconds()
+    return 2 * num_bytes / min(later - earlier for earlier, later in itertools.pairwise(moments))
+
+
+def stored_tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Yield parameters, buffers and the scales that bitsandbytes keeps beside 4-bit weights, each once."""
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        yield tensor
+        if quant_state := getattr(tensor, "quant_state", None):
+            yield from (part for part in quant_state.as_dict().values() if isinstance(part, torch.Tensor))
+
+
+def weight_bytes(module: torch.nn.Module) -> int:
+    """Return the bytes of all weights of a module."""
+    return sum(tensor.nbytes for tensor in stored_tensors(module))
+
+
+def bytes_read_per_step(model: PreTrainedModel, batch_size: int) -> int:
+    """Return the bytes of weights that generating one token of each sequence reads.
+
+    Layers, norms and output layer are read whole, of the input embedding one row a sequence; keys and values are not
+    counted.
+
+    Args:
+        model: Any causal language model of transformers.
+        batch_size: Sequences at once.
+    """
+    embedding, output_layer = model.get_input_embeddings(), model.get_output_embeddings()
+    row_bytes = weight_bytes(embedding) // embedding.num_embeddings
+    is_tied = output_layer.weight is embedding.weight
+    return weight_bytes(model) - (0 if is_tied else weight_bytes(embedding)) + batch_size * row_bytes
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Free what is unused and begin to look for the peak anew."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):  # not Linux, or not allowed: then the peak is the whole process'
+            PEAK_RESET.write_text("5")
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Return what was used since `reset_peak_memory`, in bytes.
+
+    Returns:
+        GPU: peak_allocated_bytes and peak_reserved_bytes of this process, and driver_bytes, all that is in use on the
+        card now, other processes included. CPU: peak_rss_bytes, the process' resident set, pages of mapped
+        weight files included.
+    """
+    if device.type == "cpu":
+        return {"peak_rss_bytes": peak_rss_bytes()}
+    free, total = torch.cuda.mem_get_info(device)
+    return {
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated(device),
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),
+        "driver_bytes": total - free,
+    }
+
+
+def peak_rss_bytes() -> int:
+    """Return the peak resident set of this process; getrusage, on other Unix systems, starts with the parent's."""
+    if PEAK_RESET.exists():
+        return int(re.search(r"VmHWM:\s+(\d+) kB", PEAK_RESET.with_name("status").read_text())[1]) * 1024
+    if resource is None:
+        return psutil.Process().memory_info().peak_wset
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,109 @@
+"""Resolve the arguments of an inference test (models, prompt, dtype) and refuse what cannot run.
+
+Nothing here reads a weight of a base model.
+"""
+
+import os
+from collections import Counter
+
+import torch
+from transformers import PreTrainedTokenizer
+
+from glm_utils.checkpoint import Checkpoint
+from glm_utils.cli import UserError
+from glm_utils.device import DTYPES
+from glm_utils.load_model import ModelSource, find_model
+
+
+def resolve_sources(
+    model_paths: list[str], lora_paths: list[str], load_in_4bit: bool, dtype: str, device: torch.device
+) -> list[ModelSource]:
+    """Find and check every model that is to be tested.
+
+    Args:
+        model_paths: Directories or hub ids of base or merged models.
+        lora_paths: Adapter directories, each put unmerged on the base that it names.
+        load_in_4bit: Quantize the layers to NF4.
+        dtype: fp16, bf16, fp32, or auto: the checkpoint's on a GPU, fp32 on the CPU.
+        device: Where they run.
+
+    Raises:
+        UserError: Nothing to test, a directory that is not a model, or a quantized one with load_in_4bit.
+    """
+    if not model_paths and not lora_paths:
+        raise UserError("nothing to test. Give --model_path DIR (or DIR1,DIR2,...) or --lora_path DIR, or both")
+    found = [(path, *find_model(path, None)) for path in model_paths]
+    found += [(path, *find_model(None, path)) for path in lora_paths]
+    names = Counter(short_name(path) for path, _, _ in found)
+    sources = []
+    for path, checkpoint, adapter in found:
+        name = short_name(path) if names[short_name(path)] == 1 else path
+        label = f"{short_name(adapter.base_name)} + {name}" if adapter else name
+        model_dtype = DTYPES.get(dtype) or auto_dtype(checkpoint, device)
+        sources.append(ModelSource(label, checkpoint, adapter, load_in_4bit, model_dtype, device))
+    return sources
+
+
+def short_name(path: str) -> str:
+    """Return a directory's own name, or the last part of a hub id."""
+    return os.path.basename(os.path.abspath(path))
+
+
+def auto_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """Return the dtype of a checkpoint, or fp32 on the CPU, where half precision is slow.
+
+    Raises:
+        UserError: config.json names an unknown dtype.
+    """
+    if device.type == "cpu":
+        return torch.float32
+    found = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float16"
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+    if found not in dtypes:
+        raise UserError(f"{checkpoint.config_path}: dtype {found!r}. Give --dtype fp16, bf16 or fp32")
+    return dtypes[found]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizer, text: str, num_tokens: int | None) -> list[int]:
+    """Encode the prompt, its text repeated or cut until prompt and special tokens have the asked length.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        text: The question; control strings in it stay text.
+        num_tokens: Length in tokens; None: as it is.
+
+    Raises:
+        UserError: A length with no room for text, or no text to repeat.
+    """
+    ids = tokenizer.encode_prompt(text)
+    if num_tokens is None:
+        return ids
+    special = tokenizer.build_inputs_with_special_tokens([])
+    body = [token for token in ids if token not in special]
+    num_text = num_tokens - len(special)
+    if num_text < 1 or not body:
+        raise UserError(
+            f"--prompt_tokens {num_tokens} with {len(body)} tokens of text: expected some text, and more than the "
+            f"{len(special)} special tokens"
+        )
+    repeated = body * -(-num_text // len(body))
+    return tokenizer.build_inputs_with_special_tokens(repeated[:num_text])
+
+
+def check_context(source: ModelSource, num_prompt_tokens: int, new_tokens: int) -> None:
+    """Refuse a prompt that leaves no room for the new tokens.
+
+    Args:
+        source: The model.
+        num_prompt_tokens: Length of the prompt, special tokens included.
+        new_tokens: Tokens to generate.
+
+    Raises:
+        UserError: Prompt and new tokens exceed the model's context.
+    """
+    limit = source.checkpoint.context_length
+    if limit and num_prompt_tokens + new_tokens > limit:
+        raise UserError(
+            f"{source.label}: {num_prompt_tokens} prompt tokens and {new_tokens} new ones, its context holds {limit}. "
+            "Shorten --instruction_text, or lower --prompt_tokens or --new_tokens"
+        )

@@ -1,0 +1,265 @@
+"""Load a model: a base or merged checkpoint, perhaps with a LoRA adapter, perhaps quantized to NF4 while loading.
+
+What does not fit into the free memory is refused from its configuration, before a weight is read.
+"""
+
+import copy
+import pickle
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import bitsandbytes
+import peft
+import torch
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from glm_utils.adapter import Adapter, find_base, read_adapter
+from glm_utils.checkpoint import Checkpoint, open_checkpoint, project_path
+from glm_utils.checkpoint_files import check_adapter_files
+from glm_utils.cli import UserError
+from glm_utils.device import DTYPES, dtype_name, free_bytes
+
+NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # a weight, its share of a block's uint8 scale, of 256 scales' fp32 scale
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that can be loaded.
+
+    Attributes:
+        label: Its name in tables and messages.
+        checkpoint: The base or merged model.
+        adapter: The adapter on it; None: none.
+        load_in_4bit: Whether the layers are quantized to NF4 while loading.
+        dtype: Of the weights that are not quantized, and of all activations.
+        device: Where it runs.
+    """
+
+    label: str
+    checkpoint: Checkpoint
+    adapter: Adapter | None
+    load_in_4bit: bool
+    dtype: torch.dtype
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        if self.load_in_4bit:
+            self.checkpoint.require_unquantized(
+                "--load_in_4bit quantizes fp16 weights: leave it out to use them as they are"
+            )
+
+    @property
+    def weight_format(self) -> str:
+        """The layers' weights: nf4, int4, int8, or the dtype's name."""
+        bits = self.checkpoint.quantization_bits
+        return "nf4" if self.load_in_4bit else f"int{bits}" if bits else dtype_name(self.dtype)
+
+    def load(self, merge_adapter: bool = False) -> PreTrainedModel | peft.PeftModel:
+        """Load the model for evaluation.
+
+        Args:
+            merge_adapter: Add the adapter to floating-point weights, which makes generation faster. NF4 weights keep
+                it apart, as it would be rounded with them.
+
+        Returns:
+            A PeftModel where the adapter was not merged.
+        """
+        model = load_base_model(self.checkpoint, self.load_in_4bit, self.dtype, {"": str(self.device)})
+        if self.adapter:
+            model = load_adapter(model, self.adapter.directory)
+            if merge_adapter and not self.load_in_4bit:
+                model = model.merge_and_unload()
+        return model.eval()
+
+    def estimate_bytes(self, batch_size: int, num_tokens: int) -> tuple[int, int]:
+        """Return the bytes of weights and of keys and values, from the configuration alone.
+
+        Args:
+            batch_size: Sequences at once.
+            num_tokens: Prompt and new tokens of a sequence.
+        """
+        with torch.device("meta"):
+            model = self.checkpoint.classes.model(self.checkpoint.model_config)
+        num_bytes = 0.0
+        for name, tensor in model.state_dict().items():
+            is_linear = tensor.dim() == 2 and name.split(".")[-2] in self.checkpoint.family.linear_names
+            if self.load_in_4bit and is_linear:
+                num_bytes += tensor.numel() * NF4_BYTES
+            else:
+                num_bytes += tensor.numel() * (self.dtype.itemsize if tensor.is_floating_point() else tensor.itemsize)
+        if self.adapter:
+            num_bytes += sum(pair.a.nbytes + pair.b.nbytes for pair in self.adapter.pairs.values())
+        config = model.config
+        kv_channels = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        return int(num_bytes), 2 * kv_channels * self.dtype.itemsize * batch_size * num_tokens
+
+    def check_fits(self, batch_size: int, num_tokens: int, remedy: str) -> None:
+        """Refuse a model that the free memory does not hold.
+
+        Args:
+            batch_size: Sequences at once.
+            num_tokens: Prompt and new tokens of a sequence.
+            remedy: What to give instead, for the error.
+
+        Raises:
+            UserError: The estimate exceeds what is free.
+        """
+        weights, cache = self.estimate_bytes(batch_size, num_tokens)
+        free = free_bytes(self.device)
+        if weights + cache > free:
+            raise UserError(
+                f"{self.label}: needs at least {(weights + cache) / 1e9:.2f} GB ({weights / 1e9:.2f} of weights as "
+                f"{self.weight_format}, {cache / 1e9:.2f} of keys and values), {free / 1e9:.2f} GB are free on "
+                f"{self.device}. Free some, or give {remedy}"
+            )
+
+
+def find_model(model_path: str | None, lora_path: str | None) -> tuple[Checkpoint, Adapter | None]:
+    """Open a base or merged model, or an adapter with the base that it names.
+
+    Args:
+        model_path: Directory or hub id of a base or merged model.
+        lora_path: Directory of an adapter, instead.
+
+    Raises:
+        UserError: Neither is given, both are, or one cannot be opened.
+    """
+    if bool(model_path) == bool(lora_path):
+        found = "both are given" if model_path else "neither is given"
+        raise UserError(f"{found}: give --model_path DIR, or --lora_path DIR, which names its base itself")
+    if lora_path:
+        adapter = read_adapter(Path(lora_path).expanduser())
+        return find_base(adapter), adapter
+    path = project_path(model_path)
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise UserError(f"--model_path {model_path}: a LoRA adapter. Give it as --lora_path {model_path}")
+    return open_checkpoint(model_path), None
+
+
+def load_base_model(
+    checkpoint: Checkpoint,
+    load_in_4bit: bool = False,
+    compute_dtype: str | torch.dtype = "fp32",
+    device_map: str | dict | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> PreTrainedModel:
+    """Load a base or merged model with this project's classes.
+
+    Args:
+        checkpoint: The model.
+        load_in_4bit: Quantize the layers to NF4 with double quantization (bitsandbytes) while loading.
+        compute_dtype: fp32, fp16, bf16 or a torch dtype: what 4-bit weights are dequantized to for a matmul.
+        device_map: As in transformers.
+        dtype: Dtype of the weights that are not quantized; None: compute_dtype.
+
+    Raises:
+        UserError: Weights that are not exactly those of the configuration.
+    """
+    compute_dtype = DTYPES.get(compute_dtype, compute_dtype)
+    dtype = DTYPES.get(dtype, dtype) or compute_dtype
+    quantization_config = None
+    if load_in_4bit:
+        quantization_config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute_dtype,
+        )
+    model, loading_info = checkpoint.classes.model.from_pretrained(
+        checkpoint.directory,
+        config=copy.deepcopy(checkpoint.model_config),  # from_pretrained writes into it
+        dtype=dtype,
+        device_map=device_map,
+        quantization_config=quantization_config,
+        ignore_mismatched_sizes=True,  # reported below, with a remedy
+        output_loading_info=True,
+    )
+    check_loaded_weights(checkpoint.directory, model, loading_info)
+    keep_4bit_layout(model)
+    return model
+
+
+def check_loaded_weights(checkpoint_dir: Path, model: PreTrainedModel, loading_info: dict) -> None:
+    """Refuse a model whose weights are not exactly those of its configuration: transformers only warns.
+
+    Args:
+        checkpoint_dir: The model's directory, for the message.
+        model: The loaded model. Transformers takes 4-bit weights of any shape without a word, so they are compared.
+        loading_info: What `from_pretrained(output_loading_info=True)` returns.
+
+    Raises:
+        UserError: Weights that are missing, left over or of another shape.
+    """
+    kinds = ("missing", "mismatched", "unexpected")
+    found = {kind: [str(key) for key in loading_info[f"{kind}_keys"]] for kind in kinds}
+    found["mismatched"] += [
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, bitsandbytes.nn.Linear4bit)
+        and (state := getattr(module.weight, "quant_state", None)) is not None
+        and tuple(state.shape) != (module.out_features, module.in_features)
+    ]
+    check_weights(checkpoint_dir, **found)
+
+
+def check_weights(checkpoint_dir: Path, **faults: Iterable[str]) -> None:
+    """Refuse weights that are not exactly those of a configuration.
+
+    Args:
+        checkpoint_dir: The model's directory, for the message.
+        **faults: Names of weights by what is wrong with them: missing, mismatched (a shape may follow the name),
+            unexpected. Rope frequencies may be stored or not: the models compute them.
+
+    Raises:
+        UserError: There are such weights.
+    """
+    for kind, names in faults.items():
+        counted = sorted(name for name in names if not name.split(" ")[0].endswith("inv_freq"))
+        if counted:
+            raise UserError(
+                f"{checkpoint_dir}: {len(counted)} {kind} weights, e.g. {counted[0]}. The weights must be those of "
+                "config.json; download both again, from the same revision"
+            )
+
+
+def keep_4bit_layout(model: torch.nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights on the CPU.
+
+    On a CPU with avx512_bf16 its `Linear4bit` repacks its weights in place in the first evaluation forward. Training
+    goes on through a product without gradient: the LoRA gradients of earlier layers are exactly 0, and dequantising
+    returns garbage. Source: bitsandbytes 0.50.2, nn/modules.py, `Linear4bit.forward`.
+
+    Args:
+        model: Any model; changed in place.
+    """
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def load_adapter(model: PreTrainedModel, adapter_dir: Path, is_trainable: bool = False) -> peft.PeftModel:
+    """Put a LoRA adapter on a base model, also one written by peft 0.4 (adapter_model.bin, read with weights_only).
+
+    Args:
+        model: The base model.
+        adapter_dir: Directory of the adapter.
+        is_trainable: Whether the LoRA weights get gradients.
+
+    Raises:
+        UserError: No adapter, or one whose weights do not fit the model.
+    """
+    check_adapter_files(adapter_dir)
+    try:
+        peft_model = peft.PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=is_trainable)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{adapter_dir}/adapter_model.bin holds more than tensors and is not read: {error}") from error
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{adapter_dir}: the adapter does not fit this base model: {error}") from error
+    keep_4bit_layout(peft_model)
+    loaded = set(peft.utils.load_peft_weights(str(adapter_dir), device="cpu"))
+    expected = set(peft.get_peft_model_state_dict(peft_model))
+    if loaded != expected:
+        missing, unexpected = sorted(expected - loaded)[:3], sorted(loaded - expected)[:3]
+        raise UserError(f"{adapter_dir}: does not fit this base model; missing {missing}, unexpected {unexpected}")
+    return peft_model

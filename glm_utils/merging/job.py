@@ -1,0 +1,83 @@
+"""Resolve the arguments of a merge (adapter, base, remote scripts) and refuse what cannot be merged."""
+
+from pathlib import Path
+
+import torch
+
+from glm_utils.adapter import Adapter
+from glm_utils.checkpoint import Checkpoint
+from glm_utils.cli import UserError
+from glm_utils.family import FAMILIES, Family
+from glm_utils.merging.merge import MergeJob
+from glm_utils.merging.shards import CheckpointReader
+
+CONFIG_SCRIPT = "configuration_chatglm.py"
+
+
+def find_scripts(remote_scripts_dir: str | None, family: Family) -> Path:
+    """Return the remote scripts that go with the model.
+
+    Args:
+        remote_scripts_dir: A directory, or None for this project's own of the family.
+        family: The base model's family.
+
+    Raises:
+        UserError: Not a directory of remote scripts, or another family's.
+    """
+    if remote_scripts_dir is None:
+        return family.remote_dir
+    path = Path(remote_scripts_dir).expanduser().resolve()
+    missing = [script.name for script in sorted(family.remote_dir.glob("*.py")) if not (path / script.name).is_file()]
+    if missing:
+        raise UserError(f"--remote_scripts_dir {path}: no {missing[0]} in it. Expected a copy of {family.remote_dir}")
+    text = (path / CONFIG_SCRIPT).read_text(encoding="utf-8")
+    found = [known.title for known in FAMILIES if all(marker in text for marker in known.config_markers)]
+    if found != [family.title]:
+        names = " and ".join(found) or "no known family"
+        raise UserError(
+            f"--remote_scripts_dir {path}: scripts of {names}, the base model is {family.title}. Leave the flag out, "
+            f"or give a copy of {family.remote_dir}"
+        )
+    return path
+
+
+def nf4_dtype(run_config: dict) -> torch.dtype:
+    """Return the dtype that the base weights had when training quantised them to NF4.
+
+    Only bf16 differs: fp32 and fp16 hold the same values of an fp16 checkpoint.
+
+    Args:
+        run_config: What train_qlora.py recorded.
+    """
+    on_cpu = run_config.get("training_args", {}).get("use_cpu")
+    is_bf16 = run_config.get("arguments", {}).get("compute_dtype") == "bf16"
+    return torch.bfloat16 if is_bf16 and not on_cpu else torch.float32
+
+
+def make_job(
+    adapter: Adapter, base: Checkpoint, qbits: int, device: torch.device, scripts_dir: str | None, merge_base: str
+) -> MergeJob:
+    """Put a merge together from checked parts.
+
+    Args:
+        adapter: The adapter.
+        base: Its base.
+        qbits: 0 (fp16), 4 or 8.
+        device: Where to work.
+        scripts_dir: Remote scripts; None: the family's own.
+        merge_base: "original" or "nf4".
+
+    Raises:
+        UserError: Parts that do not fit each other, or a base that this project's model does not compute.
+    """
+    base.model_config  # noqa: B018  # refuses a setting that is not computed, before any work
+    return MergeJob(
+        base=base,
+        adapter=adapter,
+        scripts_dir=find_scripts(scripts_dir, base.family),
+        bits=qbits,
+        device=device,
+        merge_base=merge_base,
+        nf4_dtype=nf4_dtype(adapter.run_config),
+        reader=CheckpointReader(base.directory),
+    )

@@ -1,0 +1,139 @@
+"""Merge a LoRA adapter into a base model tensor by tensor, and quantise each merged weight on the way.
+
+W' = W + scale * B @ A in fp32, rounded once to fp16; then int8 or int4 rows (remote_scripts/*/quantization.py).
+With merge_base "nf4", W is what QLoRA training saw: every Linear of a layer quantised to 4-bit NF4 (blocks of 64,
+double quantisation) and back. Memory: the tensor at hand.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from glm_utils.adapter import Adapter
+from glm_utils.checkpoint import Checkpoint
+from glm_utils.cli import UserError
+from glm_utils.merging.arithmetic import add_update, nf4_round_trip, to_fp16
+from glm_utils.merging.report import MergeReport
+from glm_utils.merging.shards import CheckpointReader, TensorSpec
+
+
+@dataclass
+class MergeJob:
+    """Everything a merge needs to know.
+
+    Attributes:
+        base: The base model.
+        adapter: The adapter.
+        scripts_dir: The remote scripts that go with the model.
+        bits: 0 (fp16), 8 or 4.
+        device: Where the arithmetic is done.
+        merge_base: "original" or "nf4".
+        nf4_dtype: Dtype of the base weights when training quantised them.
+        reader: The base model's tensors.
+        report: Error and update norms, filled while merging.
+    """
+
+    base: Checkpoint
+    adapter: Adapter
+    scripts_dir: Path
+    bits: int
+    device: torch.device
+    merge_base: str
+    nf4_dtype: torch.dtype
+    reader: CheckpointReader
+    report: MergeReport = field(default_factory=MergeReport)
+
+    def __post_init__(self):
+        self.quantize_rows = get_class_from_dynamic_module("quantization.quantize_rows", str(self.scripts_dir))
+        self.dequantize_rows = get_class_from_dynamic_module("quantization.dequantize_rows", str(self.scripts_dir))
+        check_fit(self)
+
+    @property
+    def weight_format(self) -> str:
+        """The merged layers' weights: fp16, int8 or int4."""
+        return f"int{self.bits}" if self.bits else "fp16"
+
+    def is_linear(self, name: str) -> bool:
+        """Say whether a tensor is the weight of one of a layer's Linear modules."""
+        path, _, kind = name.rpartition(".")
+        return kind == "weight" and path.rpartition(".")[2] in self.base.family.linear_names
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """Return the tensors that the merged model will hold, in the base's order."""
+        specs = {}
+        for name, spec in self.reader.specs.items():
+            if self.bits and self.is_linear(name):
+                rows, columns = spec.shape
+                specs[name] = TensorSpec(torch.int8, (rows, columns // 2 if self.bits == 4 else columns))
+                specs[f"{name}_scale"] = TensorSpec(torch.float16, (rows,))
+            else:
+                specs[name] = TensorSpec(torch.float16, spec.shape)
+        return specs
+
+    def merged(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield all merged tensors, fp16 or quantised, one at a time."""
+        for name in self.reader.specs:
+            yield from self.make(name).items()
+
+    @torch.no_grad()
+    def make(self, name: str) -> dict[str, torch.Tensor]:
+        """Make the merged form of one base tensor.
+
+        Args:
+            name: Its name in the base model.
+
+        Returns:
+            The tensor in fp16, or a stored weight and its scales under name and name + "_scale".
+
+        Raises:
+            UserError: A number that fp16 does not hold.
+        """
+        tensor = self.reader.read(name)
+        if not self.is_linear(name):
+            return {name: to_fp16(tensor, name)}
+        path = name.removesuffix(".weight")
+        pair = self.adapter.pairs.get(path)
+        needs_device = pair or self.bits or self.merge_base == "nf4"
+        weight = tensor.to(self.device) if needs_device else tensor
+        if self.merge_base == "nf4":
+            original, weight = weight, nf4_round_trip(weight.to(self.nf4_dtype))
+            self.report.add_nf4_error(path, original, weight)
+        if pair:
+            merged = add_update(weight, pair, name)
+            self.report.add_update(path, tensor, pair)
+        else:
+            merged = to_fp16(weight, name)
+        if not self.bits:
+            return {name: merged}
+        stored, scale = self.quantize_rows(merged, self.bits)
+        absmax = self.quantize_rows(merged, self.bits, "absmax")
+        for method, quantised in (("search", (stored, scale)), ("absmax", absmax)):
+            decoded = self.dequantize_rows(*quantised, self.bits, torch.float16)
+            self.report.add_quantization_error(path, method, merged, decoded)
+        return {name: stored, f"{name}_scale": scale}
+
+
+def check_fit(job: MergeJob) -> None:
+    """Check that every update has its weight in the base, of the same shape.
+
+    Args:
+        job: The job.
+
+    Raises:
+        UserError: It has not: the adapter belongs to another model.
+    """
+    for path, pair in job.adapter.pairs.items():
+        spec = job.reader.specs.get(f"{path}.weight")
+        where = f"{job.adapter.directory} does not fit {job.base.directory} ({job.base.family.title})"
+        if spec is None or not job.is_linear(f"{path}.weight"):
+            raise UserError(f"{where}: the base has no Linear {path}. Was it trained on a model of another family?")
+        if spec.shape != pair.shape:
+            raise UserError(f"{where}: {path} is {list(spec.shape)}, the adapter updates {list(pair.shape)}")
+    odd = [name for name, spec in job.reader.specs.items() if job.is_linear(name) and spec.shape[1] % 2]
+    if job.bits == 4 and odd:
+        raise UserError(
+            f"{job.base.directory}: {odd[0]} has an odd number of columns, which int4 cannot pack. Use --qbits 8"
+        )

@@ -1,0 +1,151 @@
+"""Load a written model directory in a fresh process, as a user would, and compare its logits with those expected.
+
+    python -m glm_utils.merging.reload_check request.json
+
+The parent (`check_reload`) runs that command; the request names the directory, a text, the device and the result
+file. Models of more than FULL_RELOAD_MAX_BYTES are built by AutoModel and filled module by module while they run, so
+that the check takes no more memory than the merge.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from loguru import logger
+from safetensors.torch import load_file, save_file
+
+from glm_utils.cli import UserError
+from glm_utils.family import PROJECT_DIR
+
+FULL_RELOAD_MAX_BYTES = 2_000_000_000
+WHOLE, BY_MODULE = "from_pretrained", "from_config, filled module by module"
+
+
+class Form(NamedTuple):
+    """How a directory is loaded and computed.
+
+    Attributes:
+        auto_class: Class of transformers that loads it.
+        remote_code: Whether the directory brings its code.
+        dtype: What the check computes in.
+        tolerance: Largest difference allowed, relative to the largest logit.
+    """
+
+    auto_class: str
+    remote_code: bool
+    dtype: torch.dtype
+    tolerance: float
+
+
+FORMS = {
+    # 1e-3 is one rounding of fp16: the same code on the same machine gives 0
+    "published": Form("AutoModel", remote_code=True, dtype=torch.float16, tolerance=1e-3),
+    # other code, which sums fp32 in another order
+    "native": Form("AutoModelForCausalLM", remote_code=False, dtype=torch.float32, tolerance=1e-4),
+}
+
+
+def check_reload(
+    directory: Path,
+    text: str,
+    input_ids: list[int],
+    logits: torch.Tensor,
+    device: torch.device,
+    form: str = "published",
+) -> None:
+    """Reload a directory in a fresh process and refuse it when its logits or token ids differ.
+
+    Args:
+        directory: The written directory.
+        text: The probe's text.
+        input_ids: Its token ids before writing, length T.
+        logits: Its logits before writing, fp32 [T, V].
+        device: Where to run.
+        form: One of FORMS.
+
+    Raises:
+        UserError: The directory does not load, or computes something else.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        result_path, request_path = Path(scratch, "result.safetensors"), Path(scratch, "request.json")
+        request = {"directory": str(directory), "text": text, "device": str(device), "form": form}
+        request["result"] = str(result_path)
+        request_path.write_text(json.dumps(request), encoding="utf-8")
+        environment = {**os.environ, "HF_MODULES_CACHE": str(Path(scratch, "modules")), "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-m", "glm_utils.merging.reload_check", str(request_path)]
+        child = subprocess.run(command, cwd=PROJECT_DIR, env=environment, capture_output=True, text=True)
+        if child.returncode:
+            raise UserError(f"the written model does not load in a fresh process:\n{child.stderr[-3000:]}")
+        result = load_file(result_path)
+    if result["input_ids"].tolist() != input_ids:
+        raise UserError(f"the written tokenizer differs: {result['input_ids'].tolist()}, expected {input_ids}")
+    difference = (result["logits"] - logits).abs().max().item()
+    largest = logits.abs().max().item()
+    if not difference <= FORMS[form].tolerance * largest:  # also when it is NaN
+        raise UserError(f"the written model differs: logits by up to {difference:g}, the largest is {largest:g}")
+    logger.info(
+        f"fresh process, {FORMS[form].auto_class}.{reload_way(directory)}: {logits.numel()} logits of {text!r} "
+        f"differ by at most {difference:g} (largest {largest:.3g})"
+    )
+
+
+def reload_way(directory: Path) -> str:
+    """Say how a directory is reloaded: whole or, when it is large, module by module."""
+    num_bytes = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    return WHOLE if num_bytes <= FULL_RELOAD_MAX_BYTES else BY_MODULE
+
+
+def main(request_path: Path) -> None:
+    """Answer a request in this process: write the probe's token ids and logits."""
+    from transformers import AutoTokenizer
+
+    request = json.loads(request_path.read_text(encoding="utf-8"))
+    directory, device, form = Path(request["directory"]), request["device"], FORMS[request["form"]]
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=form.remote_code)
+    if form.remote_code:
+        input_ids = tokenizer.encode_prompt(request["text"])
+    else:
+        messages = [{"role": "user", "content": request["text"]}]
+        input_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    compute = whole_logits if reload_way(directory) == WHOLE else module_logits
+    logits = compute(directory, input_ids, device, form)
+    save_file({"input_ids": torch.tensor(input_ids), "logits": logits.contiguous()}, request["result"])
+
+
+@torch.no_grad()
+def whole_logits(directory: Path, input_ids: list[int], device: str, form: Form) -> torch.Tensor:
+    """Load a directory with from_pretrained, nothing missing, and compute logits, fp32 [T, V]."""
+    import transformers
+
+    auto_class = getattr(transformers, form.auto_class)
+    model, info = auto_class.from_pretrained(
+        directory, trust_remote_code=form.remote_code, output_loading_info=True, device_map={"": device}
+    )
+    if info["missing_keys"] or info["mismatched_keys"]:
+        raise SystemExit(f"missing {sorted(info['missing_keys'])[:5]}, mismatched {info['mismatched_keys']}")
+    model = model.to(form.dtype).eval()
+    ids = torch.tensor([input_ids], device=device)
+    return model(input_ids=ids, use_cache=False).logits[0].float().cpu()
+
+
+def module_logits(directory: Path, input_ids: list[int], device: str, form: Form) -> torch.Tensor:
+    """Build a directory's model empty and fill it module by module while it runs; logits fp32 [T, V]."""
+    import transformers
+
+    from glm_utils.merging.layer_streaming import empty_model, streamed_logits
+    from glm_utils.merging.shards import CheckpointReader
+
+    config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=form.remote_code)
+    from_config = getattr(transformers, form.auto_class).from_config
+    model = empty_model(lambda: from_config(config, trust_remote_code=form.remote_code, dtype=form.dtype), form.dtype)
+    reader = CheckpointReader(directory)
+    return streamed_logits(model, input_ids, reader.read, reader.specs, device)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,87 @@
+"""The model cards, README.md of an adapter and of a merged model, with the metadata that the hub reads."""
+
+import json
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from glm_utils.run_record import RUN_CONFIG_NAME
+
+
+def base_label(base_name: str) -> str:
+    """Return the hub id of a base model, or the name of its directory without the path."""
+    return Path(base_name).name if Path(base_name).is_dir() else base_name
+
+
+def table_rows(values: dict[str, str]) -> str:
+    """Return the rows of a Markdown table of two columns."""
+    return "\n".join(f"| {name} | {value} |" for name, value in values.items())
+
+
+def adapter_card(record: dict, results: dict, settings: dict) -> str:
+    """Write the card of a LoRA adapter.
+
+    Args:
+        record: The content of run_config.json.
+        results: Metrics as in all_results.json.
+        settings: What the card's table of settings shows.
+    """
+    base = base_label(record["base"]["name"])
+    losses = {name: f"{value:.4f}" for name, value in results.items() if name.endswith("loss")}
+    data = "\n".join(
+        f"- {name}: {Path(record['arguments'][f'{name}_data_path']).name}, {counts['num_rows']} examples, "
+        f"{counts['num_tokens']} tokens ({counts['num_trained_tokens']} trained)"
+        for name, counts in record["data"].items()
+    )
+    text = f"""# LoRA adapter for {base}
+
+A LoRA adapter for {record["base"]["family"]}, trained by `train_qlora.py` on the base in 4-bit NF4 with double
+quantization. Load it on the base with `peft.PeftModel.from_pretrained(base, adapter_directory)`.
+
+## Data
+
+{data}
+
+## Losses
+
+| | |
+|---|---|
+{table_rows(losses)}
+
+## Settings
+
+| setting | value |
+|---|---|
+{table_rows({name: json.dumps(value, ensure_ascii=False) for name, value in settings.items()})}
+
+{RUN_CONFIG_NAME} holds all arguments, package versions and the commit."""
+    return _with_metadata(text, base, "peft", ["lora", "qlora", "chatglm"])
+
+
+def merged_card(base_name: str, kind: str, properties: dict[str, str], usage: str, library_name: str) -> str:
+    """Write the card of a merged model.
+
+    Args:
+        base_name: Directory or hub id of the base.
+        kind: fp16, int8 or int4.
+        properties: What the card's table shows.
+        usage: How it is run, in Markdown.
+        library_name: The library that loads it, as the hub names it.
+    """
+    base = base_label(base_name)
+    text = f"""# {base} with a merged LoRA adapter, {kind}
+
+{usage}
+
+| | |
+|---|---|
+{table_rows(properties)}
+
+{RUN_CONFIG_NAME} holds all arguments, versions and the training's settings."""
+    return _with_metadata(text, base, library_name, ["chatglm", "lora", kind])
+
+
+def _with_metadata(text: str, base: str, library_name: str, tags: list[str]) -> str:
+    """Put the YAML block in front of a card's text."""
+    metadata = ModelCardData(base_model=base, library_name=library_name, tags=tags)
+    return str(ModelCard("\n".join(("---", metadata.to_yaml(), "---", text, ""))))

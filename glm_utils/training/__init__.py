@@ -1,0 +1,1 @@
+"""QLoRA training: from flags and data to an adapter directory."""

@@ -1,0 +1,75 @@
+"""The model that QLoRA trains: fresh LoRA weights on a base in 4 bit."""
+
+import os
+
+import peft
+import torch
+from transformers import TrainingArguments, set_seed
+
+from glm_utils.checkpoint import Checkpoint
+from glm_utils.cli import UserError
+from glm_utils.load_model import load_base_model
+from glm_utils.training.lora_matmul import use_lean_products
+
+
+def check_lora_settings(rank: int, alpha: int, dropout: float) -> None:
+    """Check the numbers of `make_lora_config`.
+
+    Raises:
+        UserError: A value out of range.
+    """
+    if rank < 1:
+        raise UserError(f"--lora_rank={rank}: expected 1 or more")
+    if alpha < 1:
+        raise UserError(f"--lora_alpha={alpha}: expected 1 or more")
+    if not 0 <= dropout < 1:
+        raise UserError(f"--lora_dropout={dropout}: expected 0 to below 1")
+
+
+def make_lora_config(rank: int, alpha: int, dropout: float, targets: list[str]) -> peft.LoraConfig:
+    """Check the LoRA settings.
+
+    Args:
+        rank: Rank of the matrices.
+        alpha: The product is multiplied by alpha / rank.
+        dropout: Dropout before the matrices.
+        targets: Module names.
+
+    Raises:
+        UserError: A value out of range.
+    """
+    check_lora_settings(rank, alpha, dropout)
+    return peft.LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none", task_type="CAUSAL_LM"
+    )
+
+
+def use_expandable_segments() -> None:
+    """Let the allocator cut its memory anew: batches differ in tokens, and the blocks of one do not fit the next."""
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+
+
+def make_lora_model(
+    base: Checkpoint, compute_dtype: str, lora_config: peft.LoraConfig, training_args: TrainingArguments
+) -> peft.PeftModel:
+    """Load the base in 4 bit and put fresh LoRA weights (fp32) on it.
+
+    The weights that stay unquantised (embedding, norms, output layer) are frozen and have the compute dtype: peft's
+    prepare_model_for_kbit_training would make them fp32 in any case, 1 GB more at 6B size. On a CPU they are fp32.
+
+    Args:
+        base: The base model.
+        compute_dtype: fp32, fp16 or bf16.
+        lora_config: Settings of LoRA.
+        training_args: Their seed fixes the LoRA weights.
+    """
+    on_gpu = training_args.device.type == "cuda"
+    if on_gpu:
+        use_expandable_segments()
+    device = {"": int(os.environ.get("LOCAL_RANK", 0)) if on_gpu else "cpu"}
+    model = load_base_model(base, True, compute_dtype, device, dtype=None if on_gpu else "fp32")
+    model.name_or_path = base.name  # peft writes it into adapter_config.json
+    set_seed(training_args.seed)
+    peft_model = peft.get_peft_model(model, lora_config)
+    use_lean_products(peft_model)
+    return peft_model

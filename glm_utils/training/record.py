@@ -1,0 +1,80 @@
+"""What a training run leaves beside its weights: run_config.json, which the next stage reads and resume compares."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from glm_utils.encoding import EncodedRows
+from glm_utils.files import write_json
+from glm_utils.model_card import adapter_card
+from glm_utils.run_record import RUN_CONFIG_NAME, git_commit, versions
+from glm_utils.training.resume import is_checkpoint_of, remove_earlier_run
+from glm_utils.training.settings import TrainingSettings
+
+CARD_KEYS = ("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim")
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """The content of run_config.json.
+
+    Attributes:
+        stage: Name of the script.
+        arguments: Its flags as resolved.
+        base: Name and family of the base model.
+        identity: What a resumed run must share.
+        training_args: The resolved TrainingArguments.
+        data: Counts of examples and tokens, by use.
+        versions: Of Python, the packages and the device.
+        commit: Of this project.
+    """
+
+    stage: str
+    arguments: dict
+    base: dict[str, str]
+    identity: dict
+    training_args: dict
+    data: dict[str, dict[str, int]]
+    versions: dict[str, str] = field(default_factory=versions)
+    commit: str | None = field(default_factory=git_commit)
+
+    def card(self, results: dict) -> str:
+        """Return the adapter's model card.
+
+        Args:
+            results: Metrics as in all_results.json.
+        """
+        hashes = ("sha256", "fingerprint")
+        settings = {key: value for key, value in self.identity.items() if not key.endswith(hashes)}
+        settings.update({key: self.training_args[key] for key in CARD_KEYS})
+        return adapter_card(asdict(self), results, settings)
+
+
+def make_record(settings: TrainingSettings, encoded: dict[str, EncodedRows]) -> TrainingRecord:
+    """Record a run.
+
+    Args:
+        settings: The run's settings.
+        encoded: Its encoded examples, by use.
+    """
+    paths = {f"{name}_data_path": str(path) for name, path in settings.data_paths.items()}
+    return TrainingRecord(
+        stage="train_qlora",
+        arguments={**settings.arguments, **paths},
+        base={"name": settings.base.name, "family": settings.base.family.name},
+        identity=settings.identity,
+        training_args=settings.training_args.to_dict(),
+        data={name: part.counts for name, part in encoded.items()},
+    )
+
+
+def begin_run(settings: TrainingSettings, record: TrainingRecord, checkpoint: Path | None) -> None:
+    """Write run_config.json; what an earlier run left is deleted unless this one resumes from it.
+
+    Called when the first step is due, as a setting that the Trainer refuses must not cost the earlier run.
+    """
+    if settings.training_args.process_index != 0:
+        return
+    if not is_checkpoint_of(checkpoint, settings.output_dir):
+        remove_earlier_run(settings.output_dir)
+    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(settings.output_dir / RUN_CONFIG_NAME, asdict(record))

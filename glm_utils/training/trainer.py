@@ -1,0 +1,153 @@
+"""Transformers' Trainer with this project's batches and memory plan."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+
+import peft
+import torch
+from accelerate import PartialState
+from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from glm_utils.encoding import EncodedRows
+from glm_utils.training.memory_plan import MemoryPlan
+from glm_utils.training.preflight import memory_advice, memory_explained
+from glm_utils.training.run_log import QuietProgress, RunCallback, check_trained_weights
+from glm_utils.training.settings import TrainingSettings, examples_per_step
+
+
+class LengthGroups(LengthGroupedSampler):
+    """Rows of like length together, in an order that follows from the seed and the epoch.
+
+    The Trainer's own order follows from the random state where the epoch begins, which a resumed run does not have.
+    """
+
+    def __init__(self, trainer: Trainer):
+        super().__init__(examples_per_step(trainer.args), lengths=list(trainer.train_dataset["length"]))
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the rows of an epoch."""
+        args, epoch = self.trainer.args, int(self.trainer.state.epoch or 0)
+        self.generator = torch.Generator().manual_seed(
+            epoch + (args.seed if args.data_seed is None else args.data_seed)
+        )
+        return super().__iter__()
+
+
+class LoraTrainer(Trainer):
+    """Run each batch under the memory plan, and weigh and count tokens, of packed batches without a wait for the GPU.
+
+    Attributes:
+        plan: Set by make_trainer, as is run_log.
+        run_log: Logs the run and knows its speed.
+        eval_sums: Summed loss and number of trained tokens of an evaluation, on this process.
+    """
+
+    plan: MemoryPlan
+    run_log: RunCallback
+    eval_sums: torch.Tensor
+
+    def _get_train_sampler(self, train_dataset=None):
+        """Return the order of the rows."""
+        grouped = self.args.train_sampling_strategy == "group_by_length"
+        return LengthGroups(self) if grouped else super()._get_train_sampler(train_dataset)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Run forward and backward of one batch.
+
+        Raises:
+            UserError: The device's memory does not suffice.
+        """
+        num_tokens = inputs["input_ids"].numel()
+        if self.args.include_num_input_tokens_seen == "no":  # else the Trainer counts
+            num_real = int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else num_tokens
+            self.state.num_input_tokens_seen += num_real * self.args.world_size  # ranks see alike
+        advice = functools.partial(memory_advice, self.args)
+        explained = memory_explained(f"step {self.state.global_step + 1}", num_tokens, advice)
+        if self.args.auto_find_batch_size:
+            explained = contextlib.nullcontext()  # the Trainer begins again with smaller batches
+        with explained, self.plan.applied(num_tokens):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        """Log, evaluate and save what is due at this step or end of an epoch, unless the weights are NaN."""
+        if self.control.should_log or self.control.should_save:
+            check_trained_weights(self.args, self.state, self.model)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """Evaluate, and report the loss as the mean over all trained tokens, whatever the batches.
+
+        On several GPUs the rows that fill up the last batches count twice.
+        """
+        self.eval_sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        loss_sum, num_tokens = self.accelerator.reduce(self.eval_sums).tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = loss_sum / num_tokens
+        return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Return the mean loss of one batch, and add its sum to those of the evaluation.
+
+        Raises:
+            UserError: The device's memory does not suffice.
+        """
+        inputs = self._prepare_inputs(inputs)
+        num_tokens = inputs["loss_positions"].numel()
+        advice = f"Halve per_device_eval_batch_size (now {self.args.per_device_eval_batch_size})"
+        explained = memory_explained("the evaluation", inputs["input_ids"].numel(), lambda: advice)
+        with explained, torch.no_grad(), self.compute_loss_context_manager():
+            loss = model(**inputs).loss
+        self.eval_sums[0] += loss * num_tokens
+        self.eval_sums[1] += num_tokens
+        return loss, None, None
+
+    def end_processes(self) -> None:
+        """Leave the group of training processes; without several of them nothing happens.
+
+        The group's threads end with its last reference, which the DDP wrapper holds. A thread that outlives the
+        interpreter aborts the process, and torchrun then stops the others, perhaps before the adapter is written.
+        """
+        self.model_wrapped = None
+        self.accelerator.free_memory()
+        leave_process_group()
+
+
+def leave_process_group() -> None:
+    """Destroy the group of training processes, if there is one."""
+    PartialState().destroy_process_group()
+
+
+def make_trainer(
+    settings: TrainingSettings,
+    model: peft.PeftModel,
+    plan: MemoryPlan,
+    encoded: dict[str, EncodedRows],
+    begin: Callable[[], None],
+) -> LoraTrainer:
+    """Build the Trainer.
+
+    Args:
+        settings: The run's settings.
+        model: The LoRA model.
+        plan: Its memory plan.
+        encoded: Encoded examples under "train" and, optionally, "eval".
+        begin: See RunCallback.
+    """
+    trainer = LoraTrainer(
+        model=model,
+        args=settings.training_args,
+        train_dataset=encoded["train"].dataset,
+        eval_dataset=encoded["eval"].dataset if "eval" in encoded else None,
+        data_collator=settings.collator,
+        processing_class=settings.base.tokenizer,
+    )
+    trainer.plan = plan
+    trainer.remove_callback(PrinterCallback if trainer.args.disable_tqdm else ProgressCallback)
+    if not trainer.args.disable_tqdm:
+        trainer.add_callback(QuietProgress())
+    trainer.run_log = RunCallback(begin)
+    trainer.add_callback(trainer.run_log)
+    return trainer
