@@ -2,14 +2,12 @@
 
 import ctypes
 import importlib.util
-import sys
-import types
 from pathlib import Path
 
 import pytest
 import torch
 
-from glm_utils.family import FAMILIES
+from tests.fresh_scripts import load_script
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_120")  # without and with programmatic dependent launch
 NUM_SMS = (28, 132)  # few and many tiles a multiprocessor choose different tunings
@@ -31,10 +29,7 @@ def open_nvrtc():
 @pytest.fixture(scope="module")
 def kernels():
     """Load cuda_kernels.py of one family, whose files are those of the other."""
-    package = types.ModuleType("scripts_under_test")
-    package.__path__ = [str(FAMILIES[0].remote_dir)]
-    sys.modules[package.__name__] = package
-    return importlib.import_module("scripts_under_test.cuda_kernels")
+    return load_script("cuda_kernels")
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ def reference_kernels(load, monkeypatch, family):
     decoding, generation = sibling(model_class, "decoding_chatglm"), sibling(model_class, "generation_chatglm")
     for name in ("matvec", "norm", "attend", "attend_scratch"):
         monkeypatch.setattr(decoding, name, getattr(decode_reference, name))
-    monkeypatch.setattr(decoding, "available", lambda device: True)
+    monkeypatch.setitem(sibling(model_class, "kernels_chatglm").OVERRIDES, "nvrtc", True)
     for module in (decoding, generation):
         monkeypatch.setattr(module, "capture", lambda function, device: function)
 
@@ -340,7 +340,7 @@ def test_the_decode_path_is_tried_once(load, tiny_dir, reference_kernels, monkey
     model, tokenizer = load("float16", "cpu").train(), checkpoint.load_tokenizer(tiny_dir)
     ids, mask = prompts(tokenizer, [QUERY])
     tries = []
-    monkeypatch.setattr(reference_kernels, "available", lambda device: tries.append(device))
+    monkeypatch.setattr(reference_kernels, "nvrtc_runs_on", lambda device: tries.append(device))
     greedy(model, ids, mask, 6)
     assert len(tries) == 1
 

@@ -16,9 +16,8 @@ def fused(sibling, monkeypatch, request):
     """The module of each family in turn, with its kernels and without them."""
     if request.param:
         pytest.importorskip("triton")
-    module = sibling("fused_chatglm")
-    monkeypatch.setattr(module, "has_kernels", lambda x: request.param)
-    return module
+    monkeypatch.setitem(sibling("kernels_chatglm").OVERRIDES, "triton", request.param)
+    return sibling("fused_chatglm")
 
 
 def noise(*shape, seed=0):
@@ -52,12 +51,12 @@ def test_swiglu(fused, shape):
 def test_rotation(sibling, family, num_heads, dim, num_batches, monkeypatch):
     """Each family's own pairs of channels, on views of the projection, with angles shared by the batch or not."""
     pytest.importorskip("triton")
-    modeling = sibling("modeling_chatglm")
+    modeling, overrides = sibling("modeling_chatglm"), sibling("kernels_chatglm").OVERRIDES
     channels = (2,) if family.name == "chatglm-6b" else ()
     angles = noise(num_batches, 1, 5, *channels, dim // 4, seed=1)
     mixed, results = noise(2, 5, num_heads, 3 * dim), []
     for on in (True, False):
-        monkeypatch.setattr(modeling, "has_kernels", lambda x, on=on: on)
+        monkeypatch.setitem(overrides, "triton", on)
         results.append(
             with_gradients(
                 lambda x: modeling.apply_rotary(x[..., dim : 2 * dim].transpose(1, 2), angles.cos(), angles.sin()),

@@ -191,25 +191,23 @@ def test_packed_rows_on_a_gpu(model_dir, rows, dtype):
 @pytest.mark.parametrize(("num_heads", "num_groups"), [(32, 2), (32, 32), (8, 1)])
 def test_variable_length_attention_is_the_loop(sibling, num_heads, num_groups, monkeypatch):
     """At the heads of the 6B models, with gradients: rows of 1 to 200 tokens, causal and with prefixes."""
-    module = sibling("packing_chatglm")
+    module, overrides = sibling("attention_chatglm"), sibling("kernels_chatglm").OVERRIDES
     generator = torch.Generator("cuda").manual_seed(0)
     lengths = torch.tensor([1, 200, 128, 5, 129])
     boundaries = functional.pad(lengths.cumsum(0), (1, 0)).int().cuda()
     num_tokens = int(lengths.sum())
     prefix = torch.cat([torch.arange(n) < max(1, n // 3) for n in lengths.tolist()]).cuda()
-    for rows in (
-        module.PackedRows(boundaries, 200, num_tokens),
-        module.PackedRows(boundaries, 200, num_tokens).with_prefix(prefix),
-    ):
+    causal = module.PackedSequences(boundaries, 200, num_tokens)
+    for sequences in (causal, causal.with_prefix(prefix)):
         shapes = [(1, heads, num_tokens, 128) for heads in (num_heads, num_groups, num_groups)]
         states = [
             torch.randn(shape, device="cuda", generator=generator).bfloat16().requires_grad_() for shape in shapes
         ]
         results = []
         for on in (True, False):
-            monkeypatch.setattr(module, "has_varlen", lambda query, on=on: on)
+            monkeypatch.setitem(overrides, "varlen", on)
             inputs = states if on else [part.float().detach().requires_grad_() for part in states]
-            context, _ = module.packed_attention_forward(None, *inputs, rows, 128**-0.5)
+            context, _ = module.packed_attention_forward(None, *inputs, None, 128**-0.5, sequences=sequences)
             grads = torch.autograd.grad(context.float().square().sum(), inputs)
             results.append([context, *grads])
         for found, expected in zip(*results, strict=True):

@@ -1,7 +1,6 @@
 """The int8/int4 layout, the search for scales and the quantised modules, against golden vectors and by properties."""
 
 import copy
-import importlib.util
 import json
 import shutil
 
@@ -14,19 +13,13 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from glm_utils.checkpoint import load_base_model
 from glm_utils.family import FAMILIES, PROJECT_DIR
+from tests.fresh_scripts import load_script
 
 FILES = [family.remote_dir / "quantization.py" for family in FAMILIES]
 FIXTURES_DIR = PROJECT_DIR / "tests" / "fixtures"
 
 
-def _load():
-    spec = importlib.util.spec_from_file_location("quantization_under_test", FILES[0])
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-Q = _load()
+Q = load_script("quantization")
 
 
 def _squared_error(weight, bits, method, **kwargs):

@@ -4,7 +4,6 @@ The interpreter has to be chosen before Triton is imported, so `test_kernels_in_
 in a process of its own.
 """
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from glm_utils.family import FAMILIES
+from tests.fresh_scripts import door, load_script
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -24,15 +23,8 @@ LAYER_SHAPES = {  # (N, K) of the four Linear modules of a layer
 }
 
 
-def _load():
-    spec = importlib.util.spec_from_file_location("kernels_under_test", FAMILIES[0].remote_dir / "quantization.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-Q = _load()
+Q = load_script("quantization")
+OVERRIDES = door(Q).OVERRIDES
 _on_kernels = (lambda test: test) if INTERPRETED else pytest.mark.gpu
 
 
@@ -199,7 +191,7 @@ def test_module_and_its_gradients(monkeypatch, bits, num_rows, dtype):
     x, grad = _random(num_rows, 1064, dtype=dtype), _random(num_rows, 96, dtype=dtype, seed=2)
     results = []
     for use_kernels in (True, False):
-        monkeypatch.setattr(Q, "use_kernels", use_kernels)
+        monkeypatch.setitem(OVERRIDES, "triton", use_kernels)
         module.zero_grad()
         inputs = x.clone().requires_grad_()
         y = module(inputs)
@@ -239,7 +231,7 @@ def calls(monkeypatch):
     def product(x, weight, scale, bits, bias):
         return F.linear(x, Q.dequantize_rows(weight, scale, bits, x.dtype), bias)
 
-    monkeypatch.setattr(Q, "_has_kernels", lambda x: True)
+    monkeypatch.setitem(OVERRIDES, "triton", True)
     note("quantized_matmul", product)
     note("decode_rows", Q.dequantize_rows)
     return noted
@@ -274,17 +266,19 @@ def test_door_chooses_by_rows(calls, shape):
 def test_devices_and_dtypes_with_kernels(monkeypatch, capability, dtype, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     x = SimpleNamespace(is_cuda=True, dtype=dtype, device="cuda:0")
-    monkeypatch.setattr(Q, "use_kernels", True)
-    assert Q._has_kernels(x) is expected
-    assert not Q._has_kernels(torch.zeros(1, dtype=dtype))  # a CPU tensor
-    monkeypatch.setattr(Q, "use_kernels", False)
-    assert not Q._has_kernels(x)
+    monkeypatch.setattr(door(Q), "triton", object())
+    monkeypatch.delitem(OVERRIDES, "triton", raising=False)
+    assert Q.triton_takes_quantized(x) is expected
+    assert not Q.triton_takes_quantized(torch.zeros(1, dtype=dtype))  # a CPU tensor
+    monkeypatch.setitem(OVERRIDES, "triton", False)
+    assert not Q.triton_takes_quantized(x)
 
 
 def test_file_works_without_triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    alone = _load()
-    assert not alone.use_kernels
+    alone = load_script("quantization")
+    assert alone.triton is None
+    assert not alone.triton_takes_quantized(SimpleNamespace(is_cuda=True, dtype=torch.float16))
     stored, scale = alone.quantize_rows(torch.randn(6, 8), 4)
     assert alone.quantized_linear(torch.randn(2, 8), stored, scale, 4).shape == (2, 6)
 
@@ -312,7 +306,7 @@ def _compile(kernel, capability, dtype, word, block_m, bits, tile):
 def test_kernels_compile_for_every_gpu(monkeypatch, capability, dtype, word):
     """Triton and the assembler take the kernels, PTX included, and their shared memory fits the smallest GPU."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    module = _load()
+    module = load_script("quantization")
     for (bits, block_m), tile in module._TILES.items():
         matvec = block_m <= module.MATVEC_ROWS
         kernel = module._quantized_matvec_kernel if matvec else module._quantized_matmul_kernel

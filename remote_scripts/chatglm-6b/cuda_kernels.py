@@ -6,19 +6,18 @@ S cache slots, C hidden.
 
 import ctypes
 import functools
-import sys
 from dataclasses import dataclass
 
 import torch
 
 from .cuda_source import SOURCE
+from .kernels_chatglm import cuda_libraries
 
 FORMATS = {"float": 0, "int8": 1, "int4": 2, "nf4": 3}
 EPILOGUES = {"store": 0, "residual": 1, "swiglu": 2, "gelu": 3}
 MAX_ROWS = 16
 MIN_KEYS_PER_BLOCK = 256
 MAX_CLUSTER = 8  # blocks; what CUDA grants on every GPU that has clusters
-MIN_CAPABILITY = (8, 0)  # mma.m16n8k16 and bf16
 OVERLAP_CAPABILITY = (9, 0)  # programmatic dependent launch, clusters
 
 
@@ -92,32 +91,6 @@ MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 NF4_TABLE_BYTES = 256 * 32 * 4
 
 
-@functools.cache
-def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
-    """Open the CUDA driver and NVRTC, which PyTorch's CUDA builds bring.
-
-    Raises:
-        OSError: One of them is not there.
-    """
-    major = (torch.version.cuda or "0").split(".")[0]
-    on_windows = sys.platform == "win32"
-    driver = ctypes.CDLL("nvcuda.dll" if on_windows else "libcuda.so.1")
-    return driver, ctypes.CDLL(f"nvrtc64_{major}0_0.dll" if on_windows else f"libnvrtc.so.{major}")
-
-
-def available(device: torch.device) -> bool:
-    """Say whether the kernels can run on a device: a CUDA build of PyTorch, NVRTC, compute capability 8.0."""
-    if device.type != "cuda" or torch.version.cuda is None:
-        return False
-    if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
-        return False
-    try:
-        _libraries()
-    except OSError:
-        return False
-    return True
-
-
 def _check(status: int, call: str) -> None:
     if status:
         raise RuntimeError(f"{call} failed with status {status}; use_cuda_graph=False avoids these kernels")
@@ -169,7 +142,7 @@ class _Kernel:
     """
 
     def __init__(self, name: str, device: torch.device, defines: tuple[str, ...]):
-        self.driver, nvrtc = _libraries()
+        self.driver, nvrtc = cuda_libraries()
         self.device = device
         major, minor = torch.cuda.get_device_capability(device)
         self.overlaps = (major, minor) >= OVERLAP_CAPABILITY

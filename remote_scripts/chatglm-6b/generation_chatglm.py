@@ -1,9 +1,9 @@
-"""Streaming, chat plumbing and eager attention (this file is byte-identical in both families' directories).
+"""Sampling, streaming and chat (this file is byte-identical in both families' directories).
 
 The published code hid NaN logits behind a fixed token, lost the last token of a stream, and could sample ids that
 have no text. Here NaN logits are an error, every token is yielded, and ids without text cannot be sampled in chat.
 
-Shapes: B batch, T new tokens, S all tokens, H query heads, G key/value heads, D head channels, V vocabulary rows.
+Shapes: B batch, T new tokens, S all tokens, V vocabulary.
 """
 
 import collections
@@ -37,36 +37,6 @@ GENERATE_ONLY = {
     "stop_strings": None,
     "token_healing": False,
 }
-
-
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Compute attention step by step in fp32: the reference for the fused kernels.
-
-    Args:
-        module: The attention module, with ``num_key_value_groups``.
-        query: (B, H, T, D).
-        key: (B, G, S, D).
-        value: (B, G, S, D).
-        attention_mask: bool (B, 1, T, S), True = may attend; None means causal.
-        scaling: Factor on the scores.
-        dropout: Probability of dropping an attention weight.
-        **kwargs: Ignored.
-
-    Returns:
-        The context (B, T, H, D) and the probabilities (B, H, T, S).
-    """
-    groups = getattr(module, "num_key_value_groups", 1)
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    # fp32 scores: q k^T of ChatGLM-6B leaves fp16's range.
-    scores = torch.matmul(query.float() * scaling, key.float().transpose(2, 3))  # (B, H, T, S)
-    num_new, num_keys = scores.shape[-2:]
-    if attention_mask is None and num_new > 1:
-        attention_mask = torch.ones(num_new, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_new)
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, float("-inf"))
-    probabilities = scores.softmax(dim=-1).to(query.dtype)
-    dropped = torch.nn.functional.dropout(probabilities, p=dropout, training=module.training)
-    return torch.matmul(dropped, value).transpose(1, 2).contiguous(), probabilities
 
 
 INVALID_LOGITS = (

@@ -15,16 +15,15 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .attention_chatglm import PackedSequences, blocked_to_keep, build_keep_mask, choose_attention, padding_queries
 from .configuration_chatglm import ChatGLMConfig
-from .cuda_kernels import MAX_ROWS  # noqa: F401 - transformers copies the siblings that this file names
+from .cuda_kernels import FORMATS  # noqa: F401 - transformers copies only the siblings that this file names
 from .cuda_source import SOURCE  # noqa: F401
 from .decoding_chatglm import Block, DecodeGraph, DecodeParts
-from .fused_chatglm import Rotation, has_kernels, linear_cross_entropy
-from .generation_chatglm import ChatGLMGenerationMixin, eager_attention_forward
-from .masking_chatglm import blocked_to_keep, build_keep_mask, padding_queries
-from .packing_chatglm import PackedRows, packed_attention_forward
+from .fused_chatglm import linear_cross_entropy, rotate_pairs
+from .generation_chatglm import ChatGLMGenerationMixin
+from .kernels_chatglm import KERNELS  # noqa: F401
 from .quantization import QuantizedEmbedding, output_layer_of, quantize, replace_linears
 
 # sqrt(2 * 28): the published block never learns the layer count, so this holds for any number of layers.
@@ -59,7 +58,7 @@ class RotaryEmbedding(nn.Module):
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate each half of a head by its own channel; within a half, the first quarter pairs with the second.
+    """Rotate each half of a head by its own position; within a half, the first quarter pairs with the second.
 
     Args:
         x: (B, H, T, D).
@@ -69,10 +68,7 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     Returns:
         (B, H, T, D).
     """
-    if has_kernels(x):
-        return Rotation.apply(x, cos, sin, 1, x.shape[-1] // 4)
-    first, second = x.unflatten(-1, (2, 2, -1)).unbind(-2)  # (B, H, T, 2, D/4) each
-    return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-2).flatten(-3)
+    return rotate_pairs(x, cos, sin, interleaved=False)
 
 
 class SelfAttention(nn.Module):
@@ -91,11 +87,11 @@ class SelfAttention(nn.Module):
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states, rotary, attention_mask, padding=None, past_key_values=None, **kwargs):
+    def forward(self, hidden_states, rotary, attention_mask, attend, padding=None, past_key_values=None, **kwargs):
         """Return the attention output (B, T, C) and, for eager attention, the probabilities (B, H, T, S).
 
-        Queries of padding, where ``padding`` (B, 1, T, 1) is true, are zeroed: equal scores, a uniform average, as
-        published.
+        ``attend`` is that of `choose_attention`. Queries of padding, where ``padding`` (B, 1, T, 1) is true, are
+        zeroed: equal scores, a uniform average, as published.
         """
         batch, num_new, hidden_size = hidden_states.shape
         mixed = self.query_key_value(hidden_states).view(batch, num_new, -1, 3 * self.head_dim)
@@ -105,9 +101,6 @@ class SelfAttention(nn.Module):
             query = query.masked_fill(padding, 0)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, S, D)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        if isinstance(attention_mask, PackedRows):
-            attend = packed_attention_forward
         context, probabilities = attend(
             self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs
         )  # (B, T, H, D)
@@ -137,11 +130,11 @@ class GLMBlock(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.mlp = GLU(config)
 
-    def forward(self, hidden_states, rotary, attention_mask, padding=None, past_key_values=None, **kwargs):
+    def forward(self, hidden_states, rotary, attention_mask, attend, padding=None, past_key_values=None, **kwargs):
         """Return the new states (B, T, C) and the attention probabilities or None."""
         normed = self.input_layernorm(hidden_states)
         attention, probabilities = self.attention(
-            normed, rotary, attention_mask, padding=padding, past_key_values=past_key_values, **kwargs
+            normed, rotary, attention_mask, attend, padding=padding, past_key_values=past_key_values, **kwargs
         )
         normed = self.post_attention_layernorm(RESIDUAL_SCALE * normed + attention)
         return RESIDUAL_SCALE * normed + self.mlp(normed), probabilities
@@ -152,6 +145,7 @@ def first_index(condition: torch.Tensor) -> torch.Tensor:
     return torch.where(condition.any(-1), condition.int().argmax(-1), condition.shape[-1])
 
 
+# region shared by both families: how transformers loads and initializes a model
 class ChatGLMPreTrainedModel(PreTrainedModel):
     """Tell transformers how these models are loaded, initialised and run."""
 
@@ -162,12 +156,15 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_attention_backend = True
-    _keys_to_ignore_on_load_missing = [r"rotary_emb\.inv_freq"]
+    _keys_to_ignore_on_load_missing = [r"\.inv_freq$"]
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, RotaryEmbedding):
             init.copy_(module.inv_freq, module.frequencies())
+
+
+# endregion
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel):
@@ -272,8 +269,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             output_hidden_states: Also return L+1 states (B, T, C): the inputs of the blocks, then the output of the
                 final norm.
             output_attentions: Also return the probabilities (eager attention only).
-            **kwargs: cu_seq_lens_q, int32 (R + 1,), and max_length_q: the batch is one sequence of R rows that do not
-                see each other. All others are passed on to the attention function.
+            **kwargs: cu_seq_lens_q, int32 (N + 1,), and max_length_q: the batch is packed, N sequences end to end that
+                do not see each other. All others are passed on to the attention function.
 
         Raises:
             ValueError: When not exactly one of input_ids and inputs_embeds is given, or positions are needed.
@@ -281,25 +278,29 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         num_new = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-        rows = PackedRows.from_kwargs(kwargs, num_new, attention_mask=attention_mask, past_key_values=past_key_values)
+        sequences = PackedSequences.from_kwargs(
+            kwargs, num_new, attention_mask=attention_mask, past_key_values=past_key_values
+        )
         if position_ids is None:
             if input_ids is None:
                 raise ValueError("inputs_embeds needs position_ids (B, 2, T): bos and gMASK are not visible in it")
             token_mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
-            if rows is None:
+            if sequences is None:
                 position_ids = self.get_position_ids(input_ids, token_mask)
             else:
-                position_ids = rows.pack(self.get_position_ids(rows.unpack(input_ids)))
+                position_ids = sequences.pack(self.get_position_ids(sequences.unpack(input_ids)))
         hidden_states = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if rows is not None or (self.gradient_checkpointing and self.training):
+        if sequences is not None or (self.gradient_checkpointing and self.training):
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if rows is None:
+        mask = padding = None
+        if sequences is None:
             mask, padding = self._keep_mask(attention_mask, position_ids, num_new, past_key_values)
         else:
-            mask, padding = rows.with_prefix(position_ids[0, 1] == 0), None
+            sequences = sequences.with_prefix(position_ids[0, 1] == 0)
+        attend = choose_attention(self.config._attn_implementation, sequences)
         rotary = self.layers[0].attention.rotary_emb(position_ids, hidden_states.dtype)
 
         all_states, all_probabilities = [], []
@@ -307,7 +308,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             if output_hidden_states:
                 all_states.append(hidden_states)
             hidden_states, probabilities = layer(
-                hidden_states, rotary, mask, padding=padding, past_key_values=past_key_values, **kwargs
+                hidden_states, rotary, mask, attend, padding=padding, past_key_values=past_key_values, **kwargs
             )
             if output_attentions:
                 all_probabilities.append(probabilities)

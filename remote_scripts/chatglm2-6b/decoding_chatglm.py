@@ -22,7 +22,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from .cuda_kernels import MAX_ROWS, Weight, attend, attend_scratch, available, fits, matvec, norm
+from .cuda_kernels import MAX_ROWS, Weight, attend, attend_scratch, fits, matvec, norm
+from .kernels_chatglm import nvrtc_runs_on
 from .quantization import QuantizedLinear
 
 MIN_SLOTS = 256
@@ -259,7 +260,7 @@ class DecodeGraph:
             Unsupported: This path does not cover the model or the input.
         """
         batch, length = cache.layers[0].keys.shape[0], cache.get_seq_length()
-        if not available(model.device):
+        if not nvrtc_runs_on(model.device):
             raise Unsupported(f"{model.device}: the kernels need CUDA, NVRTC and compute capability 8.0")
         if batch > MAX_ROWS:
             raise Unsupported(f"{batch} rows, more than {MAX_ROWS}")

@@ -14,16 +14,15 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .attention_chatglm import PackedSequences, blocked_to_keep, build_keep_mask, choose_attention
 from .configuration_chatglm import ChatGLMConfig
-from .cuda_kernels import MAX_ROWS  # noqa: F401 - transformers copies the siblings that this file names
+from .cuda_kernels import FORMATS  # noqa: F401 - transformers copies only the siblings that this file names
 from .cuda_source import SOURCE  # noqa: F401
 from .decoding_chatglm import Block, DecodeGraph, DecodeParts
-from .fused_chatglm import Rotation, has_kernels, linear_cross_entropy, swiglu
-from .generation_chatglm import ChatGLMGenerationMixin, eager_attention_forward
-from .masking_chatglm import blocked_to_keep, build_keep_mask
-from .packing_chatglm import PackedRows, packed_attention_forward
+from .fused_chatglm import linear_cross_entropy, rotate_pairs, swiglu
+from .generation_chatglm import ChatGLMGenerationMixin
+from .kernels_chatglm import KERNELS  # noqa: F401
 from .quantization import quantize, replace_linears
 
 
@@ -51,9 +50,9 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         self.rotary_dim = config.kv_channels // 2
         self.in_model_dtype = config.rotary_angles_in_model_dtype
-        self.register_buffer("inv_freq", self.frequencies(torch.float32))
+        self.register_buffer("inv_freq", self.frequencies())
 
-    def frequencies(self, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
+    def frequencies(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> torch.Tensor:
         """Return 10000^(-2j/r), (r/2,), computed step by step in ``dtype``."""
         return 1.0 / (10000 ** (torch.arange(0, self.rotary_dim, 2, dtype=dtype, device=device) / self.rotary_dim))
 
@@ -77,12 +76,7 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     Returns:
         (B, H or G, T, D); the second half passes through.
     """
-    if has_kernels(x):
-        return Rotation.apply(x, cos, sin, 2, 1)
-    rotated, rest = x.chunk(2, dim=-1)
-    even, odd = rotated[..., 0::2], rotated[..., 1::2]
-    rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
-    return torch.cat((rotated, rest), dim=-1)
+    return rotate_pairs(x, cos, sin, interleaved=True)
 
 
 class SelfAttention(nn.Module):
@@ -104,8 +98,11 @@ class SelfAttention(nn.Module):
         )
         self.dense = nn.Linear(self.query_size, config.hidden_size, bias=config.add_bias_linear)
 
-    def forward(self, hidden_states, rotary, attention_mask, past_key_values=None, **kwargs):
-        """Return the attention output (B, T, C) and, for eager attention, the probabilities (B, H, T, S)."""
+    def forward(self, hidden_states, rotary, attention_mask, attend, past_key_values=None, **kwargs):
+        """Return the attention output (B, T, C) and, for eager attention, the probabilities (B, H, T, S).
+
+        ``attend`` is that of `choose_attention`.
+        """
         batch, num_new, _ = hidden_states.shape
         mixed = self.query_key_value(hidden_states)
         query, key, value = (
@@ -115,9 +112,6 @@ class SelfAttention(nn.Module):
         query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, G, S, D)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        if isinstance(attention_mask, PackedRows):
-            attend = packed_attention_forward
         context, probabilities = attend(
             self,
             query,
@@ -154,10 +148,11 @@ class GLMBlock(GradientCheckpointingLayer):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, hidden_states, rotary, attention_mask, past_key_values=None, **kwargs):
+    def forward(self, hidden_states, rotary, attention_mask, attend, past_key_values=None, **kwargs):
         """Return the new states (B, T, C) and the attention probabilities or None."""
+        normed = self.input_layernorm(hidden_states)
         attention, probabilities = self.self_attention(
-            self.input_layernorm(hidden_states), rotary, attention_mask, past_key_values=past_key_values, **kwargs
+            normed, rotary, attention_mask, attend, past_key_values=past_key_values, **kwargs
         )
         hidden_states = hidden_states + attention
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), probabilities
@@ -180,6 +175,7 @@ class Encoder(nn.Module):
         self.final_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
 
 
+# region shared by both families: how transformers loads and initializes a model
 class ChatGLMPreTrainedModel(PreTrainedModel):
     """Tell transformers how these models are loaded, initialised and run."""
 
@@ -190,14 +186,15 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_attention_backend = True
-    _keys_to_ignore_on_load_missing = [r"rotary_pos_emb\.inv_freq"]
+    _keys_to_ignore_on_load_missing = [r"\.inv_freq$"]
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, RotaryEmbedding):
-            init.copy_(module.inv_freq, module.frequencies(torch.float32))
-        elif isinstance(module, RMSNorm):
-            init.ones_(module.weight)
+            init.copy_(module.inv_freq, module.frequencies())
+
+
+# endregion
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel):
@@ -271,8 +268,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             output_hidden_states: Also return L+1 states (B, T, C): the inputs of the blocks, then the last output
                 before the final norm.
             output_attentions: Also return the probabilities (eager attention only).
-            **kwargs: cu_seq_lens_q, int32 (R + 1,), and max_length_q: the batch is one sequence of R rows that do not
-                see each other. All others are passed on to the attention function.
+            **kwargs: cu_seq_lens_q, int32 (N + 1,), and max_length_q: the batch is packed, N sequences end to end that
+                do not see each other. All others are passed on to the attention function.
 
         Raises:
             ValueError: When not exactly one of input_ids and inputs_embeds is given, or the mask does not fit.
@@ -281,24 +278,27 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         hidden_states = self.embedding.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         num_new, device = hidden_states.shape[1], hidden_states.device
-        rows = PackedRows.from_kwargs(kwargs, num_new, attention_mask=attention_mask, past_key_values=past_key_values)
+        sequences = PackedSequences.from_kwargs(
+            kwargs, num_new, attention_mask=attention_mask, past_key_values=past_key_values
+        )
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if rows is not None or (self.gradient_checkpointing and self.training):
+        if sequences is not None or (self.gradient_checkpointing and self.training):
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if position_ids is None and rows is None:
+        if position_ids is None and sequences is None:
             num_past = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(num_new, device=device) + num_past)[None]
         elif position_ids is None:
-            position_ids = rows.columns[None]
-        mask = self._keep_mask(attention_mask, num_new, past_key_values, device) if rows is None else rows
+            position_ids = sequences.positions[None]
+        mask = None if sequences is not None else self._keep_mask(attention_mask, num_new, past_key_values, device)
+        attend = choose_attention(self.config._attn_implementation, sequences)
         rotary = self.rotary_pos_emb(position_ids, hidden_states.dtype)
 
         all_states, all_probabilities = [hidden_states], []
         for layer in self.encoder.layers:
             hidden_states, probabilities = layer(
-                hidden_states, rotary, mask, past_key_values=past_key_values, **kwargs
+                hidden_states, rotary, mask, attend, past_key_values=past_key_values, **kwargs
             )
             if output_hidden_states:
                 all_states.append(hidden_states)

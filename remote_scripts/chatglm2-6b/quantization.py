@@ -49,13 +49,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = tl = None
+from .kernels_chatglm import jit, tl, triton, triton_takes_quantized
 
-use_kernels = triton is not None  # the one override: False sends every product to the reference
 QUANTIZED_LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")  # the Linear modules of a layer
 CPU_CHUNK = 2**18  # weights searched at once, per thread: 1 MB of fp32 stays in a core's L2
 GPU_CHUNK = 2**26  # 256 MB keep a GPU busy
@@ -246,16 +241,11 @@ class _ScaleSearch:
         return torch.where(denominator == 0, 0.0, numerator / denominator)
 
 
-def _jit(kernel):
-    """Leave a kernel to Triton to compile at its first launch; without Triton nobody launches it."""
-    return triton.jit(kernel) if triton else kernel
-
-
 # Whether kernels may hold PTX, the assembly language of NVIDIA's GPUs: AMD's and Triton's interpreter know none.
 _PTX = triton and tl.constexpr(torch.version.cuda is not None and os.environ.get("TRITON_INTERPRET") != "1")
 
 
-@_jit
+@jit
 def _column(word, COLUMN: tl.constexpr, BITS: tl.constexpr):
     """Return the codes of one column of int32 words, in fp32.
 
@@ -279,7 +269,7 @@ def _column(word, COLUMN: tl.constexpr, BITS: tl.constexpr):
     return word.to(tl.float32, bitcast=True) - (2.0 ** (23 - at) + 2 ** (BITS - 1))
 
 
-@_jit
+@jit
 def _columns(word, COLUMN: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr):
     """Decode words [*, W] of C columns in order, fp32 [*, W * C / STEP]: COLUMN, COLUMN + STEP, ... of each word."""
     if STEP == C:
@@ -289,7 +279,7 @@ def _columns(word, COLUMN: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr,
         return tl.interleave(even, _columns(word, COLUMN + STEP, STEP * 2, BITS, C))
 
 
-@_jit
+@jit
 def _add_products(acc, x, word, COLUMN: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr):
     """Add x [M, W * C / STEP] times those columns of word [N, W] to acc [M, N, W], each word's products in one sum."""
     if STEP == C:
@@ -300,7 +290,7 @@ def _add_products(acc, x, word, COLUMN: tl.constexpr, STEP: tl.constexpr, BITS: 
         return _add_products(acc, odd, word, COLUMN + STEP, STEP * 2, BITS, C)
 
 
-@_jit
+@jit
 def _store_product(y, acc, scale, bias, m, n, M, N):
     """Scale a sum [M, N] by row, add the bias and store it."""
     acc *= tl.load(scale + n, mask=n < N, other=0).to(tl.float32)[None, :]
@@ -309,7 +299,7 @@ def _store_product(y, acc, scale, bias, m, n, M, N):
     tl.store(y + m[:, None] * N + n[None, :], acc, mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-@_jit
+@jit
 def _quantized_matvec_kernel(
     x, weight, scale, bias, y, M, N, W,
     BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
@@ -330,7 +320,7 @@ def _quantized_matvec_kernel(
     _store_product(y, tl.sum(acc, axis=2), scale, bias, m, n, M, N)
 
 
-@_jit
+@jit
 def _quantized_matmul_kernel(
     x, weight, scale, bias, y, M, N, W,
     BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
@@ -359,7 +349,7 @@ def _quantized_matmul_kernel(
     _store_product(y, tl.trans(tl.sum(acc, axis=0)), scale, bias, m, n, M, N)
 
 
-@_jit
+@jit
 def _decode_rows_kernel(weight, scale, out, N, W, BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """Decode a tile of a stored weight."""
     C: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // BITS
@@ -441,16 +431,9 @@ def decode_rows(weight: torch.Tensor, scale: torch.Tensor, bits: int, dtype: tor
     return out
 
 
-def _has_kernels(x: torch.Tensor) -> bool:
-    """Return whether the Triton kernels take activations of this dtype on this device."""
-    if not (use_kernels and x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)):
-        return False
-    return torch.cuda.get_device_capability(x.device) >= ((7, 5) if x.dtype == torch.float16 else (8, 0))
-
-
 def _decoded(weight: torch.Tensor, scale: torch.Tensor, bits: int, x: torch.Tensor) -> torch.Tensor:
     """Decode a stored weight to the dtype of x, [N, K], with the kernel where there is one."""
-    return (decode_rows if _has_kernels(x) else dequantize_rows)(weight, scale, bits, x.dtype)
+    return (decode_rows if triton_takes_quantized(x) else dequantize_rows)(weight, scale, bits, x.dtype)
 
 
 def linear_in_parts(
@@ -503,7 +486,7 @@ class QuantizedMatMul(torch.autograd.Function):
         """Compute [*, K] -> [*, N] on the packed weight when x has few rows, else on a decoded copy."""
         ctx.bits = bits
         ctx.save_for_backward(weight, scale)
-        if _has_kernels(x) and 0 < x.shape[:-1].numel() <= MATMUL_ROWS:
+        if triton_takes_quantized(x) and 0 < x.shape[:-1].numel() <= MATMUL_ROWS:
             return quantized_matmul(x, weight, scale, bits, bias)
         return linear_in_parts(x, weight, scale, bits, bias)
 
