@@ -57,7 +57,7 @@ def reference_kernels(load, monkeypatch, family):
     """Put the reference kernels and plain calls in the place of the kernels and of graph capture."""
     model_class = checkpoint.load_classes(family).model
     decoding, generation = sibling(model_class, "decoding_chatglm"), sibling(model_class, "generation_chatglm")
-    for name in ("matvec", "norm", "attend", "attend_scratch"):
+    for name in ("matvec", "norm", "decode_attention", "attention_scratch"):
         monkeypatch.setattr(decoding, name, getattr(decode_reference, name))
     monkeypatch.setitem(sibling(model_class, "kernels_chatglm").OVERRIDES, "nvrtc", True)
     for module in (decoding, generation):
@@ -219,12 +219,12 @@ def test_sampling_follows_the_processors(load, tiny_dir, reference_kernels):
 
 
 @pytest.mark.parametrize(
-    "reason", ["fp32", "holes", "rows", "given cache", "final norm", "training", "hook", "positions"]
+    "reason", ["fp32", "holes", "batch", "given cache", "final norm", "training", "hook", "positions"]
 )
 def test_what_is_not_covered_goes_through_the_model(load, tiny_dir, reference_kernels, reason):
     """Inputs that the path does not cover are answered without it, and equal."""
     model, tokenizer = load("float16", "cpu"), checkpoint.load_tokenizer(tiny_dir)
-    texts = [QUERY, QUERY] if reason != "rows" else [QUERY] * 17
+    texts = [QUERY, QUERY] if reason != "batch" else [QUERY] * 17
     ids, mask = prompts(tokenizer, texts)
     settings = {}
     if reason == "fp32":
@@ -416,18 +416,18 @@ def test_matvec(kernels, kind, dtype):
 @on_gpu
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(
-    ("two_d", "heads", "groups"),  # ChatGLM-6B, two_d, has as many keys as queries
+    ("two_d", "num_heads", "num_kv_heads"),  # ChatGLM-6B, two_d, has as many keys as queries
     [(False, 32, 2), (False, 4, 2), (False, 32, 32), (False, 3, 3), (True, 32, 32), (True, 3, 3)],
 )
 @pytest.mark.parametrize("clusters", ["as the GPU", "none"])
-def test_attend(kernels, monkeypatch, dtype, two_d, heads, groups, clusters):
+def test_decode_attention(kernels, monkeypatch, dtype, two_d, num_heads, num_kv_heads, clusters):
     """One split and many, padding, head sizes; the new key and value are stored; buffers are left fit for use."""
     if clusters == "none":  # as on GPUs before compute capability 9.0
         monkeypatch.setattr(kernels, "_has_clusters", lambda device: False)
     torch.manual_seed(0)
     new = {"device": "cuda", "dtype": dtype}
-    for channels in (64, 128):
-        angles = torch.rand(4096, channels // 4, device="cuda") * 6
+    for head_dim in (64, 128):
+        angles = torch.rand(4096, head_dim // 4, device="cuda") * 6
         rotary = angles.cos().to(dtype), angles.sin().to(dtype)
         for batch, slots, length in (
             (1, 256, 0),
@@ -437,20 +437,22 @@ def test_attend(kernels, monkeypatch, dtype, two_d, heads, groups, clusters):
             (1, 8192, 8191),
             (16, 256, 255),
         ):
-            cache = tuple(torch.randn(batch, groups, slots, channels, **new) for _ in range(2))
+            cache = tuple(torch.randn(batch, num_kv_heads, slots, head_dim, **new) for _ in range(2))
             expected_cache = tuple(part.clone() for part in cache)
-            width = 3 * heads if two_d else heads + 2 * groups
-            qkv = torch.randn(batch, width * channels, **new)
+            width = 3 * num_heads if two_d else num_heads + 2 * num_kv_heads
+            qkv = torch.randn(batch, width * head_dim, **new)
             positions = torch.randint(0, 4096, (batch, 2), device="cuda", dtype=torch.int32)
             starts = torch.randint(0, min(length, 5) + 1, (batch,), device="cuda", dtype=torch.int32)
-            starts[-1] = max(0, length - 300) if batch > 1 else 0  # rows of one launch differ in their splits
+            starts[-1] = max(0, length - 300) if batch > 1 else 0  # sequences of one launch differ in their splits
             slot = torch.tensor([length], device="cuda", dtype=torch.int32)
-            scratch = kernels.attend_scratch(batch, groups, slots, channels, torch.device("cuda"))
-            expected = torch.empty(batch, heads * channels, dtype=torch.float64, device="cuda")
-            decode_reference.attend(qkv, expected_cache, rotary, positions, starts, slot, scratch, expected, two_d)
+            scratch = kernels.attention_scratch(batch, num_kv_heads, slots, head_dim, torch.device("cuda"))
+            expected = torch.empty(batch, num_heads * head_dim, dtype=torch.float64, device="cuda")
+            decode_reference.decode_attention(
+                qkv, expected_cache, rotary, positions, starts, slot, scratch, expected, two_d
+            )
             for _ in range(2):
                 out = torch.full(expected.shape, torch.nan, **new)
-                kernels.attend(qkv, cache, rotary, positions, starts, slot, scratch, out, two_d)
+                kernels.decode_attention(qkv, cache, rotary, positions, starts, slot, scratch, out, two_d)
                 assert_close(out, expected, 4 * TOLERANCE[dtype])  # query, probabilities and result are rounded
             for part, expected_part in zip(cache, expected_cache, strict=True):
                 assert_close(part, expected_part, TOLERANCE[dtype])

@@ -201,12 +201,36 @@ def test_chat_equals_golden(golden_model, tokenizer, fixture_dir, rounds, family
 
 
 def test_chat_defaults(model_classes, fixture_dir):
-    """The signatures keep the published defaults."""
+    """Signatures and class attributes keep the published defaults: None in a signature is the attribute's value."""
     golden = chat_golden(fixture_dir)
     for method, defaults in (("chat", "chat_defaults"), ("stream_chat", "stream_chat_defaults")):
         parameters = inspect.signature(getattr(model_classes.model, method)).parameters
         for name, value in golden[defaults].items():
-            assert parameters[name].default == value, (method, name)
+            default = parameters[name].default
+            if name in ("max_length", "top_p", "temperature"):
+                assert default is None
+                default = getattr(model_classes.model, f"chat_{name}")
+            assert default == value, (method, name)
+
+
+def test_none_means_the_familys_default(golden_model, tokenizer, monkeypatch):
+    """chat and stream_chat pass the class attributes on; given values stand above them."""
+    seen = []
+
+    def note(**settings):
+        seen.append({name: settings.get(name) for name in ("max_length", "top_p", "temperature")})
+        return iter([(torch.tensor([[*settings["input_ids"][0].tolist(), 5]]), None)])
+
+    monkeypatch.setattr(golden_model, "_stream_steps", note)
+    expected = {name: getattr(golden_model, f"chat_{name}") for name in ("max_length", "top_p", "temperature")}
+    for given in ({}, {"top_p": None, "temperature": 0.5}, {"do_sample": False, "max_length": 90}):
+        golden_model.chat(tokenizer, "你好", **given)
+        list(golden_model.stream_chat(tokenizer, "你好", **given))
+        wanted = expected | {name: value for name, value in given.items() if value is not None}
+        if not wanted.pop("do_sample", True):
+            wanted |= {"top_p": None, "temperature": None}
+        assert seen == [wanted, wanted]
+        seen.clear()
 
 
 def test_process_response(golden_model, fixture_dir):

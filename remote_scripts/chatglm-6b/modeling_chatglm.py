@@ -1,9 +1,9 @@
-"""ChatGLM-6B for transformers 5: a prefix language model with 2-D rotary angles and normalised residuals.
+"""ChatGLM-6B for transformers 5: a prefix language model with 2-D rotary angles and normalized residuals.
 
 Written from the published formulas; state-dict keys and config fields are the checkpoint's. Attention runs through
 transformers' attention interface (sdpa by default, eager available).
 
-Shapes: B batch, T new tokens, S all tokens, H heads, D head channels, C hidden, F ffn, V vocab.
+Shapes: B batch, T new tokens, S all tokens, H heads, D head_dim, C hidden, F ffn, V vocab.
 """
 
 import re
@@ -31,7 +31,7 @@ RESIDUAL_SCALE = 56**0.5
 
 
 class RotaryEmbedding(nn.Module):
-    """Compute the angles of the 2-D rotary embedding: one position channel for each half of a head.
+    """Compute the angles of the 2-D rotary embedding: one position for each half of a head.
 
     The frequencies are rounded to fp16 because the model was trained with them so. The ``inv_freq`` buffer exists
     for the checkpoint format; the formula is used instead, because ``model.to(bfloat16)`` would round the buffer.
@@ -72,7 +72,7 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
 
 class SelfAttention(nn.Module):
-    """Attend with H heads; rows of the projection are grouped head by head."""
+    """Attend with H heads; the fused projection holds query, key and value head by head."""
 
     is_causal = True
     num_key_value_groups = 1
@@ -121,7 +121,7 @@ class GLU(nn.Module):
 
 
 class GLMBlock(GradientCheckpointingLayer):
-    """Run one block whose residual is the normalised input: y = a LN(x) + Attn(LN(x)); x' = a LN(y) + MLP(LN(y))."""
+    """Run one block whose residual is the normalized input: y = a LN(x) + Attn(LN(x)); x' = a LN(y) + MLP(LN(y))."""
 
     def __init__(self, config: ChatGLMConfig, layer_idx: int):
         super().__init__()
@@ -141,13 +141,13 @@ class GLMBlock(GradientCheckpointingLayer):
 
 
 def first_index(condition: torch.Tensor) -> torch.Tensor:
-    """Return the index of the first true column of each row, (B, T) -> (B,); T where there is none."""
+    """Return the index of the first true token of each sequence, (B, T) -> (B,); T where there is none."""
     return torch.where(condition.any(-1), condition.int().argmax(-1), condition.shape[-1])
 
 
 # region shared by both families: how transformers loads and initializes a model
 class ChatGLMPreTrainedModel(PreTrainedModel):
-    """Tell transformers how these models are loaded, initialised and run."""
+    """Tell transformers how these models are loaded, initialized and run."""
 
     config_class = ChatGLMConfig
     base_model_prefix = "transformer"
@@ -192,21 +192,21 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.word_embeddings = value
 
     def get_position_ids(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Compute both position channels of whole rows.
+        """Compute both positions of every token of complete sequences.
 
-        Channel 0 counts up to bos and then stays at the position of the first gMASK (of the first MASK in a row
-        without gMASK); channel 1 is 0 before bos and counts from 1 at bos. Left padding shifts nothing: positions
+        The first counts up to bos and then stays at the position of the first gMASK (of the first MASK in a sequence
+        without gMASK); the second is 0 before bos and counts from 1 at bos. Left padding shifts nothing: positions
         count from the first kept token.
 
         Args:
-            input_ids: (B, T), whole sequences.
+            input_ids: (B, T), sequences from their first token on.
             attention_mask: (B, T) with 1 = keep, or None.
 
         Returns:
             int64 tensor (B, 2, T).
 
         Raises:
-            ValueError: When a row has no bos, or neither gMASK nor MASK.
+            ValueError: A sequence has no bos, or neither gMASK nor MASK.
         """
         config, columns = self.config, torch.arange(input_ids.shape[1], device=input_ids.device)
         is_gmask, is_mask = input_ids == config.gmask_token_id, input_ids == config.mask_token_id
@@ -215,15 +215,15 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         missing = torch.nonzero(torch.maximum(bos, mask) == input_ids.shape[1]).flatten().tolist()
         if missing:
             raise ValueError(
-                f"row {missing[0]} of input_ids has no bos ({config.bos_token_id}) or neither gMASK "
+                f"sequence {missing[0]} of input_ids has no bos ({config.bos_token_id}) or neither gMASK "
                 f"({config.gmask_token_id}) nor MASK ({config.mask_token_id}); ChatGLM-6B needs both. Build prompts "
                 "with the tokenizer, or pass position_ids for a continuation of cached tokens."
             )
         pad = torch.zeros_like(bos) if attention_mask is None else first_index(attention_mask.bool())
         bos, mask, pad = bos[:, None], mask[:, None], pad[:, None]
-        channel_0 = torch.where(columns < bos, columns, mask) - pad
-        channel_1 = (columns - bos + 1).clamp(min=0)
-        return torch.stack((channel_0.clamp(min=0), channel_1), dim=1)
+        first = torch.where(columns < bos, columns, mask) - pad
+        second = (columns - bos + 1).clamp(min=0)
+        return torch.stack((first.clamp(min=0), second), dim=1)
 
     def _keep_mask(self, attention_mask, position_ids, num_new: int, past_key_values):
         """Return the mask, bool (B, 1, T, S) with True = may attend, and the padding queries, (B, 1, T, 1) or None."""
@@ -261,8 +261,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         Args:
             input_ids: (B, T).
             attention_mask: (B, S) with 1 = keep, or the published boolean (B, 1, T, S) with True = blocked.
-            position_ids: (B, 2, T); computed from whole rows of input_ids when absent. Columns of the first pass
-                whose channel 1 is 0 are the bidirectional prefix.
+            position_ids: (B, 2, T); computed from input_ids, which must be complete, when absent. Tokens of the first
+                pass whose second position is 0 are the bidirectional prefix.
             past_key_values: A transformers cache; created when ``use_cache`` and absent.
             inputs_embeds: (B, T, C), instead of input_ids; needs position_ids.
             use_cache: Whether to keep keys and values; the config's value when absent.
@@ -273,7 +273,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                 do not see each other. All others are passed on to the attention function.
 
         Raises:
-            ValueError: When not exactly one of input_ids and inputs_embeds is given, or positions are needed.
+            ValueError: Not exactly one of input_ids and inputs_embeds is given, or positions are needed.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
@@ -324,6 +324,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedModel, GenerationMixin):
     """ChatGLM-6B with its output layer: training, generation and chat."""
 
+    chat_max_length = 2048
+    chat_top_p = 0.7
+    chat_temperature = 0.95
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
 
     def __init__(self, config: ChatGLMConfig):
@@ -343,7 +346,7 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
         """Replace the output layer."""
         self.lm_head = value
 
-    # region shared by both families: quantisation, logits and loss
+    # region shared by both families: quantization, logits and loss
     def quantize(
         self,
         bits: int,
@@ -353,11 +356,11 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
         empty_init: bool = False,
         device: str | None = None,
     ) -> "ChatGLMForConditionalGeneration":
-        """Quantise the linear layers of every block in place and return the model.
+        """Quantize the linear layers of every block in place and return the model.
 
         Args:
             bits: 4 or 8.
-            quantize_embeddings: Also quantise the embedding, which then serves as output layer too (ChatGLM-6B only).
+            quantize_embeddings: Also quantize the embedding, which then serves as output layer too (ChatGLM-6B only).
             use_quantization_cache: No effect: a published switch for a buffer that is not needed here.
             empty_init: No effect: a published switch; weights are replaced one at a time anyway.
             device: Where the scales are searched; by default the weight's own GPU, else the first GPU, else the CPU.
@@ -366,7 +369,7 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
             ValueError: Embeddings of a family whose checkpoints have no form for it, or what ``quantize`` refuses.
         """
         if quantize_embeddings and not hasattr(self.config, "quantization_embeddings"):
-            raise ValueError("quantize_embeddings: this family's checkpoints hold no quantised embedding")
+            raise ValueError("quantize_embeddings: this family's checkpoints hold no quantized embedding")
         DecodeGraph.forget(self)
         return quantize(self, bits, device=device, quantize_embeddings=quantize_embeddings)
 
@@ -402,8 +405,8 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
             return_dict: False returns a tuple.
             logits_to_keep: Number of last positions to compute logits for (0 = all), or a tensor of positions.
             num_items_in_batch: Divisor of the summed loss; the number of counted tokens when absent.
-            loss_positions: int64 (M,), places in (B * T) whose next token counts. With labels, the loss alone is then
-                computed, from these places, and their logits are never held at once.
+            loss_positions: int64 (M,), indices into (B * T) of the tokens whose next token counts. With labels, the
+                loss alone is then computed, from these tokens, and their logits are never held at once.
             **kwargs: Passed on to the transformer.
         """
         outputs = self.transformer(
@@ -441,7 +444,7 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
     # endregion
 
     def decode_parts(self) -> DecodeParts:
-        """Describe the model to the CUDA decode path."""
+        """Describe the model to decoding_chatglm.py."""
         embed, dtype, device = self.transformer.layers[0].attention.rotary_emb, self.dtype, self.device
 
         def rotary(num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:  # must not hold the model
@@ -462,11 +465,11 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
                 for layer in self.transformer.layers
             ],
             final_norm=self.transformer.final_layernorm,
-            head=self.get_output_embeddings(),
+            lm_head=self.get_output_embeddings(),
             rotary=rotary,
-            heads=self.config.num_attention_heads,
-            groups=self.config.num_attention_heads,
-            channels=self.config.head_dim,
+            num_heads=self.config.num_attention_heads,
+            num_kv_heads=self.config.num_key_value_heads,
+            head_dim=self.config.head_dim,
             activation="gelu",
             residual_scale=RESIDUAL_SCALE,
             two_d=True,
@@ -477,13 +480,8 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
 
     @staticmethod
     def _next_positions(position_ids: torch.Tensor) -> torch.Tensor:
-        """Return (B, 2, 1): channel 0 stays at the mask's position, channel 1 counts on."""
+        """Return (B, 2, 1): the first stays at the mask's position, the second counts on."""
         return position_ids[..., -1:] + position_ids.new_tensor([[0], [1]])
-
-    @staticmethod
-    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
-        """Leave the (B, S) mask as it is: forward builds the full one."""
-        return attention_mask
 
     def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
         """Generate as GenerationMixin does, and also take the tokenizer's published 4-D mask and 2-D positions."""
@@ -493,7 +491,7 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
         return super().generate(inputs, *args, **{k: v for k, v in kwargs.items() if v is not None})
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
-        """Keep transformers' one-channel positions away: prepare_inputs_for_generation computes both."""
+        """Keep transformers' single positions away: prepare_inputs_for_generation computes both."""
         return
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, prompt_position_ids=None, **kwargs):
@@ -512,81 +510,11 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
 
     def process_response(self, response: str) -> str:
         """Tidy a decoded answer: punctuation that touches a Chinese character becomes full-width."""
-        response = response.strip().replace("[[训练时间]]", "2023年")
+        response = super().process_response(response)
         for mark, wide in zip(",!:;?", "，！：；？", strict=True):
             response = re.sub(rf"([\u4e00-\u9fff]){re.escape(mark)}", rf"\1{wide}", response)
             response = re.sub(rf"{re.escape(mark)}([\u4e00-\u9fff])", rf"{wide}\1", response)
         return response
-
-    def chat(
-        self,
-        tokenizer,
-        query: str,
-        history: list[tuple[str, str]] | None = None,
-        max_length: int = 2048,
-        num_beams: int = 1,
-        do_sample: bool = True,
-        top_p: float = 0.7,
-        temperature: float = 0.95,
-        logits_processor=None,
-        **kwargs,
-    ) -> tuple[str, list[tuple[str, str]]]:
-        """Answer a query.
-
-        Args:
-            tokenizer: The ChatGLMTokenizer of this checkpoint.
-            query: The user's text.
-            history: Earlier turns as (question, answer) pairs.
-            max_length: Limit on prompt and answer together, in tokens.
-            num_beams: Beam search width.
-            do_sample: Sample, or take the most probable token.
-            top_p: Nucleus probability.
-            temperature: Divides the logits.
-            logits_processor: Further logits processors.
-            **kwargs: Passed on to ``generate``.
-
-        Returns:
-            The answer, and the history with this turn.
-        """
-        settings = {"max_length": max_length, "num_beams": num_beams, "do_sample": do_sample, **kwargs}
-        sampling = {"top_p": top_p, "temperature": temperature} if do_sample else {}
-        return self._chat(tokenizer, query, history, logits_processor, settings | sampling)
-
-    def stream_chat(
-        self,
-        tokenizer,
-        query: str,
-        history: list[tuple[str, str]] | None = None,
-        max_length: int = 2048,
-        do_sample: bool = True,
-        top_p: float = 0.7,
-        temperature: float = 0.95,
-        logits_processor=None,
-        **kwargs,
-    ):
-        """Answer a query piece by piece.
-
-        Args:
-            tokenizer: The ChatGLMTokenizer of this checkpoint.
-            query: The user's text.
-            history: Earlier turns as (question, answer) pairs.
-            max_length: Limit on prompt and answer together, in tokens.
-            do_sample: Sample, or take the most probable token.
-            top_p: Nucleus probability.
-            temperature: Divides the logits.
-            logits_processor: Further logits processors.
-            **kwargs: Passed on to ``stream_generate``.
-
-        Yields:
-            The answer so far and the history with it, after each token.
-        """
-        history = list(history or [])
-        settings = {"max_length": max_length, "do_sample": do_sample, **kwargs}
-        settings |= {"top_p": top_p, "temperature": temperature} if do_sample else {}
-        inputs = self.build_inputs(tokenizer, query, history)
-        for response, _ in self._stream_text(tokenizer, inputs, logits_processor, settings):
-            response = self.process_response(response)
-            yield response, [*history, (query, response)]
 
 
 __all__ = ["ChatGLMForConditionalGeneration", "ChatGLMModel", "ChatGLMPreTrainedModel"]

@@ -1,7 +1,7 @@
 """ChatGLMTokenizer of ChatGLM2-6B: a sentencepiece vocabulary (`tokenizer.model`) and five tokens behind it.
 
 The model's special tokens PRECEDE the prompt: [gMASK] sop + X; the answer ends with `</s>`. No control string is
-recognised in a text, whether it is encoded with `tokenizer(text)` or with `encode_text`.
+recognized in a text, whether it is encoded with `tokenizer(text)` or with `encode_text`.
 """
 
 from pathlib import Path
@@ -27,7 +27,7 @@ def read_vocabulary(path: str | None, name: str, where: str) -> tuple[bytes, sen
         The file's bytes and the processor.
 
     Raises:
-        ValueError: the file is missing, empty, a git-lfs pointer or no sentencepiece model.
+        ValueError: the file is missing, empty, a git-lfs pointer or not a sentencepiece model.
     """
     remedy = f"copy {name} from a complete download of the base checkpoint"
     if path is None or not Path(path).is_file():
@@ -132,7 +132,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return ids if token_ids_1 is None else [*ids, *token_ids_1, self.get_command("<eos>")]
 
     def get_special_tokens_mask(self, token_ids_0, token_ids_1=None, already_has_special_tokens=False) -> list[int]:
-        """Return 1 for special tokens and 0 for text, one entry per id of the built row."""
+        """Return 1 for special tokens and 0 for text, one entry per id of the built sequence."""
         if not already_has_special_tokens:
             token_ids_0 = self.build_inputs_with_special_tokens(token_ids_0, token_ids_1)
         return [int(i in self._commands.values()) for i in token_ids_0]
@@ -166,7 +166,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self._ids.get(token, self.sp.unk_id())
 
     def _convert_id_to_token(self, index):
-        # The model has rows beyond the vocabulary: an id without a piece is no text.
+        # The embedding has more rows than the vocabulary has pieces: an id without a piece is not text.
         return self._pieces[index] if 0 <= index < len(self._pieces) else ""
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
