@@ -26,7 +26,6 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 
 import torch
-from torch.nn.functional import dropout as drop
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -218,7 +217,7 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, float("-inf"))
     probabilities = scores.softmax(dim=-1).to(query.dtype)
-    dropped = drop(probabilities, p=dropout, training=module.training)
+    dropped = torch.nn.functional.dropout(probabilities, p=dropout, training=module.training)
     return torch.matmul(dropped, value).transpose(1, 2).contiguous(), probabilities
 
 
