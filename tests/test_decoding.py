@@ -1,4 +1,4 @@
-"""The CUDA decode path: its wiring on the CPU with reference kernels, every kernel and the whole path on a GPU."""
+"""The CUDA decode path: its wiring on the CPU with reference kernels, every kernel and all of it on a GPU."""
 
 import copy
 import gc
@@ -73,10 +73,10 @@ def reference_kernels(load, monkeypatch, family):
 
 def prompts(tokenizer, texts, device="cpu"):
     """Encode prompts and pad them on the left."""
-    rows = [tokenizer.encode_prompt(text) for text in texts]
-    width = max(len(row) for row in rows)
-    ids = [[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    encoded = [tokenizer.encode_prompt(text) for text in texts]
+    width = max(map(len, encoded))
+    ids = [[tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in encoded]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in encoded]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
@@ -169,8 +169,8 @@ def test_own_processors_see_no_token_behind_the_end(load, tiny_dir, reference_ke
     assert lengths[True] == list(range(ids.shape[1], ids.shape[1] + len(lengths[True])))
 
 
-def test_end_token_stops_each_row(load, tiny_dir, reference_kernels):
-    """Rows end where they end in the eager path, finished rows are padded, and the last token is yielded."""
+def test_end_token_stops_each_sequence(load, tiny_dir, reference_kernels):
+    """Sequences end where they end in the eager path, finished ones are padded, and the last token is yielded."""
     model, tokenizer = load("float16", "cpu"), checkpoint.load_tokenizer(tiny_dir)
     ids, mask = prompts(tokenizer, [QUERY, "类型#裙*颜色#红色"])
     free = greedy(model, ids, mask, 30, use_cuda_graph=False)[-1][:, ids.shape[1] :]
@@ -298,7 +298,7 @@ def test_chat_takes_the_decode_path(load, tiny_dir, reference_kernels):
 
 
 def test_weights_that_move_take_the_graph_along(load, tiny_dir, reference_kernels):
-    """A graph that holds a model's old weights goes when they are cast, moved or quantised."""
+    """A graph that holds a model's old weights goes when they are cast, moved or quantized."""
     model, tokenizer = load("float16", "cpu"), checkpoint.load_tokenizer(tiny_dir)
     ids, mask = prompts(tokenizer, [QUERY])
     for change in (lambda: model.to(torch.bfloat16), model.half, lambda: model.quantize(8)):
@@ -376,7 +376,7 @@ def random_weight(kernels, kind, rows, columns, dtype, device):
 
 
 def assert_close(out, expected, tolerance):
-    """Compare with the relative error of the whole tensor; NaN fails."""
+    """Compare with the relative error of the tensor as one; NaN fails."""
     error = (out.double() - expected.double()).norm() / expected.double().norm()
     assert error.item() <= tolerance, error.item()
 
