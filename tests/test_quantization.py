@@ -348,13 +348,13 @@ def test_quantize_replaces_four_linears_a_layer_and_nothing_else():
 
 def test_replaced_empty_modules_load_a_quantized_state_dict_strictly():
     model, empty = Q.quantize(_Model().half(), 8), _Model().half()
-    assert Q.replace_linears(empty.layers, 8) == 8
+    assert Q.insert_quantized_linears(empty.layers, 8) == 8
     empty.load_state_dict(model.state_dict(), strict=True)
     x = torch.randn(2, 8).half()
     assert torch.equal(empty.layers[1].query_key_value(x), model.layers[1].query_key_value(x))
     with torch.device("meta"):
         on_meta = _Model()
-        Q.replace_linears(on_meta.layers, 4)
+        Q.insert_quantized_linears(on_meta.layers, 4)
     assert on_meta.layers[0].dense.weight.is_meta
     assert on_meta.layers[0].dense.weight.shape == (8, 4)
 

@@ -24,7 +24,7 @@ from .decoding_chatglm import Block, DecodeGraph, DecodeParts
 from .fused_chatglm import linear_cross_entropy, rotate_pairs
 from .generation_chatglm import ChatGLMGenerationMixin
 from .kernels_chatglm import KERNELS  # noqa: F401
-from .quantization import QuantizedEmbedding, output_layer_of, quantize, replace_linears
+from .quantization import QuantizedEmbedding, output_layer_of, quantize, insert_quantized_linears
 
 # sqrt(2 * 28): the published block never learns the layer count, so this holds for any number of layers.
 RESIDUAL_SCALE = 56**0.5
@@ -179,7 +179,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.layers = nn.ModuleList(GLMBlock(config, layer_idx) for layer_idx in range(config.num_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         if config.quantization_bit:
-            replace_linears(self.layers, config.quantization_bit)
+            insert_quantized_linears(self.layers, config.quantization_bit)
         self.gradient_checkpointing = False
         self.post_init()
 

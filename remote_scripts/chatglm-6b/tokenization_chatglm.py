@@ -29,7 +29,7 @@ SYMBOL_ENDS = re.compile("[>\N{SMALL GREATER-THAN SIGN}\N{FULLWIDTH GREATER-THAN
 
 
 # region shared by both families: reading the vocabulary
-def read_vocabulary(path: str | None, name: str, where: str) -> tuple[bytes, sentencepiece.SentencePieceProcessor]:
+def load_sentencepiece(path: str | None, name: str, where: str) -> tuple[bytes, sentencepiece.SentencePieceProcessor]:
     """Load a sentencepiece file.
 
     Args:
@@ -88,7 +88,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """
         if do_lower_case or remove_space:
             raise ValueError("do_lower_case and remove_space must be false in tokenizer_config.json for ChatGLM-6B.")
-        self._vocab_bytes, self.sp = read_vocabulary(vocab_file, VOCAB_NAME, kwargs.get("name_or_path", ""))
+        self._vocab_bytes, self.sp = load_sentencepiece(vocab_file, VOCAB_NAME, kwargs.get("name_or_path", ""))
         self.num_image_tokens = num_image_tokens
         self._pieces = [f"<image_{i}>" for i in range(num_image_tokens)]
         self._pieces += [self.sp.id_to_piece(i) for i in range(self.sp.get_piece_size())]

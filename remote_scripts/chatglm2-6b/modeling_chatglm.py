@@ -23,7 +23,7 @@ from .decoding_chatglm import Block, DecodeGraph, DecodeParts
 from .fused_chatglm import linear_cross_entropy, rotate_pairs, swiglu
 from .generation_chatglm import ChatGLMGenerationMixin
 from .kernels_chatglm import KERNELS  # noqa: F401
-from .quantization import quantize, replace_linears
+from .quantization import quantize, insert_quantized_linears
 
 
 class RMSNorm(nn.Module):
@@ -207,7 +207,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.encoder = Encoder(config)
         self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
         if config.quantization_bit:
-            replace_linears(self.encoder.layers, config.quantization_bit)
+            insert_quantized_linears(self.encoder.layers, config.quantization_bit)
         self.gradient_checkpointing = False
         self.post_init()
 

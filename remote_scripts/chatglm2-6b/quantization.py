@@ -611,7 +611,7 @@ class QuantizedEmbedding(_QuantizedWeight):
         return dequantize_rows(self.weight[ids], self.weight_scale[ids], self.bits, self._dtype_of.dtype)
 
 
-def replace_linears(layers: nn.Module, bits: int) -> int:
+def insert_quantized_linears(layers: nn.Module, bits: int) -> int:
     """Put empty QuantizedLinear modules in place of the Linear modules of every layer, before weights are loaded.
 
     Args:

@@ -15,7 +15,7 @@ EXTRA_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")  # ids follow the 
 
 
 # region shared by both families: reading the vocabulary
-def read_vocabulary(path: str | None, name: str, where: str) -> tuple[bytes, sentencepiece.SentencePieceProcessor]:
+def load_sentencepiece(path: str | None, name: str, where: str) -> tuple[bytes, sentencepiece.SentencePieceProcessor]:
     """Load a sentencepiece file.
 
     Args:
@@ -72,7 +72,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """
         if do_lower_case or remove_space:
             raise ValueError("do_lower_case and remove_space must be false in tokenizer_config.json for ChatGLM2-6B.")
-        self._vocab_bytes, self.sp = read_vocabulary(vocab_file, VOCAB_NAME, kwargs.get("name_or_path", ""))
+        self._vocab_bytes, self.sp = load_sentencepiece(vocab_file, VOCAB_NAME, kwargs.get("name_or_path", ""))
         self._pieces = [self.sp.id_to_piece(i) for i in range(self.sp.get_piece_size())]
         if "[gMASK]" in self._pieces:
             raise ValueError(f"{vocab_file} has a piece [gMASK]: it is not the vocabulary of ChatGLM2-6B.")
