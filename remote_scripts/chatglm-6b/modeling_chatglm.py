@@ -24,7 +24,7 @@ from .decoding_chatglm import Block, DecodeGraph, DecodeParts
 from .fused_chatglm import linear_cross_entropy, rotate_pairs
 from .generation_chatglm import ChatGLMGenerationMixin
 from .kernels_chatglm import KERNELS  # noqa: F401
-from .quantization import QuantizedEmbedding, output_layer_of, quantize, insert_quantized_linears
+from .quantization import QuantizedEmbedding, insert_quantized_linears, output_layer_of, quantize
 
 # sqrt(2 * 28): the published block never learns the layer count, so this holds for any number of layers.
 RESIDUAL_SCALE = 56**0.5

@@ -23,7 +23,7 @@ from .decoding_chatglm import Block, DecodeGraph, DecodeParts
 from .fused_chatglm import linear_cross_entropy, rotate_pairs, swiglu
 from .generation_chatglm import ChatGLMGenerationMixin
 from .kernels_chatglm import KERNELS  # noqa: F401
-from .quantization import quantize, insert_quantized_linears
+from .quantization import insert_quantized_linears, quantize
 
 
 class RMSNorm(nn.Module):
