@@ -71,7 +71,7 @@ def model_classes(family):
 
 @pytest.fixture
 def sibling(model_classes):
-    """Return a module that a family's model imported, e.g. packing_chatglm."""
+    """Return a module that a family's model imported, e.g. attention_chatglm."""
     return lambda name: sys.modules[model_classes.model.__module__.replace("modeling_chatglm", name)]
 
 

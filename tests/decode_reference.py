@@ -15,7 +15,7 @@ def nibbles(packed):
     return torch.stack((packed >> 4, packed & 15), dim=-1).flatten(-2).long()
 
 
-def decoded(weight):
+def dequantized(weight):
     """Return a Weight as fp64 (N, K)."""
     rows, columns = weight.shape
     if weight.kind == "float":
@@ -31,7 +31,7 @@ def decoded(weight):
 def matvec(x, weight, out, epilogue="store", residual=None, alpha=1.0, lora_t=None):
     """Multiply by a weight; see cuda_kernels.matvec."""
     x = x.double()
-    y = x @ decoded(weight).T
+    y = x @ dequantized(weight).T
     if weight.bias is not None:
         y += weight.bias.double()
     if weight.lora_a is not None:
@@ -48,7 +48,7 @@ def matvec(x, weight, out, epilogue="store", residual=None, alpha=1.0, lora_t=No
 
 
 def norm(x, weight, bias, eps, out):
-    """Normalise rows; see cuda_kernels.norm."""
+    """Normalize rows; see cuda_kernels.norm."""
     x = x.double()
     if bias is not None:
         out.copy_(functional.layer_norm(x, x.shape[-1:], weight.double(), bias.double(), eps))
@@ -70,28 +70,28 @@ def rotate(x, positions, rotary, two_d):
     return torch.cat((torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2), rest), dim=-1)
 
 
-def attend(qkv, cache, rotary, positions, starts, length, scratch, out, two_d):
-    """Attend with one new token; see cuda_kernels.attend."""
+def decode_attention(qkv, cache, rotary, positions, starts, length, scratch, out, two_d):
+    """Attend with one new token; see cuda_kernels.decode_attention."""
     keys, values = cache
-    batch, groups, _, channels = keys.shape
-    heads = out.shape[1] // channels
+    batch, num_kv_heads, _, head_dim = keys.shape
+    num_heads = out.shape[1] // head_dim
     if two_d:
-        query, key, value = qkv.view(batch, heads, 3, channels).unbind(2)
+        query, key, value = qkv.view(batch, num_heads, 3, head_dim).unbind(2)
     else:
-        sizes = [heads * channels, groups * channels, groups * channels]
-        query, key, value = (part.view(batch, -1, channels) for part in qkv.split(sizes, dim=-1))
+        sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
+        query, key, value = (part.view(batch, -1, head_dim) for part in qkv.split(sizes, dim=-1))
     slot = int(length)
     keys[:, :, slot], values[:, :, slot] = rotate(key, positions, rotary, two_d).to(keys.dtype), value
-    per_group = heads // groups
+    heads_per_kv = num_heads // num_kv_heads
     query = rotate(query, positions, rotary, two_d)
     keys, values = keys[:, :, : slot + 1], values[:, :, : slot + 1]  # what lies behind is never read
-    scores = torch.einsum("bhd,bhsd->bhs", query, keys.double().repeat_interleave(per_group, dim=1)) / channels**0.5
+    scores = torch.einsum("bhd,bhsd->bhs", query, keys.double().repeat_interleave(heads_per_kv, dim=1)) / head_dim**0.5
     seen = torch.arange(slot + 1, device=qkv.device) >= starts[:, None]
     probabilities = scores.masked_fill(~seen[:, None], float("-inf")).softmax(dim=-1)
-    context = torch.einsum("bhs,bhsd->bhd", probabilities, values.double().repeat_interleave(per_group, dim=1))
+    context = torch.einsum("bhs,bhsd->bhd", probabilities, values.double().repeat_interleave(heads_per_kv, dim=1))
     out.copy_(context.flatten(1))
 
 
-def attend_scratch(batch, groups, slots, channels, device):
+def attention_scratch(batch, num_kv_heads, slots, head_dim, device):
     """Nothing to combine."""
     return torch.empty(0), torch.empty(0)

@@ -2,14 +2,12 @@
 
 import ctypes
 import importlib.util
-import sys
-import types
 from pathlib import Path
 
 import pytest
 import torch
 
-from glm_utils.family import FAMILIES
+from tests.fresh_scripts import load_script
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_120")  # without and with programmatic dependent launch
 NUM_SMS = (28, 132)  # few and many tiles a multiprocessor choose different tunings
@@ -31,10 +29,7 @@ def open_nvrtc():
 @pytest.fixture(scope="module")
 def kernels():
     """Load cuda_kernels.py of one family, whose files are those of the other."""
-    package = types.ModuleType("scripts_under_test")
-    package.__path__ = [str(FAMILIES[0].remote_dir)]
-    sys.modules[package.__name__] = package
-    return importlib.import_module("scripts_under_test.cuda_kernels")
+    return load_script("cuda_kernels")
 
 
 @pytest.fixture
@@ -68,12 +63,12 @@ def launch_everything(kernels, monkeypatch, has_clusters):
                             kernels.matvec(x, weight, torch.empty(0, dtype=dtype), epilogue)
             for bias in (None, x):
                 kernels.norm(x, x, bias, 1e-5, x)
-            for channels in (64, 128):
-                cache = (torch.empty(1, 2, 256, channels, dtype=dtype),) * 2
-                scratch = kernels.attend_scratch(1, 2, 256, channels, torch.device("cpu"))
-                qkv, out = torch.empty(1, 6 * channels, dtype=dtype), torch.empty(1, 2 * channels, dtype=dtype)
+            for head_dim in (64, 128):
+                cache = (torch.empty(1, 2, 256, head_dim, dtype=dtype),) * 2
+                scratch = kernels.attention_scratch(1, 2, 256, head_dim, torch.device("cpu"))
+                qkv, out = torch.empty(1, 6 * head_dim, dtype=dtype), torch.empty(1, 2 * head_dim, dtype=dtype)
                 for two_d in (False, True):
-                    kernels.attend(qkv, cache, (x, x), x, x, x, scratch, out, two_d)
+                    kernels.decode_attention(qkv, cache, (x, x), x, x, x, scratch, out, two_d)
 
 
 @pytest.mark.slow
@@ -106,22 +101,22 @@ def test_launches_cover_their_outputs(kernels, launches, monkeypatch, has_cluste
             assert num_threads == 32 * int(settings["WARPS"])
             is_nf4 = name.startswith(f"matvec<{kernels.FORMATS['nf4']},")
             assert shared_bytes == (kernels.NF4_TABLE_BYTES if is_nf4 else 0)
-        if name.startswith("attend"):
+        if name.startswith("decode_attention"):
             assert grid[0] % int(settings["CLUSTER"]) == 0
             assert (settings["CLUSTER"] != "1") == has_clusters
 
 
-def test_blocks_that_share_the_keys_of_a_row(kernels, monkeypatch):
+def test_blocks_that_share_the_keys_of_a_sequence(kernels, monkeypatch):
     """A full GPU shares nothing; one that is not takes clusters, then more of them as the context grows."""
     monkeypatch.setattr(kernels, "_num_sms", lambda device: 132)
     for has_clusters in (False, True):
         monkeypatch.setattr(kernels, "_has_clusters", lambda device, found=has_clusters: found)
-        for batch, groups, slots in ((1, 2, 256), (1, 2, 32768), (1, 32, 2048), (16, 2, 512), (16, 32, 2048)):
-            cluster, splits = kernels._attend_blocks(batch, groups, slots, None)
-            num_blocks = cluster * splits * batch * groups
+        for batch, num_kv_heads, slots in ((1, 2, 256), (1, 2, 32768), (1, 32, 2048), (16, 2, 512), (16, 32, 2048)):
+            cluster, splits = kernels._attention_blocks(batch, num_kv_heads, slots, None)
+            num_blocks = cluster * splits * batch * num_kv_heads
             assert cluster in ((1, 2, 4, 8) if has_clusters else (1,))
-            assert num_blocks <= max(2 * 132, batch * groups)
-            assert num_blocks >= min(132, batch * groups * -(-slots // kernels.MIN_KEYS_PER_BLOCK))
+            assert num_blocks <= max(2 * 132, batch * num_kv_heads)
+            assert num_blocks >= min(132, batch * num_kv_heads * -(-slots // kernels.MIN_KEYS_PER_BLOCK))
 
 
 def test_a_kernel_that_does_not_compile_says_why(kernels):

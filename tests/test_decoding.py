@@ -1,4 +1,4 @@
-"""The CUDA decode path: its wiring on the CPU with reference kernels, every kernel and the whole path on a GPU."""
+"""The CUDA decode path: its wiring on the CPU with reference kernels, every kernel and all of it on a GPU."""
 
 import copy
 import gc
@@ -10,8 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from glm_utils import checkpoint
-from glm_utils.checkpoint import open_checkpoint
+from glm_utils.checkpoint import load_classes, open_checkpoint
 from glm_utils.family import PROJECT_DIR
 from glm_utils.load_model import load_base_model
 from tests import decode_reference
@@ -57,11 +56,11 @@ def load(tiny_dir):
 @pytest.fixture
 def reference_kernels(load, monkeypatch, family):
     """Put the reference kernels and plain calls in the place of the kernels and of graph capture."""
-    model_class = checkpoint.load_classes(family).model
+    model_class = load_classes(family).model
     decoding, generation = sibling(model_class, "decoding_chatglm"), sibling(model_class, "generation_chatglm")
-    for name in ("matvec", "norm", "attend", "attend_scratch"):
+    for name in ("matvec", "norm", "decode_attention", "attention_scratch"):
         monkeypatch.setattr(decoding, name, getattr(decode_reference, name))
-    monkeypatch.setattr(decoding, "available", lambda device: True)
+    monkeypatch.setitem(sibling(model_class, "kernels_chatglm").OVERRIDES, "nvrtc", True)
     for module in (decoding, generation):
         monkeypatch.setattr(module, "capture", lambda function, device: function)
 
@@ -75,10 +74,10 @@ def reference_kernels(load, monkeypatch, family):
 
 def prompts(tokenizer, texts, device="cpu"):
     """Encode prompts and pad them on the left."""
-    rows = [tokenizer.encode_prompt(text) for text in texts]
-    width = max(len(row) for row in rows)
-    ids = [[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    encoded = [tokenizer.encode_prompt(text) for text in texts]
+    width = max(map(len, encoded))
+    ids = [[tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in encoded]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in encoded]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
@@ -171,8 +170,8 @@ def test_own_processors_see_no_token_behind_the_end(load, tiny_dir, reference_ke
     assert lengths[True] == list(range(ids.shape[1], ids.shape[1] + len(lengths[True])))
 
 
-def test_end_token_stops_each_row(load, tiny_dir, reference_kernels):
-    """Rows end where they end in the eager path, finished rows are padded, and the last token is yielded."""
+def test_end_token_stops_each_sequence(load, tiny_dir, reference_kernels):
+    """Sequences end where they end in the eager path, finished ones are padded, and the last token is yielded."""
     model, tokenizer = load("float16", "cpu"), open_checkpoint(tiny_dir).tokenizer
     ids, mask = prompts(tokenizer, [QUERY, "类型#裙*颜色#红色"])
     free = greedy(model, ids, mask, 30, use_cuda_graph=False)[-1][:, ids.shape[1] :]
@@ -221,12 +220,12 @@ def test_sampling_follows_the_processors(load, tiny_dir, reference_kernels):
 
 
 @pytest.mark.parametrize(
-    "reason", ["fp32", "holes", "rows", "given cache", "final norm", "training", "hook", "positions"]
+    "reason", ["fp32", "holes", "batch", "given cache", "final norm", "training", "hook", "positions"]
 )
 def test_what_is_not_covered_goes_through_the_model(load, tiny_dir, reference_kernels, reason):
     """Inputs that the path does not cover are answered without it, and equal."""
     model, tokenizer = load("float16", "cpu"), open_checkpoint(tiny_dir).tokenizer
-    texts = [QUERY, QUERY] if reason != "rows" else [QUERY] * 17
+    texts = [QUERY, QUERY] if reason != "batch" else [QUERY] * 17
     ids, mask = prompts(tokenizer, texts)
     settings = {}
     if reason == "fp32":
@@ -300,7 +299,7 @@ def test_chat_takes_the_decode_path(load, tiny_dir, reference_kernels):
 
 
 def test_weights_that_move_take_the_graph_along(load, tiny_dir, reference_kernels):
-    """A graph that holds a model's old weights goes when they are cast, moved or quantised."""
+    """A graph that holds a model's old weights goes when they are cast, moved or quantized."""
     model, tokenizer = load("float16", "cpu"), open_checkpoint(tiny_dir).tokenizer
     ids, mask = prompts(tokenizer, [QUERY])
     for change in (lambda: model.to(torch.bfloat16), model.half, lambda: model.quantize(8)):
@@ -342,7 +341,7 @@ def test_the_decode_path_is_tried_once(load, tiny_dir, reference_kernels, monkey
     model, tokenizer = load("float16", "cpu").train(), open_checkpoint(tiny_dir).tokenizer
     ids, mask = prompts(tokenizer, [QUERY])
     tries = []
-    monkeypatch.setattr(reference_kernels, "available", lambda device: tries.append(device))
+    monkeypatch.setattr(reference_kernels, "nvrtc_runs_on", lambda device: tries.append(device))
     greedy(model, ids, mask, 6)
     assert len(tries) == 1
 
@@ -378,14 +377,14 @@ def random_weight(kernels, kind, rows, columns, dtype, device):
 
 
 def assert_close(out, expected, tolerance):
-    """Compare with the relative error of the whole tensor; NaN fails."""
+    """Compare with the relative error of the tensor as one; NaN fails."""
     error = (out.double() - expected.double()).norm() / expected.double().norm()
     assert error.item() <= tolerance, error.item()
 
 
 @pytest.fixture
 def kernels(family):
-    return sibling(checkpoint.load_classes(family).model, "cuda_kernels")
+    return sibling(load_classes(family).model, "cuda_kernels")
 
 
 @on_gpu
@@ -418,18 +417,18 @@ def test_matvec(kernels, kind, dtype):
 @on_gpu
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(
-    ("two_d", "heads", "groups"),  # ChatGLM-6B, two_d, has as many keys as queries
+    ("two_d", "num_heads", "num_kv_heads"),  # ChatGLM-6B, two_d, has as many keys as queries
     [(False, 32, 2), (False, 4, 2), (False, 32, 32), (False, 3, 3), (True, 32, 32), (True, 3, 3)],
 )
 @pytest.mark.parametrize("clusters", ["as the GPU", "none"])
-def test_attend(kernels, monkeypatch, dtype, two_d, heads, groups, clusters):
+def test_decode_attention(kernels, monkeypatch, dtype, two_d, num_heads, num_kv_heads, clusters):
     """One split and many, padding, head sizes; the new key and value are stored; buffers are left fit for use."""
     if clusters == "none":  # as on GPUs before compute capability 9.0
         monkeypatch.setattr(kernels, "_has_clusters", lambda device: False)
     torch.manual_seed(0)
     new = {"device": "cuda", "dtype": dtype}
-    for channels in (64, 128):
-        angles = torch.rand(4096, channels // 4, device="cuda") * 6
+    for head_dim in (64, 128):
+        angles = torch.rand(4096, head_dim // 4, device="cuda") * 6
         rotary = angles.cos().to(dtype), angles.sin().to(dtype)
         for batch, slots, length in (
             (1, 256, 0),
@@ -439,20 +438,22 @@ def test_attend(kernels, monkeypatch, dtype, two_d, heads, groups, clusters):
             (1, 8192, 8191),
             (16, 256, 255),
         ):
-            cache = tuple(torch.randn(batch, groups, slots, channels, **new) for _ in range(2))
+            cache = tuple(torch.randn(batch, num_kv_heads, slots, head_dim, **new) for _ in range(2))
             expected_cache = tuple(part.clone() for part in cache)
-            width = 3 * heads if two_d else heads + 2 * groups
-            qkv = torch.randn(batch, width * channels, **new)
+            width = 3 * num_heads if two_d else num_heads + 2 * num_kv_heads
+            qkv = torch.randn(batch, width * head_dim, **new)
             positions = torch.randint(0, 4096, (batch, 2), device="cuda", dtype=torch.int32)
             starts = torch.randint(0, min(length, 5) + 1, (batch,), device="cuda", dtype=torch.int32)
-            starts[-1] = max(0, length - 300) if batch > 1 else 0  # rows of one launch differ in their splits
+            starts[-1] = max(0, length - 300) if batch > 1 else 0  # sequences of one launch differ in their splits
             slot = torch.tensor([length], device="cuda", dtype=torch.int32)
-            scratch = kernels.attend_scratch(batch, groups, slots, channels, torch.device("cuda"))
-            expected = torch.empty(batch, heads * channels, dtype=torch.float64, device="cuda")
-            decode_reference.attend(qkv, expected_cache, rotary, positions, starts, slot, scratch, expected, two_d)
+            scratch = kernels.attention_scratch(batch, num_kv_heads, slots, head_dim, torch.device("cuda"))
+            expected = torch.empty(batch, num_heads * head_dim, dtype=torch.float64, device="cuda")
+            decode_reference.decode_attention(
+                qkv, expected_cache, rotary, positions, starts, slot, scratch, expected, two_d
+            )
             for _ in range(2):
                 out = torch.full(expected.shape, torch.nan, **new)
-                kernels.attend(qkv, cache, rotary, positions, starts, slot, scratch, out, two_d)
+                kernels.decode_attention(qkv, cache, rotary, positions, starts, slot, scratch, out, two_d)
                 assert_close(out, expected, 4 * TOLERANCE[dtype])  # query, probabilities and result are rounded
             for part, expected_part in zip(cache, expected_cache, strict=True):
                 assert_close(part, expected_part, TOLERANCE[dtype])

@@ -16,9 +16,8 @@ def fused(sibling, monkeypatch, request):
     """The module of each family in turn, with its kernels and without them."""
     if request.param:
         pytest.importorskip("triton")
-    module = sibling("fused_chatglm")
-    monkeypatch.setattr(module, "has_kernels", lambda x: request.param)
-    return module
+    monkeypatch.setitem(sibling("kernels_chatglm").OVERRIDES, "triton", request.param)
+    return sibling("fused_chatglm")
 
 
 def noise(*shape, seed=0):
@@ -50,14 +49,14 @@ def test_swiglu(fused, shape):
 @pytest.mark.parametrize("dim", [16, 24, 128])
 @pytest.mark.parametrize("num_batches", [1, 2])
 def test_rotation(sibling, family, num_heads, dim, num_batches, monkeypatch):
-    """Each family's own pairs of channels, on views of the projection, with angles shared by the batch or not."""
+    """Each family's own pairs of elements, on views of the projection, with angles shared by the batch or not."""
     pytest.importorskip("triton")
-    modeling = sibling("modeling_chatglm")
-    channels = (2,) if family.name == "chatglm-6b" else ()
-    angles = noise(num_batches, 1, 5, *channels, dim // 4, seed=1)
+    modeling, overrides = sibling("modeling_chatglm"), sibling("kernels_chatglm").OVERRIDES
+    parts = (2,) if family.name == "chatglm-6b" else ()
+    angles = noise(num_batches, 1, 5, *parts, dim // 4, seed=1)
     mixed, results = noise(2, 5, num_heads, 3 * dim), []
     for on in (True, False):
-        monkeypatch.setattr(modeling, "has_kernels", lambda x, on=on: on)
+        monkeypatch.setitem(overrides, "triton", on)
         results.append(
             with_gradients(
                 lambda x: modeling.apply_rotary(x[..., dim : 2 * dim].transpose(1, 2), angles.cos(), angles.sin()),
@@ -80,7 +79,7 @@ def test_cross_entropy(fused, num_classes):
 
 @pytest.mark.gpu
 def test_kernels_in_bf16_at_full_width(fused):
-    """The widths of ChatGLM2-6B, where an index passes 2^31 and a row is no multiple of a block."""
+    """The widths of ChatGLM2-6B, where an index passes 2^31 and a row is not a multiple of a block."""
     gate_up = noise(1, 77, 27392).bfloat16()
     exact = with_gradients(lambda x: functional.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1], gate_up.float())
     assert_equal(with_gradients(fused.swiglu, gate_up), exact, 1e-2)

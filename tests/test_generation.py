@@ -68,7 +68,7 @@ def test_top_logits_of_every_step(golden_model, fixture_dir, prompt):
 
 
 def test_left_padded_batch(golden_model, tokenizer, fixture_dir):
-    """A batch from the tokenizer generates what each row generates alone; also under a static cache."""
+    """A batch from the tokenizer generates what each prompt generates alone; also under a static cache."""
     golden, batch = tensors(fixture_dir, "generation.npz"), tensors(fixture_dir, "batch_left_padded.npz")
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
     assert torch.equal(batch["input_ids"], golden["batch.input_ids"])
@@ -86,8 +86,8 @@ def test_left_padded_batch(golden_model, tokenizer, fixture_dir):
     assert torch.equal(steps[-1][:, batch["input_ids"].shape[1] :], expected)
 
 
-def test_stop_token_ends_rows_and_streams(golden_model, fixture_dir):
-    """Rows end at eos and are filled with pad; the stream ends there too."""
+def test_stop_token_ends_sequences_and_streams(golden_model, fixture_dir):
+    """Sequences end at eos and are filled with pad; the stream ends there too."""
     golden, batch = tensors(fixture_dir, "generation.npz"), tensors(fixture_dir, "batch_left_padded.npz")
     eos = golden["stop.eos_token_id"].item()
     settings = {"eos_token_id": eos, "do_sample": False, "pad_token_id": golden_model.config.pad_token_id}
@@ -155,13 +155,13 @@ def test_nan_logits_are_an_error(golden_model, tokenizer, fixture_dir):
         next(golden_model.stream_generate(ids, do_sample=True, max_new_tokens=4))
 
 
-def test_rows_without_a_token_are_never_sampled(golden_model, tokenizer):
-    """Padded vocabulary rows crashed published decoding; chat masks them and decode skips them."""
-    head = golden_model.get_output_embeddings()
-    assert head.weight.shape[0] > len(tokenizer)
+def test_ids_without_a_token_are_never_sampled(golden_model, tokenizer):
+    """Ids of the padded vocabulary crashed published decoding; chat masks them and decode skips them."""
+    lm_head = golden_model.get_output_embeddings()
+    assert lm_head.weight.shape[0] > len(tokenizer)
     direction = golden_model.get_input_embeddings().weight[:50].sum(0)
-    head.weight.data[len(tokenizer) :] = 100 * direction.sign()
-    head.weight.data[len(tokenizer) + 1 :] *= -1
+    lm_head.weight.data[len(tokenizer) :] = 100 * direction.sign()
+    lm_head.weight.data[len(tokenizer) + 1 :] *= -1
     response, _ = golden_model.chat(tokenizer, "你好", max_length=40, do_sample=False)
     *_, (streamed, _) = golden_model.stream_chat(tokenizer, "你好", max_length=40, do_sample=False)
     assert response == streamed
@@ -201,12 +201,36 @@ def test_chat_equals_golden(golden_model, tokenizer, fixture_dir, rounds, family
 
 
 def test_chat_defaults(model_classes, fixture_dir):
-    """The signatures keep the published defaults."""
+    """Signatures and class attributes keep the published defaults: None in a signature is the attribute's value."""
     golden = chat_golden(fixture_dir)
     for method, defaults in (("chat", "chat_defaults"), ("stream_chat", "stream_chat_defaults")):
         parameters = inspect.signature(getattr(model_classes.model, method)).parameters
         for name, value in golden[defaults].items():
-            assert parameters[name].default == value, (method, name)
+            default = parameters[name].default
+            if name in ("max_length", "top_p", "temperature"):
+                assert default is None
+                default = getattr(model_classes.model, f"chat_{name}")
+            assert default == value, (method, name)
+
+
+def test_none_means_the_familys_default(golden_model, tokenizer, monkeypatch):
+    """chat and stream_chat pass the class attributes on; given values stand above them."""
+    seen = []
+
+    def note(**settings):
+        seen.append({name: settings.get(name) for name in ("max_length", "top_p", "temperature")})
+        return iter([(torch.tensor([[*settings["input_ids"][0].tolist(), 5]]), None)])
+
+    monkeypatch.setattr(golden_model, "_stream_steps", note)
+    expected = {name: getattr(golden_model, f"chat_{name}") for name in ("max_length", "top_p", "temperature")}
+    for given in ({}, {"top_p": None, "temperature": 0.5}, {"do_sample": False, "max_length": 90}):
+        golden_model.chat(tokenizer, "你好", **given)
+        list(golden_model.stream_chat(tokenizer, "你好", **given))
+        wanted = expected | {name: value for name, value in given.items() if value is not None}
+        if not wanted.pop("do_sample", True):
+            wanted |= {"top_p": None, "temperature": None}
+        assert seen == [wanted, wanted]
+        seen.clear()
 
 
 def test_process_response(golden_model, fixture_dir):
@@ -274,7 +298,7 @@ def test_stream_errors(golden_model, tokenizer):
     ids=str,
 )
 def test_streams_honour_what_generate_does(golden_model, fixture_dir, settings):
-    """A left-padded batch and single rows: ids under a setting are those of generate, given or in the model's own."""
+    """A left-padded batch and one prompt: ids under a setting are those of generate, given or in the model's own."""
     golden, batch = tensors(fixture_dir, "generation.npz"), tensors(fixture_dir, "batch_left_padded.npz")
     usual = golden["p1.generated_cache"][2].item()  # a token that the setting rules out, or ends with
     forms = {"bad_words_ids": [[usual]], "suppress_tokens": [usual], "eos_token_id": usual}
@@ -323,8 +347,8 @@ def test_chat_honours_what_generate_does(golden_model, tokenizer):
         answer, _ = golden_model.chat(tokenizer, "你好", **settings, **banned)
         *_, (streamed, _) = golden_model.stream_chat(tokenizer, "你好", **settings, **banned)
         assert answer == streamed != plain
-    whole = [golden_model.chat(tokenizer, "你好", max_length=40, temperature=value, top_p=0) for value in (2, 2.0)]
-    assert whole[0] == whole[1]
+    answers = [golden_model.chat(tokenizer, "你好", max_length=40, temperature=value, top_p=0) for value in (2, 2.0)]
+    assert answers[0] == answers[1]
     for banned in ({"suppress_tokens": ids}, {"bad_words_ids": [[token] for token in ids]}):
         assert golden_model.chat(tokenizer, "你好", num_beams=2, **settings, **banned)[0] != plain
     stopped, _ = golden_model.chat(tokenizer, "你好", stop_strings=[plain[1]], **settings)
@@ -344,8 +368,8 @@ def test_control_strings_in_a_query_stay_text(golden_model, tokenizer):
         assert token is None or ids.count(token) == plain.count(token)
 
 
-def test_positions_and_masks_of_odd_rows(model_classes, fixture_dir, golden_model, family_name):
-    """MASK, gMASK, both, two bos: positions equal the golden cases; a row without bos is refused."""
+def test_positions_and_masks_of_odd_sequences(model_classes, fixture_dir, golden_model, family_name):
+    """MASK, gMASK, both, two bos: positions equal the golden cases; a sequence without bos is refused."""
     if family_name != "chatglm-6b":
         assert not (fixture_dir / "mask_position_cases.json").exists()
         return

@@ -79,7 +79,7 @@ def test_short_prompt(golden_model, fixture_dir):
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_left_padded_batch_equals_golden_at_every_position(golden_model, fixture_dir, implementation):
-    """The published mask gives the published logits, and today's (B, S) mask gives the same, padding rows too."""
+    """The published mask gives the published logits, and today's (B, S) mask gives the same, at padding too."""
     golden = tensors(fixture_dir, "batch_left_padded.npz")
     golden_model.set_attn_implementation(implementation)
     mask = golden["attention_mask"]
@@ -125,7 +125,7 @@ def test_loss_logits_and_gradients(golden_model, fixture_dir):
 
 
 def test_padding_changes_no_loss(golden_model, fixture_dir):
-    """Right padding (with and without a mask), left padding and a row alone give the published losses."""
+    """Right padding (with and without a mask), left padding and an example alone give the published losses."""
     golden = tensors(fixture_dir, "train_batch.npz")
     pad = golden_model.config.pad_token_id
     right, labels = golden["right_input_ids"], golden["right_labels"]
@@ -265,15 +265,15 @@ def test_parameter_shapes(golden_model, fixture_dir):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_quantised_forward_equals_dequantised_weights(golden_model, fixture_dir, bits):
-    """A quantised model computes what a model with its dequantised weights computes, exactly as published on CPU."""
+def test_quantized_forward_equals_dequantized_weights(golden_model, fixture_dir, bits):
+    """A quantized model computes what a model with its dequantized weights computes, exactly as published on CPU."""
     path = fixture_dir / "official_cpu_vs_dequant_max_abs.json"
     allowed = json.loads(path.read_text())[str(bits)] if path.exists() else 0.0
     ids = tensors(fixture_dir, "single_short.npz")["input_ids"]
     golden_model.quantize(bits)
     module = sys.modules[type(next(m for m in golden_model.modules() if hasattr(m, "weight_scale"))).__module__]
     with torch.no_grad():
-        quantised = golden_model(ids).logits
+        quantized = golden_model(ids).logits
         for parent in list(golden_model.modules()):
             for name, child in list(parent.named_children()):
                 if hasattr(child, "weight_scale"):
@@ -283,7 +283,7 @@ def test_quantised_forward_equals_dequantised_weights(golden_model, fixture_dir,
                     if child.bias is not None:
                         linear.bias.copy_(child.bias)
                     setattr(parent, name, linear)
-        assert (golden_model(ids).logits - quantised).abs().max().item() <= allowed
+        assert (golden_model(ids).logits - quantized).abs().max().item() <= allowed
 
 
 def test_buffers_are_right_after_a_meta_load(golden_model, fixture_dir, model_classes):

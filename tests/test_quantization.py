@@ -1,7 +1,6 @@
-"""The int8/int4 layout, the search for scales and the quantised modules, against golden vectors and by properties."""
+"""The int8/int4 layout, the search for scales and the quantized modules, against golden vectors and by properties."""
 
 import copy
-import importlib.util
 import json
 import shutil
 
@@ -15,27 +14,21 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from glm_utils.checkpoint import open_checkpoint
 from glm_utils.family import FAMILIES, PROJECT_DIR
 from glm_utils.load_model import load_base_model
+from tests.fresh_scripts import load_script
 
 FILES = [family.remote_dir / "quantization.py" for family in FAMILIES]
 FIXTURES_DIR = PROJECT_DIR / "tests" / "fixtures"
 
 
-def _load():
-    spec = importlib.util.spec_from_file_location("quantization_under_test", FILES[0])
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-Q = _load()
+Q = load_script("quantization")
 
 
 def _squared_error(weight, bits, method, **kwargs):
     """Return the squared error of each row, relative to its energy."""
     stored, scale = Q.quantize_rows(weight, bits, method, **kwargs)
-    decoded = Q.dequantize_rows(stored, scale, bits, torch.float64)
+    dequantized = Q.dequantize_rows(stored, scale, bits, torch.float64)
     weight = weight.double()
-    return (weight - decoded).square().sum(1) / weight.square().sum(1).clamp(min=1e-300)
+    return (weight - dequantized).square().sum(1) / weight.square().sum(1).clamp(min=1e-300)
 
 
 def _rows(kind, num_rows, num_columns, seed=0):
@@ -67,7 +60,7 @@ def test_nibble_table_all_256_bytes(fixture_dir):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_absmax_is_the_published_quantiser(fixture_dir, bits):
+def test_absmax_is_the_published_quantizer(fixture_dir, bits):
     unit = {name: torch.from_numpy(array) for name, array in np.load(fixture_dir / "quant_unit.npz").items()}
     stored, scale = Q.quantize_rows(unit["weight_fp16"], bits, "absmax")
     assert torch.equal(stored, unit[f"int{bits}.weight"])
@@ -87,7 +80,7 @@ def test_pack_and_unpack_are_inverse(shape):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_decoding_rounds_once(bits):
+def test_dequantizing_rounds_once(bits):
     codes = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1), dtype=torch.int8).repeat(9, 1)
     stored = Q.pack_int4(codes) if bits == 4 else codes
     scale = torch.randn(9).mul(0.01).half()
@@ -145,13 +138,13 @@ def test_search_uses_code_minus_8_and_both_signs():
     assert (scale > 0).any()
 
 
-def test_a_published_decoder_reads_searched_rows():
+def test_published_code_reads_searched_rows():
     weight = _rows("gaussian", 8, 64)
     stored, scale = Q.quantize_rows(weight, 4)
     packed = stored.numpy()
     even, odd = packed >> 4, (packed << 4).astype(np.int8) >> 4
-    decoded = np.stack([even, odd], -1).reshape(8, 64).astype(np.float16) * scale.numpy()[:, None]
-    assert np.array_equal(decoded, Q.dequantize_rows(stored, scale, 4, torch.float16).numpy())
+    dequantized = np.stack([even, odd], -1).reshape(8, 64).astype(np.float16) * scale.numpy()[:, None]
+    assert np.array_equal(dequantized, Q.dequantize_rows(stored, scale, 4, torch.float16).numpy())
 
 
 def test_result_does_not_depend_on_chunks_strides_or_repetition(monkeypatch):
@@ -175,14 +168,14 @@ def test_extreme_rows(method, bits):
     weight[4, ::2] = -65504
     weight[5, 0] = 1.0
     stored, scale = Q.quantize_rows(weight, bits, method)
-    decoded = Q.dequantize_rows(stored, scale, bits, torch.float16)
-    assert torch.isfinite(decoded).all()
+    dequantized = Q.dequantize_rows(stored, scale, bits, torch.float16)
+    assert torch.isfinite(dequantized).all()
     assert scale[0] == 0
     assert not stored[0].any()
     assert (scale[1:] != 0).all()
-    assert decoded[1, 3] == least
+    assert dequantized[1, 3] == least
     assert torch.allclose(
-        decoded[3:].float(), weight[3:].float(), rtol=0.13 if (method, bits) == ("absmax", 4) else 0.01
+        dequantized[3:].float(), weight[3:].float(), rtol=0.13 if (method, bits) == ("absmax", 4) else 0.01
     )
 
 
@@ -226,13 +219,13 @@ def test_refusals_say_what_was_found(weight, bits, method, message):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(6,), (1, 6), (2, 3, 6)])
-def test_linear_forward_and_gradients_equal_the_decoded_weight(bits, bias, shape):
+def test_linear_forward_and_gradients_equal_the_dequantized_weight(bits, bias, shape):
     linear = nn.Linear(6, 5, bias=bias)
     module = Q.QuantizedLinear.from_linear(linear, bits)
-    decoded = Q.dequantize_rows(module.weight, module.weight_scale, bits, torch.float32)
+    dequantized = Q.dequantize_rows(module.weight, module.weight_scale, bits, torch.float32)
     x = torch.randn(shape, requires_grad=True)
     y = x.detach().clone().requires_grad_()
-    got, expected = module(x), nn.functional.linear(y, decoded, linear.bias)
+    got, expected = module(x), nn.functional.linear(y, dequantized, linear.bias)
     upstream = torch.randn_like(got)
     got.backward(upstream)
     got_bias = linear.bias.grad.clone() if bias else None
@@ -247,8 +240,8 @@ def test_linear_forward_and_gradients_equal_the_decoded_weight(bits, bias, shape
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("num_parts", [2, 3, 37])
-def test_a_wide_weight_is_decoded_in_parts(monkeypatch, bits, bias, num_parts):
-    """However many rows are decoded at a time, the product is the same and no decoded part is larger than allowed."""
+def test_a_wide_weight_is_dequantized_in_parts(monkeypatch, bits, bias, num_parts):
+    """However many rows are dequantized at a time, the result is the same and no part is larger than allowed."""
     torch.manual_seed(0)
     module = Q.QuantizedLinear.from_linear(nn.Linear(6, 37, bias=bias), bits)
     module.weight_scale.fill_(0.5)  # with integers for x all sums are exact, whatever their order
@@ -256,15 +249,15 @@ def test_a_wide_weight_is_decoded_in_parts(monkeypatch, bits, bias, num_parts):
         nn.init.constant_(module.bias, 3.0)
     x = torch.randint(-8, 9, (2, 3, 6)).float()
     whole = module(x)
-    decoded, sizes = Q._decoded, []
+    dequantized, sizes = Q._dequantized, []
     limit = 37 * 6 * 4 // num_parts
 
     def noted(*arguments):
-        sizes.append(decoded(*arguments).nbytes)
-        return decoded(*arguments)
+        sizes.append(dequantized(*arguments).nbytes)
+        return dequantized(*arguments)
 
-    monkeypatch.setattr(Q, "_decoded", noted)
-    monkeypatch.setattr(Q, "DECODED_BYTES", limit)
+    monkeypatch.setattr(Q, "_dequantized", noted)
+    monkeypatch.setattr(Q, "DEQUANTIZED_BYTES", limit)
     assert torch.equal(module(x), whole)
     assert len(sizes) >= num_parts
     assert max(sizes) < limit + 6 * 4
@@ -311,19 +304,20 @@ def test_autocast():
     torch.testing.assert_close(y.float(), module(x), atol=0.05, rtol=0.05)
 
 
-def test_embedding_decodes_rows_and_shares_them_with_the_output_layer():
+def test_embedding_dequantizes_rows_and_shares_them_with_the_output_layer():
     source = nn.Embedding(10, 8).half()
     module = Q.QuantizedEmbedding.from_embedding(source, 4)
     ids = torch.tensor([[1, 9], [0, 1]])
-    decoded = Q.dequantize_rows(module.weight, module.weight_scale, 4, torch.float16)
-    assert torch.equal(module(ids), decoded[ids])
+    dequantized = Q.dequantize_rows(module.weight, module.weight_scale, 4, torch.float16)
+    assert torch.equal(module(ids), dequantized[ids])
     assert set(module.state_dict()) == {"weight", "weight_scale"}
     for dtype in (torch.float32, torch.bfloat16):
         assert module.to(dtype)(ids).dtype == dtype
-    head = Q.output_layer_of(module.half())
+    lm_head = Q.output_layer_of(module.half())
     x = torch.randn(3, 8)
-    torch.testing.assert_close(head(x), x @ Q.dequantize_rows(head.weight, head.weight_scale, 4, torch.float32).T)
-    assert torch.equal(head.weight, module.weight)
+    expected = x @ Q.dequantize_rows(lm_head.weight, lm_head.weight_scale, 4, torch.float32).T
+    torch.testing.assert_close(lm_head(x), expected)
+    assert torch.equal(lm_head.weight, module.weight)
 
 
 class _Layer(nn.Module):
@@ -353,15 +347,15 @@ def test_quantize_replaces_four_linears_a_layer_and_nothing_else():
         Q.quantize(model, 8)
 
 
-def test_replaced_empty_modules_load_a_quantised_state_dict_strictly():
+def test_replaced_empty_modules_load_a_quantized_state_dict_strictly():
     model, empty = Q.quantize(_Model().half(), 8), _Model().half()
-    assert Q.replace_linears(empty.layers, 8) == 8
+    assert Q.insert_quantized_linears(empty.layers, 8) == 8
     empty.load_state_dict(model.state_dict(), strict=True)
     x = torch.randn(2, 8).half()
     assert torch.equal(empty.layers[1].query_key_value(x), model.layers[1].query_key_value(x))
     with torch.device("meta"):
         on_meta = _Model()
-        Q.replace_linears(on_meta.layers, 4)
+        Q.insert_quantized_linears(on_meta.layers, 4)
     assert on_meta.layers[0].dense.weight.is_meta
     assert on_meta.layers[0].dense.weight.shape == (8, 4)
 
@@ -370,7 +364,7 @@ def test_quantize_names_the_weight_it_refuses():
     model = _Model()
     with torch.no_grad():
         model.layers[1].dense.weight[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="layers.1.dense: cannot quantise a weight of nan"):
+    with pytest.raises(ValueError, match="layers.1.dense: cannot quantize a weight of nan"):
         Q.quantize(model, 4)
     with pytest.raises(ValueError, match="found none of the Linear modules"):
         Q.quantize(nn.Sequential(nn.Linear(2, 2)), 4)
@@ -385,8 +379,8 @@ def test_quantize_names_the_weight_it_refuses():
 
 
 @pytest.fixture
-def quantised_dir(model_dir, tmp_path):
-    """Build a checkpoint in the published quantised layout."""
+def quantized_dir(model_dir, tmp_path):
+    """Build a checkpoint in the published quantized layout."""
 
     def build(bits):
         for path in model_dir.iterdir():
@@ -406,8 +400,8 @@ def _golden(fixture_dir, bits, what):
 
 @torch.no_grad()
 @pytest.mark.parametrize("bits", [8, 4])
-def test_published_quantised_checkpoints_load(fixture_dir, quantised_dir, bits):
-    model = load_base_model(open_checkpoint(quantised_dir(bits))).eval()
+def test_published_quantized_checkpoints_load(fixture_dir, quantized_dir, bits):
+    model = load_base_model(open_checkpoint(quantized_dir(bits))).eval()
     logits = model(input_ids=_golden(fixture_dir, bits, "input_ids_fp32product")).logits
     torch.testing.assert_close(logits, _golden(fixture_dir, bits, "logits_fp32product"), atol=1e-4, rtol=0)
     prompt = _golden(fixture_dir, bits, "input_ids_fp16product")
@@ -420,14 +414,14 @@ def test_published_quantised_checkpoints_load(fixture_dir, quantised_dir, bits):
 
 @torch.no_grad()
 @pytest.mark.parametrize("bits", [8, 4])
-def test_fp16_product(fixture_dir, quantised_dir, bits):
-    model = load_base_model(open_checkpoint(quantised_dir(bits))).eval()
+def test_weights_rounded_to_fp16(fixture_dir, quantized_dir, bits):
+    model = load_base_model(open_checkpoint(quantized_dir(bits))).eval()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if hasattr(child, "weight_scale"):
                 linear = nn.Linear(child.in_features, child.out_features, child.bias is not None)
-                decoded = Q.dequantize_rows(child.weight, child.weight_scale, bits, torch.float16)
-                linear.weight.data = decoded.float()
+                dequantized = Q.dequantize_rows(child.weight, child.weight_scale, bits, torch.float16)
+                linear.weight.data = dequantized.float()
                 linear.bias = child.bias
                 setattr(parent, name, linear)
     logits = model(input_ids=_golden(fixture_dir, bits, "input_ids_fp16product")).logits
@@ -436,8 +430,8 @@ def test_fp16_product(fixture_dir, quantised_dir, bits):
 
 @torch.no_grad()
 @pytest.mark.parametrize("bits", [8, 4])
-def test_half_precision_run_of_a_quantised_checkpoint(fixture_dir, quantised_dir, bits):
-    model = load_base_model(open_checkpoint(quantised_dir(bits)), compute_dtype="fp16").eval()
+def test_half_precision_run_of_a_quantized_checkpoint(fixture_dir, quantized_dir, bits):
+    model = load_base_model(open_checkpoint(quantized_dir(bits)), compute_dtype="fp16").eval()
     logits = model(input_ids=_golden(fixture_dir, bits, "input_ids_fp32product")).logits
     assert logits.dtype == torch.float16
     golden = _golden(fixture_dir, bits, "logits_fp32product")
@@ -446,7 +440,7 @@ def test_half_precision_run_of_a_quantised_checkpoint(fixture_dir, quantised_dir
 
 @torch.no_grad()
 @pytest.mark.parametrize("bits", [8, 4])
-def test_quantised_embeddings_of_chatglm_6b(bits, tmp_path):
+def test_quantized_embeddings_of_chatglm_6b(bits, tmp_path):
     fixture_dir = FIXTURES_DIR / "chatglm-6b"
     model = load_base_model(open_checkpoint(fixture_dir / "model")).eval()
     script_dir = str(FILES[0].parent)
@@ -497,7 +491,7 @@ def test_model_quantize_takes_the_published_arguments(golden_model, family_name,
     if family_name == "chatglm-6b":
         published = {"quantize_embeddings": True, "use_quantization_cache": True, "empty_init": True}
     else:
-        with pytest.raises(ValueError, match="checkpoints hold no quantised embedding"):
+        with pytest.raises(ValueError, match="checkpoints hold no quantized embedding"):
             golden_model.quantize(8, quantize_embeddings=True)
     ids = _golden(fixture_dir, 8, "input_ids_fp16product")
     model = golden_model.quantize(8, **published)
@@ -516,11 +510,11 @@ def test_model_quantize_takes_the_published_arguments(golden_model, family_name,
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("method", ["search", "absmax"])
-def test_gpu_quantises_as_the_cpu_does(bits, method):
+def test_gpu_quantizes_as_the_cpu_does(bits, method):
     weight = _rows("heavy", 64, 4098)
     stored, scale = (tensor.cpu() for tensor in Q.quantize_rows(weight.cuda(), bits, method))
-    decoded = Q.dequantize_rows(stored, scale, bits, torch.float32)
-    on_gpu = (decoded - weight.float()).square().sum() / weight.float().square().sum()
+    dequantized = Q.dequantize_rows(stored, scale, bits, torch.float32)
+    on_gpu = (dequantized - weight.float()).square().sum() / weight.float().square().sum()
     on_cpu = _squared_error(weight, bits, method) * weight.double().square().sum(1)
     assert on_gpu.item() == pytest.approx((on_cpu.sum() / weight.double().square().sum()).item(), rel=1e-3)
 
@@ -528,8 +522,8 @@ def test_gpu_quantises_as_the_cpu_does(bits, method):
 @torch.no_grad()
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", [8, 4])
-def test_published_quantised_checkpoints_run_on_a_gpu(fixture_dir, quantised_dir, bits):
-    model = load_base_model(open_checkpoint(quantised_dir(bits)), device_map={"": "cuda:0"}).eval()
+def test_published_quantized_checkpoints_run_on_a_gpu(fixture_dir, quantized_dir, bits):
+    model = load_base_model(open_checkpoint(quantized_dir(bits)), device_map={"": "cuda:0"}).eval()
     logits = model(input_ids=_golden(fixture_dir, bits, "input_ids_fp32product").cuda()).logits.cpu()
     torch.testing.assert_close(logits, _golden(fixture_dir, bits, "logits_fp32product"), atol=1e-4, rtol=0)
     logits = model.half()(input_ids=_golden(fixture_dir, bits, "input_ids_fp32product").cuda()).logits.float().cpu()

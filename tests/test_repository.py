@@ -17,6 +17,7 @@ import merge_lora_and_quantize
 import train_qlora
 from glm_utils.family import FAMILIES
 from tests.conftest import PROJECT_DIR
+from tools import check_copies
 
 STAGES = (
     train_qlora.train_qlora,
@@ -119,10 +120,10 @@ def test_drift_of_copies_is_found_and_repaired(copied_scripts):
 
 def test_missing_copy_is_found_and_repaired(copied_scripts):
     scripts_dir, check = copied_scripts
-    (scripts_dir / "chatglm2-6b/masking_chatglm.py").unlink()
-    assert "masking_chatglm.py: missing" in check().stdout
+    (scripts_dir / "chatglm2-6b/attention_chatglm.py").unlink()
+    assert "attention_chatglm.py: missing" in check().stdout
     assert check("--fix").returncode == 0
-    (scripts_dir / "chatglm-6b/masking_chatglm.py").unlink()
+    (scripts_dir / "chatglm-6b/attention_chatglm.py").unlink()
     assert check("--fix").returncode == 1
 
 
@@ -137,6 +138,56 @@ def test_damaged_region_is_not_called_repaired(copied_scripts, family, marker):
     assert found.returncode == 1
     assert "tokenization_chatglm.py" in found.stdout
     assert path.read_text("utf-8") == damaged
+
+
+@pytest.mark.parametrize("family", ["chatglm-6b", "chatglm2-6b"])
+def test_a_file_of_one_family_is_a_fault(copied_scripts, family):
+    scripts_dir, check = copied_scripts
+    (scripts_dir / family / "new_chatglm.py").write_text("NEW = 1\n")
+    found = check()
+    assert found.returncode == 1
+    assert "new_chatglm.py: missing" in found.stdout
+    assert check("--fix").returncode == (family != "chatglm-6b")  # copies go one way
+
+
+def test_a_missing_file_with_regions_is_left_to_a_person(copied_scripts):
+    scripts_dir, check = copied_scripts
+    (scripts_dir / "chatglm2-6b/modeling_chatglm.py").unlink()
+    found = check("--fix")
+    assert found.returncode == 1
+    assert "modeling_chatglm.py: missing" in found.stdout
+    assert not (scripts_dir / "chatglm2-6b/modeling_chatglm.py").exists()
+
+
+def test_files_without_regions_must_be_identical(copied_scripts):
+    """A file whose regions are gone in both directories does not pass as one that shares nothing."""
+    scripts_dir, check = copied_scripts
+    for family in ("chatglm-6b", "chatglm2-6b"):
+        path = scripts_dir / family / "tokenization_chatglm.py"
+        lines = path.read_text("utf-8").split("\n")
+        path.write_text("\n".join(line for line in lines if "region" not in line), "utf-8")
+    assert "tokenization_chatglm.py: differs" in check().stdout
+
+
+def test_exceptions_of_the_copies(tmp_path, monkeypatch):
+    """A file that is named with a reason may differ, or be one family's alone."""
+    source, target = tmp_path / "own.py", tmp_path / "other" / "own.py"
+    source.write_text("OWN = 1\n")
+    assert check_copies.compare(source, target)[0]
+    monkeypatch.setitem(check_copies.EXCEPTIONS, "own.py", "the other family has no such layer")
+    assert not check_copies.compare(source, target)[0]
+
+
+def test_check_copies_runs_as_a_module_and_needs_two_families(tmp_path):
+    command = [sys.executable, "-m", "tools.check_copies"]
+    assert subprocess.run(command, check=False, cwd=PROJECT_DIR, capture_output=True).returncode == 0
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "own.py").write_text("")
+    for scripts_dir in (tmp_path, tmp_path / "absent"):
+        options = [*command, "--scripts_dir", scripts_dir]
+        result = subprocess.run(options, check=False, cwd=PROJECT_DIR, capture_output=True, text=True)
+        assert result.returncode == 2
+        assert "expected at least two directories" in result.stderr
 
 
 def test_imports_keep_their_direction():

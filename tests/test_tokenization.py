@@ -280,7 +280,7 @@ def test_many_control_strings_are_quick(tokenizer, family):
 
 @both
 def test_ids_without_a_piece_decode_to_nothing(tokenizer, family):
-    """The published code raises on the rows by which the model's vocabulary exceeds the tokenizer's."""
+    """The published code raises on the ids by which the model's vocabulary exceeds the tokenizer's."""
     ids = tokenizer.encode_text("你好")
     beyond = [tokenizer.vocab_size, tokenizer.vocab_size + 50, -1]
     assert tokenizer.decode([*ids, *beyond]) == tokenizer.decode([*beyond, *ids]) == "你好"

@@ -4,7 +4,6 @@ The interpreter has to be chosen before Triton is imported, so `test_kernels_in_
 in a process of its own.
 """
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from glm_utils.family import FAMILIES
+from tests.fresh_scripts import door, load_script
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -24,15 +23,8 @@ LAYER_SHAPES = {  # (N, K) of the four Linear modules of a layer
 }
 
 
-def _load():
-    spec = importlib.util.spec_from_file_location("kernels_under_test", FAMILIES[0].remote_dir / "quantization.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-Q = _load()
+Q = load_script("quantization")
+OVERRIDES = door(Q).OVERRIDES
 _on_kernels = (lambda test: test) if INTERPRETED else pytest.mark.gpu
 
 
@@ -50,9 +42,9 @@ def _random(*shape, dtype=torch.float16, seed=1):
 
 
 def _exact(x, weight, scale, bits, bias=None):
-    """Return the product in fp64: neither the weight nor a sum is rounded."""
-    decoded = Q.dequantize_rows(weight, scale, bits, torch.float64)
-    return F.linear(x.double(), decoded, None if bias is None else bias.double())
+    """Return the matmul in fp64: neither the weight nor a sum is rounded."""
+    dequantized = Q.dequantize_rows(weight, scale, bits, torch.float64)
+    return F.linear(x.double(), dequantized, None if bias is None else bias.double())
 
 
 def _rounding(dtype):
@@ -62,7 +54,7 @@ def _rounding(dtype):
 
 
 def _assert_close(found, expected, terms):
-    """Compare with an exact product: one rounding of the result and the fp32 rounding of a sum of that many terms."""
+    """Compare with an exact matmul: one rounding of the result and the fp32 rounding of a sum of that many terms."""
     assert found.shape == expected.shape
     largest = expected.abs().max().item()
     error = (found.double() - expected).abs()
@@ -90,25 +82,26 @@ def test_kernels_in_the_interpreter():
 
 @_on_kernels
 @pytest.mark.parametrize("bits", [4, 8])
-def test_every_byte_is_decoded_as_the_reference_does(bits):
+def test_every_byte_is_dequantized_as_the_reference_does(bits):
     every_byte = torch.arange(-128, 128).to(torch.int8).to(DEVICE)
     for weight in (every_byte.reshape(8, 32), every_byte[:255].reshape(5, 51)):  # int32 words, then bytes
         scale = torch.linspace(-0.02, 0.03, len(weight), device=DEVICE).half()
         for dtype in (torch.float16, torch.float32):
             expected = Q.dequantize_rows(weight, scale, bits, dtype)
-            assert torch.equal(Q.decode_rows(weight, scale, bits, dtype), expected)
+            assert torch.equal(Q.triton_dequantize_rows(weight, scale, bits, dtype), expected)
 
 
 @_on_kernels
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("num_rows, num_columns", [(1, 2), (37, 1062), (5, 4104), (130, 64)])
-def test_decoding_a_weight(bits, num_rows, num_columns):
+def test_dequantizing_a_weight(bits, num_rows, num_columns):
     weight, scale = _stored(num_rows, num_columns, bits)
     assert torch.equal(
-        Q.decode_rows(weight, scale, bits, torch.float16), Q.dequantize_rows(weight, scale, bits, torch.float16)
+        Q.triton_dequantize_rows(weight, scale, bits, torch.float16),
+        Q.dequantize_rows(weight, scale, bits, torch.float16),
     )
     expected = Q.dequantize_rows(weight, scale, bits, torch.float32)
-    error = (Q.decode_rows(weight, scale, bits, torch.bfloat16).float() - expected).abs()
+    error = (Q.triton_dequantize_rows(weight, scale, bits, torch.bfloat16).float() - expected).abs()
     assert (error <= 2 * _rounding(torch.bfloat16) * expected.abs()).all()
 
 
@@ -116,7 +109,7 @@ def test_decoding_a_weight(bits, num_rows, num_columns):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 8, 17, 32])
 @pytest.mark.parametrize("num_outputs, num_columns", [(37, 1064), (19, 1062), (1, 6), (16, 2048)])
-def test_products_of_ragged_sizes(bits, num_rows, num_outputs, num_columns):
+def test_matmuls_of_ragged_sizes(bits, num_rows, num_outputs, num_columns):
     weight, scale = _stored(num_outputs, num_columns, bits)
     for dtype in _dtypes_of(num_rows):
         x, bias = _random(num_rows, num_columns, dtype=dtype), _random(num_outputs, dtype=dtype, seed=2)
@@ -178,14 +171,14 @@ def test_activations_of_another_width_are_refused():
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("shape", sorted({shape for shapes in LAYER_SHAPES.values() for shape in shapes}))
-def test_products_of_real_sizes(bits, shape):
+def test_matmuls_of_real_sizes(bits, shape):
     weight, scale = _stored(*shape, bits)
     for num_rows in (1, 2, 4, 16, 32):
         for dtype in (torch.float16, torch.bfloat16):
             x = _random(num_rows, shape[1], dtype=dtype)
             _assert_close(Q.quantized_matmul(x, weight, scale, bits), _exact(x, weight, scale, bits), shape[1])
     expected = Q.dequantize_rows(weight, scale, bits, torch.bfloat16)
-    assert torch.equal(Q.decode_rows(weight, scale, bits, torch.bfloat16), expected)
+    assert torch.equal(Q.triton_dequantize_rows(weight, scale, bits, torch.bfloat16), expected)
 
 
 @pytest.mark.gpu
@@ -193,13 +186,13 @@ def test_products_of_real_sizes(bits, shape):
 @pytest.mark.parametrize("num_rows", [0, 1, 5, 300])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_module_and_its_gradients(monkeypatch, bits, num_rows, dtype):
-    """Forward and gradients with kernels and with the reference agree to the rounding of the decoded weight."""
+    """Forward and gradients with kernels and with the reference agree to the rounding of the dequantized weight."""
     linear = torch.nn.Linear(1064, 96, dtype=dtype, device="cuda")
     module = Q.QuantizedLinear.from_linear(linear, bits)
     x, grad = _random(num_rows, 1064, dtype=dtype), _random(num_rows, 96, dtype=dtype, seed=2)
     results = []
-    for use_kernels in (True, False):
-        monkeypatch.setattr(Q, "use_kernels", use_kernels)
+    for uses_kernels in (True, False):
+        monkeypatch.setitem(OVERRIDES, "triton", uses_kernels)
         module.zero_grad()
         inputs = x.clone().requires_grad_()
         y = module(inputs)
@@ -213,7 +206,7 @@ def test_module_and_its_gradients(monkeypatch, bits, num_rows, dtype):
 
 
 @pytest.mark.gpu
-def test_products_in_a_cuda_graph():
+def test_matmuls_in_a_cuda_graph():
     weight, scale = _stored(96, 1064, 4)
     x = _random(1, 1064)
     Q.quantized_linear(x, weight, scale, 4)
@@ -230,18 +223,18 @@ def test_products_in_a_cuda_graph():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Let the door believe in kernels, and note which it opens."""
+    """Let the door choose the kernels, and note which of them runs."""
     noted = []
 
     def note(name, compute):
         monkeypatch.setattr(Q, name, lambda *args: noted.append(name) or compute(*args))
 
-    def product(x, weight, scale, bits, bias):
+    def matmul(x, weight, scale, bits, bias):
         return F.linear(x, Q.dequantize_rows(weight, scale, bits, x.dtype), bias)
 
-    monkeypatch.setattr(Q, "_has_kernels", lambda x: True)
-    note("quantized_matmul", product)
-    note("decode_rows", Q.dequantize_rows)
+    monkeypatch.setitem(OVERRIDES, "triton", True)
+    note("quantized_matmul", matmul)
+    note("triton_dequantize_rows", Q.dequantize_rows)
     return noted
 
 
@@ -252,10 +245,10 @@ def test_door_chooses_by_rows(calls, shape):
     x = torch.randn(shape, requires_grad=True)
     y = Q.quantized_linear(x, weight, scale, 4)
     few = 0 < x.shape[:-1].numel() <= Q.MATMUL_ROWS
-    assert calls == ["quantized_matmul" if few else "decode_rows"]
+    assert calls == ["quantized_matmul" if few else "triton_dequantize_rows"]
     assert y.shape == (*shape[:-1], 6)
     y.sum().backward()
-    assert calls[1:] == ["decode_rows"]
+    assert calls[1:] == ["triton_dequantize_rows"]
     assert torch.equal(x.grad, Q.dequantize_rows(weight, scale, 4, torch.float32).sum(0).expand(shape))
 
 
@@ -274,17 +267,19 @@ def test_door_chooses_by_rows(calls, shape):
 def test_devices_and_dtypes_with_kernels(monkeypatch, capability, dtype, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     x = SimpleNamespace(is_cuda=True, dtype=dtype, device="cuda:0")
-    monkeypatch.setattr(Q, "use_kernels", True)
-    assert Q._has_kernels(x) is expected
-    assert not Q._has_kernels(torch.zeros(1, dtype=dtype))  # a CPU tensor
-    monkeypatch.setattr(Q, "use_kernels", False)
-    assert not Q._has_kernels(x)
+    monkeypatch.setattr(door(Q), "triton", object())
+    monkeypatch.delitem(OVERRIDES, "triton", raising=False)
+    assert Q.triton_takes_quantized(x) is expected
+    assert not Q.triton_takes_quantized(torch.zeros(1, dtype=dtype))  # a CPU tensor
+    monkeypatch.setitem(OVERRIDES, "triton", False)
+    assert not Q.triton_takes_quantized(x)
 
 
 def test_file_works_without_triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    alone = _load()
-    assert not alone.use_kernels
+    alone = load_script("quantization")
+    assert alone.triton is None
+    assert not alone.triton_takes_quantized(SimpleNamespace(is_cuda=True, dtype=torch.float16))
     stored, scale = alone.quantize_rows(torch.randn(6, 8), 4)
     assert alone.quantized_linear(torch.randn(2, 8), stored, scale, 4).shape == (2, 6)
 
@@ -312,7 +307,7 @@ def _compile(kernel, capability, dtype, word, block_m, bits, tile):
 def test_kernels_compile_for_every_gpu(monkeypatch, capability, dtype, word):
     """Triton and the assembler take the kernels, PTX included, and their shared memory fits the smallest GPU."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    module = _load()
+    module = load_script("quantization")
     for (bits, block_m), tile in module._TILES.items():
         matvec = block_m <= module.MATVEC_ROWS
         kernel = module._quantized_matvec_kernel if matvec else module._quantized_matmul_kernel
@@ -320,4 +315,4 @@ def test_kernels_compile_for_every_gpu(monkeypatch, capability, dtype, word):
         assert compiled.metadata.shared <= 64 * 1024, (bits, block_m)
         assert "0x6a" in compiled.asm["ptx"].lower()
     for bits in (4, 8):
-        _compile(module._decode_rows_kernel, capability, dtype, word, 0, bits, (4, 1024, 4))
+        _compile(module._dequantize_rows_kernel, capability, dtype, word, 0, bits, (4, 1024, 4))

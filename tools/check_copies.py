@@ -1,10 +1,11 @@
-"""Check that what the two families share is the same in both directories, and repair it on request.
+"""Check that what the model families share is the same in all their directories, and repair it on request.
 
     python tools/check_copies.py [--fix] [--scripts_dir remote_scripts]
 
-Files listed in IDENTICAL_FILES must be byte-identical. In other files of the same name, a part between
-`# region NAME` and `# endregion` must be identical to the region of that name in the other file. --fix copies from
-chatglm-6b to chatglm2-6b. Exit code 1 when a difference is left.
+Every file must be in every family's directory, in one of two forms: byte-identical, or with named regions, from
+`# region NAME` to `# endregion`, that are the same in all of them. Which form a file has is seen from the file itself:
+one with region markers has regions, any other is identical. What can be neither stands in EXCEPTIONS. --fix copies
+from the first family, in alphabetical order, to the others. Exit code 1 when a difference is left.
 """
 
 import argparse
@@ -12,17 +13,8 @@ import re
 import sys
 from pathlib import Path
 
-SOURCE, TARGET = "chatglm-6b", "chatglm2-6b"
-IDENTICAL_FILES = (
-    "cuda_kernels.py",
-    "cuda_source.py",
-    "decoding_chatglm.py",
-    "fused_chatglm.py",
-    "generation_chatglm.py",
-    "masking_chatglm.py",
-    "packing_chatglm.py",
-    "quantization.py",
-)
+# File name -> why only one family has it, or why the families' files have nothing in common. None today.
+EXCEPTIONS: dict[str, str] = {}
 SCRIPTS_DIR = Path(__file__).resolve().parent.parent / "remote_scripts"
 REGION = re.compile(
     rb"^[ \t]*# region (?P<name>[^\r\n]+?)[ \t]*\r?\n.*?^[ \t]*# endregion\b[^\n]*", re.DOTALL | re.MULTILINE
@@ -44,24 +36,34 @@ def regions(content: bytes) -> dict[str, bytes]:
 
 
 def compare(source: Path, target: Path) -> tuple[list[str], bytes | None]:
-    """Compare one file of both families.
+    """Compare one file of two families.
 
     Args:
         source: The first family's file.
-        target: The second family's.
+        target: The other family's.
 
     Returns:
         One message for each difference, and the content that repairs the target; None where a person has to.
     """
-    for path, other in ((source, target), (target, source)):
-        if not path.is_file() and source.name in IDENTICAL_FILES:
-            content = source.read_bytes() if source.is_file() else None
-            return [f"{path}: missing; it is the same file as {other}"], content
-    if not (source.is_file() and target.is_file()):
-        return [], None  # a file that only one family has
-    ours, theirs = source.read_bytes(), target.read_bytes()
-    if source.name in IDENTICAL_FILES:
-        return ([f"{target}: differs from {source}; they are one file in two places"] if ours != theirs else []), ours
+    if source.name in EXCEPTIONS:
+        return [], None
+    if not source.is_file():
+        return [f"{source}: missing; {target} is there. Copy it, or name it in EXCEPTIONS"], None
+    ours = source.read_bytes()
+    if not target.is_file():
+        is_identical = not MARKER.search(ours)
+        messages = [f"{target}: missing; {source} is there. Copy it, or name it in EXCEPTIONS"]
+        return messages, ours if is_identical else None
+    theirs = target.read_bytes()
+    if MARKER.search(ours) or MARKER.search(theirs):
+        return compare_regions(source, target, ours, theirs)
+    if ours == theirs:
+        return [], ours
+    return [f"{target}: differs from {source}; without regions they are one file in two places"], ours
+
+
+def compare_regions(source: Path, target: Path, ours: bytes, theirs: bytes) -> tuple[list[str], bytes | None]:
+    """Compare the named regions of one file of two families; arguments and result as for `compare`."""
     messages, repaired, wanted, present = [], theirs, {}, {}
     for path, content, named in ((source, ours, wanted), (target, theirs, present)):
         try:
@@ -73,33 +75,35 @@ def compare(source: Path, target: Path) -> tuple[list[str], bytes | None]:
     for name in wanted.keys() ^ present.keys():
         path, other = (target, source) if name in wanted else (source, target)
         messages.append(f"{path}: has no region {name!r}, which {other} has; put the markers where it belongs")
-    unrepairable = bool(messages)
+    is_repairable = not messages
     for name in wanted.keys() & present.keys():
         if wanted[name] != present[name]:
             messages.append(f"{target}: region {name!r} differs from {source}")
             repaired = repaired.replace(present[name], wanted[name])
-    return messages, None if unrepairable else repaired
+    return messages, repaired if is_repairable else None
 
 
 def main() -> None:
     """Print the differences; exit with 1 when there are any that were not repaired."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fix", action="store_true", help=f"copy from {SOURCE} to {TARGET}")
+    parser.add_argument("--fix", action="store_true", help="copy from the first family to the others")
     parser.add_argument("--scripts_dir", type=Path, default=SCRIPTS_DIR, help="holds one directory for each family")
     options = parser.parse_args()
-    names = {path.name for family in (SOURCE, TARGET) for path in (options.scripts_dir / family).glob("*.py")}
+    source_dir, *target_dirs = sorted({path.parent for path in options.scripts_dir.glob("*/*.py")}) or [None]
+    if not target_dirs:
+        parser.error(f"{options.scripts_dir}: expected at least two directories with scripts in it")
     num_left = 0
-    for name in sorted(names | set(IDENTICAL_FILES)):
-        target = options.scripts_dir / TARGET / name
-        messages, repaired = compare(options.scripts_dir / SOURCE / name, target)
-        fixed = bool(messages) and options.fix and repaired is not None
-        if fixed:
-            target.write_bytes(repaired)
-        num_left += 0 if fixed else len(messages)
-        for message in messages:
-            print(("repaired: " if fixed else "") + message)
+    for target_dir in target_dirs:
+        for name in sorted({path.name for parent in (source_dir, target_dir) for path in parent.glob("*.*")}):
+            messages, repaired = compare(source_dir / name, target_dir / name)
+            is_fixed = bool(messages) and options.fix and repaired is not None
+            if is_fixed:
+                (target_dir / name).write_bytes(repaired)
+            num_left += 0 if is_fixed else len(messages)
+            for message in messages:
+                print(("repaired: " if is_fixed else "") + message)
     if num_left:
-        print(f"{num_left} differences left; `python tools/check_copies.py --fix` copies from {SOURCE} to {TARGET}")
+        print(f"{num_left} differences left; `python tools/check_copies.py --fix` copies from {source_dir.name}")
     sys.exit(bool(num_left))
 
 

@@ -4,7 +4,6 @@ A terminal, a web page and an API differ only in where the pieces go.
 """
 
 import contextlib
-import inspect
 import os
 import time
 from collections.abc import Iterator
@@ -55,10 +54,9 @@ def chat_settings(
     Raises:
         UserError: A value out of range.
     """
-    parameters = inspect.signature(model.stream_chat).parameters
     context = model.config.max_position_embeddings
     given = {"max_length": max_length, "temperature": temperature, "top_p": top_p}
-    values = {name: parameters[name].default if value is None else value for name, value in given.items()}
+    values = {name: getattr(model, f"chat_{name}") if value is None else value for name, value in given.items()}
     if max_length is None:
         values["max_length"] = min(values["max_length"], context)
     settings = ChatSettings(**values)

@@ -11,13 +11,13 @@ from transformers import PretrainedConfig
 class ChatGLMConfig(PretrainedConfig):
     """Hold the hyper-parameters of a ChatGLM-6B model.
 
-    The defaults describe the released 6B checkpoint with its 130,528 word-piece rows.
+    The defaults describe the released 6B checkpoint with its vocabulary of 130,528.
 
     Args:
         vocab_size: Rows of the embedding and of the output layer. May exceed the tokenizer's size.
         hidden_size: Width of the residual stream, C.
         num_layers: Number of blocks (``num_hidden_layers`` is an alias).
-        num_attention_heads: Query heads, H; each has ``hidden_size / num_attention_heads`` channels.
+        num_attention_heads: Query heads, H; each is ``hidden_size / num_attention_heads`` wide.
         inner_hidden_size: Width of the feed-forward layer, F.
         layernorm_epsilon: Epsilon of every LayerNorm.
         max_sequence_length: Longest trained sequence, in tokens.
@@ -28,12 +28,12 @@ class ChatGLMConfig(PretrainedConfig):
         mask_token_id: ``[MASK]``.
         gmask_token_id: ``[gMASK]``.
         use_cache: Whether generation keeps keys and values.
-        quantization_bit: 0 for floating-point weights, 8 or 4 for row-wise quantised linear layers.
-        quantization_embeddings: Whether the embedding (shared with the output layer) is quantised too.
+        quantization_bit: 0 for floating-point weights, 8 or 4 for row-wise quantized linear layers.
+        quantization_embeddings: Whether the embedding (shared with the output layer) is quantized too.
         rotary_angles_in_model_dtype: Round rotary angles to the model's dtype as the published code did. Off by
             default: angles are computed in fp32, which is exact at every position.
         tie_word_embeddings: Whether the output layer shares the embedding's weight; false in the released files.
-        initializer_range: Standard deviation of freshly initialised weights.
+        initializer_range: Standard deviation of freshly initialized weights.
         pre_seq_len: Refused when set: prefix tuning (P-tuning v2) is not supported.
         prefix_projection: Part of prefix tuning; ignored.
 
@@ -76,6 +76,7 @@ class ChatGLMConfig(PretrainedConfig):
         super().__post_init__(**kwargs)
         if not self.position_encoding_2d:
             raise ValueError("position_encoding_2d=false is not supported: released checkpoints set it to true.")
+        # region shared by both families: settings that are refused
         if self.pre_seq_len is not None:
             raise ValueError(
                 f"pre_seq_len={self.pre_seq_len}: this is a P-tuning v2 checkpoint; prefix tuning is not supported. "
@@ -83,6 +84,7 @@ class ChatGLMConfig(PretrainedConfig):
             )
         if self.quantization_bit not in (0, 4, 8):
             raise ValueError(f"quantization_bit must be 0, 4 or 8, found {self.quantization_bit}.")
+        # endregion
         if self.hidden_size % (4 * self.num_attention_heads):
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be a multiple of 4 * num_attention_heads "
@@ -91,7 +93,7 @@ class ChatGLMConfig(PretrainedConfig):
 
     @property
     def head_dim(self) -> int:
-        """Channels of one attention head, D."""
+        """Width of one attention head, D."""
         return self.hidden_size // self.num_attention_heads
 
     @property

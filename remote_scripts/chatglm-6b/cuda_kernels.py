@@ -1,24 +1,23 @@
 """Compile and launch the CUDA C++ kernels of cuda_source.py (this file is byte-identical in both directories).
 
-Shapes: M rows (batch), N out, K in, R LoRA rank, B batch, H query heads, G key/value heads, D head channels,
-S cache slots, C hidden.
+Shapes: M rows of x (one per sequence), N out, K in, R LoRA rank, B batch, H query heads, G key/value heads,
+D head_dim, S cache slots, C hidden.
 """
 
 import ctypes
 import functools
-import sys
 from dataclasses import dataclass
 
 import torch
 
 from .cuda_source import SOURCE
+from .kernels_chatglm import cuda_libraries
 
 FORMATS = {"float": 0, "int8": 1, "int4": 2, "nf4": 3}
 EPILOGUES = {"store": 0, "residual": 1, "swiglu": 2, "gelu": 3}
-MAX_ROWS = 16
+MAX_BATCH = 16
 MIN_KEYS_PER_BLOCK = 256
 MAX_CLUSTER = 8  # blocks; what CUDA grants on every GPU that has clusters
-MIN_CAPABILITY = (8, 0)  # mma.m16n8k16 and bf16
 OVERLAP_CAPABILITY = (9, 0)  # programmatic dependent launch, clusters
 
 
@@ -50,7 +49,7 @@ COMMON_DEFINES = (f"MIN_KEYS={MIN_KEYS_PER_BLOCK}",)
 
 
 def tuning(kind: str, row_tiles: int, num_tiles: int, num_sms: int) -> Tuning:
-    """Choose the tuning of a product, as measured on an H200 (benchmarks/notes_inference.md).
+    """Choose the tuning of a matmul, as measured on an H200 (benchmarks/notes_inference.md).
 
     Args:
         kind: The weight's format.
@@ -90,32 +89,6 @@ class _LaunchConfig(ctypes.Structure):
 PROGRAMMATIC_LAUNCH = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 NF4_TABLE_BYTES = 256 * 32 * 4
-
-
-@functools.cache
-def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
-    """Open the CUDA driver and NVRTC, which PyTorch's CUDA builds bring.
-
-    Raises:
-        OSError: One of them is not there.
-    """
-    major = (torch.version.cuda or "0").split(".")[0]
-    on_windows = sys.platform == "win32"
-    driver = ctypes.CDLL("nvcuda.dll" if on_windows else "libcuda.so.1")
-    return driver, ctypes.CDLL(f"nvrtc64_{major}0_0.dll" if on_windows else f"libnvrtc.so.{major}")
-
-
-def available(device: torch.device) -> bool:
-    """Say whether the kernels can run on a device: a CUDA build of PyTorch, NVRTC, compute capability 8.0."""
-    if device.type != "cuda" or torch.version.cuda is None:
-        return False
-    if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
-        return False
-    try:
-        _libraries()
-    except OSError:
-        return False
-    return True
 
 
 def _check(status: int, call: str) -> None:
@@ -169,7 +142,7 @@ class _Kernel:
     """
 
     def __init__(self, name: str, device: torch.device, defines: tuple[str, ...]):
-        self.driver, nvrtc = _libraries()
+        self.driver, nvrtc = cuda_libraries()
         self.device = device
         major, minor = torch.cuda.get_device_capability(device)
         self.overlaps = (major, minor) >= OVERLAP_CAPABILITY
@@ -213,7 +186,7 @@ class _MatvecArgs(ctypes.Structure):
     ]
 
 
-class _AttendArgs(ctypes.Structure):
+class _DecodeAttentionArgs(ctypes.Structure):
     _fields_ = [
         *(
             (name, ctypes.c_void_p)
@@ -231,7 +204,7 @@ class _AttendArgs(ctypes.Structure):
                 "out",
             )
         ),
-        *((name, ctypes.c_int) for name in ("heads", "groups", "slots")),
+        *((name, ctypes.c_int) for name in ("num_heads", "num_kv_heads", "slots")),
         ("scaling", ctypes.c_float),
     ]
 
@@ -276,7 +249,7 @@ def matvec(
     """Multiply by a weight.
 
     Args:
-        x: [M, K], fp16 or bf16, contiguous, M up to MAX_ROWS.
+        x: [M, K], fp16 or bf16, contiguous, M up to MAX_BATCH.
         weight: The weight; `fits` says which.
         out: [M, N], or [M, N/2] after swiglu; the dtype of x, or fp32. Overwritten.
         epilogue: store; residual: alpha * residual + y; swiglu: silu(first half) * second half; gelu (tanh).
@@ -314,13 +287,13 @@ def matvec(
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, out: torch.Tensor) -> None:
-    """Normalise rows [M, C], C a multiple of 8 up to 16384: RMSNorm, or LayerNorm with a bias; out is overwritten."""
+    """Normalize rows [M, C], C a multiple of 8 up to 16384: RMSNorm, or LayerNorm with a bias; out is overwritten."""
     kernel = _kernel(f"norm<{int(x.dtype == torch.bfloat16)}, {int(bias is not None)}>", x.device, COMMON_DEFINES)
     pointers = (ctypes.c_void_p(_pointer(tensor)) for tensor in (x, weight, bias, out))
     kernel.launch((x.shape[0], 1, 1), 512, *pointers, ctypes.c_int(x.shape[1]), ctypes.c_float(eps))
 
 
-def attend(
+def decode_attention(
     qkv: torch.Tensor,
     cache: tuple[torch.Tensor, torch.Tensor],
     rotary: tuple[torch.Tensor, torch.Tensor],
@@ -331,23 +304,22 @@ def attend(
     out: torch.Tensor,
     two_d: bool,
 ) -> None:
-    """Attend with one new token per row, and store its key and value in slot `length` of the cache.
+    """Attend with one new token per sequence, and store its key and value in slot `length` of the cache.
 
     Args:
         qkv: The fused projection: (B, (H + 2 G) D) blocked, or with two_d (B, H 3 D) head by head.
         cache: Keys and values, each (B, G, S, D); slots behind the new one are not read.
         rotary: cos and sin of every position, each (positions, D / 4), in the dtype of qkv.
-        positions: int32 (B, 2), the token's position channels; the second is used with two_d.
-        starts: int32 (B,), the first slot that is no padding.
+        positions: int32 (B, 2), the token's two positions; the second is used with two_d.
+        starts: int32 (B,), the first slot that is not padding.
         length: int32 (1,), the number of filled slots.
-        scratch: fp32 room of `attend_scratch`, and its zeroed counters.
+        scratch: What `attention_scratch` returned: fp32 room, and zeroed counters, which are left zero.
         out: (B, H D); overwritten.
         two_d: ChatGLM-6B's rotary embedding and layout.
     """
     keys, values = cache
-    batch, groups, slots, channels = keys.shape
-    heads = out.shape[1] // channels
-    arguments = _AttendArgs(
+    batch, num_kv_heads, slots, head_dim = keys.shape
+    arguments = _DecodeAttentionArgs(
         qkv=qkv.data_ptr(),
         keys=keys.data_ptr(),
         values=values.data_ptr(),
@@ -359,31 +331,33 @@ def attend(
         partial=scratch[0].data_ptr(),
         counters=scratch[1].data_ptr(),
         out=out.data_ptr(),
-        heads=heads,
-        groups=groups,
+        num_heads=out.shape[1] // head_dim,
+        num_kv_heads=num_kv_heads,
         slots=slots,
-        scaling=channels**-0.5,
+        scaling=head_dim**-0.5,
     )
-    name = f"attend<{int(qkv.dtype == torch.bfloat16)}, {channels}, {int(two_d)}>"
-    cluster, splits = _attend_blocks(batch, groups, slots, qkv.device)
+    name = f"decode_attention<{int(qkv.dtype == torch.bfloat16)}, {head_dim}, {int(two_d)}>"
+    cluster, splits = _attention_blocks(batch, num_kv_heads, slots, qkv.device)
     kernel = _kernel(name, qkv.device, (*COMMON_DEFINES, f"CLUSTER={cluster}"))
-    kernel.launch((splits * cluster, groups, batch), 128, arguments)
+    kernel.launch((splits * cluster, num_kv_heads, batch), 128, arguments)
 
 
-def attend_scratch(batch: int, groups: int, slots: int, channels: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the buffers that `attend` combines its splits in; calls on one stream may share them."""
-    splits = _attend_blocks(batch, groups, slots, device)[1]
-    partial = torch.empty(batch * groups * splits * 16 * (channels + 2), dtype=torch.float32, device=device)
-    return partial, torch.zeros(batch * groups, dtype=torch.int32, device=device)
+def attention_scratch(
+    batch: int, num_kv_heads: int, slots: int, head_dim: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the buffers in which `decode_attention` combines its splits; calls on one stream may share them."""
+    splits = _attention_blocks(batch, num_kv_heads, slots, device)[1]
+    partial = torch.empty(batch * num_kv_heads * splits * 16 * (head_dim + 2), dtype=torch.float32, device=device)
+    return partial, torch.zeros(batch * num_kv_heads, dtype=torch.int32, device=device)
 
 
-def _attend_blocks(batch: int, groups: int, slots: int, device) -> tuple[int, int]:
-    """Choose how many blocks share a row's keys: blocks of a cluster, and clusters.
+def _attention_blocks(batch: int, num_kv_heads: int, slots: int, device) -> tuple[int, int]:
+    """Choose how many blocks share the keys of a sequence: blocks of a cluster, and clusters.
 
-    Both grow until the GPU is full twice. Joining clusters costs several us, so that each takes MIN_KEYS_PER_BLOCK a
-    block first.
+    Both grow until the GPU is full twice. Joining clusters costs several us, so that each block takes
+    MIN_KEYS_PER_BLOCK first.
     """
-    full = -(-2 * _num_sms(device) // (batch * groups))
+    full = -(-2 * _num_sms(device) // (batch * num_kv_heads))
     cluster = min(MAX_CLUSTER, 1 << (full.bit_length() - 1)) if _has_clusters(device) else 1
     return cluster, max(1, min(full // cluster, -(-slots // (MIN_KEYS_PER_BLOCK * cluster))))
 

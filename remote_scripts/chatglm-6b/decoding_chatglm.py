@@ -1,18 +1,18 @@
-"""Decode one token per row with hand-fused CUDA kernels in a CUDA graph (byte-identical in both directories).
+"""Generate one token per step with fused CUDA kernels in a CUDA graph (byte-identical in both directories).
 
-After the prompt has gone through the model, each new token is the same sequence of launches: embedding, per layer
-norm, qkv, attention, dense, norm, two MLP products, then the output layer. Launched one by one the host is the limit;
-here they are captured once per batch size and cache size, in well under a second, and replayed. Token, positions and
-cache length live on the GPU and advance inside the graph, so that nothing waits for the host.
+After the prompt has gone through the model (prefill), each new token is the same sequence of launches (a decode step):
+embedding, per layer norm, qkv, attention, dense, norm, two MLP matmuls, then the output layer. Launched one by one the
+host is the limit; here they are captured once per batch size and cache size, in well under a second, and replayed.
+Token, positions and cache length live on the GPU and advance inside the graph, so that nothing waits for the host.
 
-Covered: CUDA from compute capability 8.0, fp16 and bf16 models, fp16/bf16, int8, int4 and NF4 (bitsandbytes) weights,
-LoRA adapters that are not merged, up to 16 rows, left padding. For anything else `DecodeGraph.of` says why not, and
-generation goes on through the model's forward.
+Covered: where kernels_chatglm.py finds NVRTC and a GPU for it, fp16 and bf16 models, fp16/bf16, int8, int4 and NF4
+(bitsandbytes) weights, LoRA adapters that are not merged, up to 16 sequences, left padding. For anything else
+`DecodeGraph.of` says why not, and generation goes on through the model's forward.
 
 A graph serves one stream at a time: `of` takes a model's idle graph or makes one, the stream gives it back at its end.
 
-Shapes: B rows, T prompt tokens, S cache slots, L layers, H query heads, G key/value heads, D head channels, C hidden,
-V vocabulary rows, R LoRA rank.
+Shapes: B batch, T prompt tokens, S cache slots, L layers, H query heads, G key/value heads, D head_dim, C hidden,
+V vocabulary, R LoRA rank.
 """
 
 import weakref
@@ -22,12 +22,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from .cuda_kernels import MAX_ROWS, Weight, attend, attend_scratch, available, fits, matvec, norm
+from .cuda_kernels import MAX_BATCH, Weight, attention_scratch, decode_attention, fits, matvec, norm
+from .kernels_chatglm import nvrtc_runs_on
 from .quantization import QuantizedLinear
 
 MIN_SLOTS = 256
-HEAD_CHANNELS = (64, 128)
-MAX_HEADS_PER_GROUP = 16
+HEAD_DIMS = (64, 128)
+MAX_HEADS_PER_KV_HEAD = 16
 MAX_HIDDEN = 16384  # of the norm kernel
 
 
@@ -64,24 +65,24 @@ class DecodeParts:
         embedding: ids -> (..., C).
         blocks: The layers.
         final_norm: The last norm.
-        head: Linear C -> V.
+        lm_head: Linear C -> V.
         rotary: Number of positions -> cos and sin, each (positions, D / 4), in the model's dtype.
-        heads: H.
-        groups: G.
-        channels: D.
-        activation: Epilogue of the up product: swiglu or gelu.
-        residual_scale: None: the residual is a block's input; else its normalised input times this.
-        two_d: ChatGLM-6B's qkv layout and two position channels.
+        num_heads: H.
+        num_kv_heads: G.
+        head_dim: D.
+        activation: Epilogue of the up matmul: swiglu or gelu.
+        residual_scale: None: the residual is a block's input; else its normalized input times this.
+        two_d: ChatGLM-6B's qkv layout and two positions per token.
     """
 
     embedding: nn.Module
     blocks: list[Block]
     final_norm: nn.Module
-    head: nn.Module
+    lm_head: nn.Module
     rotary: Callable
-    heads: int
-    groups: int
-    channels: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
     activation: str
     residual_scale: float | None
     two_d: bool
@@ -192,8 +193,8 @@ class _Plan:
             raise Unsupported(f"weights on {device} and {sorted(devices)}")
         if dtype not in (torch.float16, torch.bfloat16):
             raise Unsupported(f"a {dtype} model")
-        if parts.channels not in HEAD_CHANNELS or parts.heads > MAX_HEADS_PER_GROUP * parts.groups:
-            raise Unsupported(f"{parts.heads} heads of {parts.channels} channels over {parts.groups} keys")
+        if parts.head_dim not in HEAD_DIMS or parts.num_heads > MAX_HEADS_PER_KV_HEAD * parts.num_kv_heads:
+            raise Unsupported(f"{parts.num_heads} heads of {parts.head_dim} over {parts.num_kv_heads} key/value heads")
         self.blocks = [
             replace(
                 block,
@@ -206,10 +207,10 @@ class _Plan:
             )
             for block in parts.blocks
         ]
-        self.final_norm, self.head = read_norm(parts.final_norm, dtype), read_linear(parts.head, dtype)
-        if self.head.shape[1] > MAX_HIDDEN:
-            raise Unsupported(f"{self.head.shape[1]} hidden channels, more than {MAX_HIDDEN}")
-        linears = [self.head] + [
+        self.final_norm, self.lm_head = read_norm(parts.final_norm, dtype), read_linear(parts.lm_head, dtype)
+        if self.lm_head.shape[1] > MAX_HIDDEN:
+            raise Unsupported(f"hidden size {self.lm_head.shape[1]}, more than {MAX_HIDDEN}")
+        linears = [self.lm_head] + [
             linear for block in self.blocks for linear in (block.query_key_value, block.dense, block.up, block.down)
         ]
         self.max_rank = max((len(linear.lora_a) for linear in linears if linear.lora_a is not None), default=0)
@@ -232,7 +233,7 @@ def _signature(model: nn.Module) -> tuple:
 
 
 class DecodeGraph:
-    """A captured decode step for B rows and up to S tokens of context.
+    """A captured decode step for B sequences and up to S tokens of context.
 
     Attributes:
         token: int64 (B, 1), the token to feed; whoever samples writes it here.
@@ -259,10 +260,10 @@ class DecodeGraph:
             Unsupported: This path does not cover the model or the input.
         """
         batch, length = cache.layers[0].keys.shape[0], cache.get_seq_length()
-        if not available(model.device):
+        if not nvrtc_runs_on(model.device):
             raise Unsupported(f"{model.device}: the kernels need CUDA, NVRTC and compute capability 8.0")
-        if batch > MAX_ROWS:
-            raise Unsupported(f"{batch} rows, more than {MAX_ROWS}")
+        if batch > MAX_BATCH:
+            raise Unsupported(f"{batch} sequences, more than {MAX_BATCH}")
         if model.training:
             raise Unsupported("a model in training mode, which may drop out")
         embedding = model.get_input_embeddings()  # is called as a module, hooks and all
@@ -303,7 +304,7 @@ class DecodeGraph:
         parts, device = plan.parts, plan.device
         new = {"dtype": plan.dtype, "device": device}
         self.plan, self.batch, self.slots, self.length = plan, batch, slots, 0
-        shape = (batch, parts.groups, slots, parts.channels)
+        shape = (batch, parts.num_kv_heads, slots, parts.head_dim)
         self.caches = [(torch.zeros(shape, **new), torch.zeros(shape, **new)) for _ in plan.blocks]
         self.rotary = tuple(table.contiguous() for table in parts.rotary(slots))
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
@@ -311,9 +312,9 @@ class DecodeGraph:
         self.advance = torch.tensor([0, 1] if parts.two_d else [1, 0], dtype=torch.int32, device=device)
         self.starts = torch.zeros(batch, dtype=torch.int32, device=device)
         self.length_on_device = torch.zeros(1, dtype=torch.int32, device=device)
-        self.scratch = attend_scratch(batch, parts.groups, slots, parts.channels, device)
+        self.scratch = attention_scratch(batch, parts.num_kv_heads, slots, parts.head_dim, device)
         self.lora_t = torch.empty(batch * plan.max_rank, dtype=torch.float32, device=device)
-        self.logits = torch.empty(batch, plan.head.shape[0], **new)
+        self.logits = torch.empty(batch, plan.lm_head.shape[0], **new)
         self._run()  # compiles the kernels, which a capture must not do
         self.replay = capture(self._run, device)
 
@@ -322,8 +323,8 @@ class DecodeGraph:
 
         Args:
             cache: See `of`.
-            starts: int32 (B,), padding columns of each row.
-            positions: (B, 2), position channels of the last token of each row.
+            starts: int32 (B,), padding columns of each sequence.
+            positions: (B, 2), both positions of the last token of each sequence.
         """
         self.length = cache.get_seq_length()
         for (keys, values), layer in zip(self.caches, cache.layers, strict=True):
@@ -350,8 +351,8 @@ class DecodeGraph:
         graph.length = self.length
         return graph
 
-    def _multiply(self, x: torch.Tensor, weight: Weight, epilogue: str = "store", residual=None, alpha=1.0):
-        """Return the product in a new tensor; see matvec."""
+    def _matmul(self, x: torch.Tensor, weight: Weight, epilogue: str = "store", residual=None, alpha=1.0):
+        """Return x times a weight in a new tensor; see matvec."""
         columns = weight.shape[0] // (2 if epilogue == "swiglu" else 1)
         out = torch.empty(self.batch, columns, dtype=x.dtype, device=x.device)
         rank = 0 if weight.lora_a is None else weight.lora_a.shape[0]
@@ -360,20 +361,24 @@ class DecodeGraph:
         return out
 
     @staticmethod
-    def _normalise(x: torch.Tensor, parameters: tuple) -> torch.Tensor:
+    def _normalize(x: torch.Tensor, parameters: tuple) -> torch.Tensor:
         out = torch.empty_like(x)
         norm(x, *parameters, out)
         return out
 
     def _run(self) -> None:
-        """Launch one step."""
+        """Launch one decode step.
+
+        All of this is captured: shapes, pointers and scalars are those of the capture at every replay, so whatever
+        changes from token to token (token, positions, length) is read from and advanced in GPU memory.
+        """
         parts = self.plan.parts
         hidden = parts.embedding(self.token)[:, 0].contiguous()  # (B, C)
         for block, cache in zip(self.plan.blocks, self.caches, strict=True):
-            normed = self._normalise(hidden, block.input_norm)
-            mixed = self._multiply(normed, block.query_key_value)
-            context = torch.empty(self.batch, parts.heads * parts.channels, dtype=hidden.dtype, device=hidden.device)
-            attend(
+            normed = self._normalize(hidden, block.input_norm)
+            mixed = self._matmul(normed, block.query_key_value)
+            context = hidden.new_empty(self.batch, parts.num_heads * parts.head_dim)
+            decode_attention(
                 mixed,
                 cache,
                 self.rotary,
@@ -384,13 +389,14 @@ class DecodeGraph:
                 context,
                 parts.two_d,
             )
+            # ChatGLM2 adds to a block's input, ChatGLM-6B to the scaled output of each norm.
             residual, scale = (hidden, 1.0) if parts.residual_scale is None else (normed, parts.residual_scale)
-            hidden = self._multiply(context, block.dense, "residual", residual, scale)
-            normed = self._normalise(hidden, block.post_norm)
-            wide = self._multiply(normed, block.up, parts.activation)
+            hidden = self._matmul(context, block.dense, "residual", residual, scale)
+            normed = self._normalize(hidden, block.post_norm)
+            wide = self._matmul(normed, block.up, parts.activation)
             residual = hidden if parts.residual_scale is None else normed
-            hidden = self._multiply(wide, block.down, "residual", residual, scale)
-        matvec(self._normalise(hidden, self.plan.final_norm), self.plan.head, self.logits)
+            hidden = self._matmul(wide, block.down, "residual", residual, scale)
+        matvec(self._normalize(hidden, self.plan.final_norm), self.plan.lm_head, self.logits)
         self.positions += self.advance
         self.length_on_device += 1
 
@@ -416,7 +422,7 @@ def _bucket(num_slots: int) -> int:
 
 
 def _padding(attention_mask: torch.Tensor | None, batch: int, device: torch.device) -> torch.Tensor:
-    """Return the number of padding columns of each row, (B,).
+    """Return the number of padding columns of each sequence, (B,).
 
     Raises:
         Unsupported: Padding that is not on the left.
@@ -430,7 +436,7 @@ def _padding(attention_mask: torch.Tensor | None, batch: int, device: torch.devi
 
 
 def _last_positions(position_ids: torch.Tensor, batch: int, length: int) -> torch.Tensor:
-    """Return the position channels of the last token of each row, (B, 2); a single channel twice.
+    """Return both positions of the last token of each sequence, (B, 2); a single one twice.
 
     Args:
         position_ids: (B or 1, T) or (B or 1, 2, T).
@@ -438,7 +444,7 @@ def _last_positions(position_ids: torch.Tensor, batch: int, length: int) -> torc
         length: T.
 
     Raises:
-        Unsupported: Positions that the rotary table, one entry a slot, would not hold.
+        Unsupported: Positions that the rotary table, one entry per slot, would not hold.
     """
     last = position_ids[..., -1].reshape(len(position_ids), -1).expand(batch, 2)
     if not bool(((last >= 0) & (last < length)).all()):

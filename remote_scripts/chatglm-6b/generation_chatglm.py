@@ -1,9 +1,9 @@
-"""Streaming, chat plumbing and eager attention (this file is byte-identical in both families' directories).
+"""Sampling, streaming and chat (this file is byte-identical in both families' directories).
 
 The published code hid NaN logits behind a fixed token, lost the last token of a stream, and could sample ids that
 have no text. Here NaN logits are an error, every token is yielded, and ids without text cannot be sampled in chat.
 
-Shapes: B batch, T new tokens, S all tokens, H query heads, G key/value heads, D head channels, V vocabulary rows.
+Shapes: B batch, T new tokens, S all tokens, V vocabulary.
 """
 
 import collections
@@ -39,36 +39,6 @@ GENERATE_ONLY = {
 }
 
 
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Compute attention step by step in fp32: the reference for the fused kernels.
-
-    Args:
-        module: The attention module, with ``num_key_value_groups``.
-        query: (B, H, T, D).
-        key: (B, G, S, D).
-        value: (B, G, S, D).
-        attention_mask: bool (B, 1, T, S), True = may attend; None means causal.
-        scaling: Factor on the scores.
-        dropout: Probability of dropping an attention weight.
-        **kwargs: Ignored.
-
-    Returns:
-        The context (B, T, H, D) and the probabilities (B, H, T, S).
-    """
-    groups = getattr(module, "num_key_value_groups", 1)
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    # fp32 scores: q k^T of ChatGLM-6B leaves fp16's range.
-    scores = torch.matmul(query.float() * scaling, key.float().transpose(2, 3))  # (B, H, T, S)
-    num_new, num_keys = scores.shape[-2:]
-    if attention_mask is None and num_new > 1:
-        attention_mask = torch.ones(num_new, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_new)
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, float("-inf"))
-    probabilities = scores.softmax(dim=-1).to(query.dtype)
-    dropped = torch.nn.functional.dropout(probabilities, p=dropout, training=module.training)
-    return torch.matmul(dropped, value).transpose(1, 2).contiguous(), probabilities
-
-
 INVALID_LOGITS = (
     "the model returned NaN or infinite logits at token {} of the sequence. Usual causes: weights that were damaged "
     "or only partly loaded, or fp16 overflow; run in bf16 or fp32, and check the checkpoint."
@@ -90,17 +60,17 @@ class InvalidScoreLogitsProcessor(LogitsProcessor):
 
 
 class UnusedTokenLogitsProcessor(LogitsProcessor):
-    """Keep vocabulary rows without a token from being sampled.
+    """Keep ids without a token from being sampled.
 
     Args:
-        num_tokens: The tokenizer's size; rows from here on are padding of the weight matrix.
+        num_tokens: The tokenizer's size; the output layer's rows from here on are padding.
     """
 
     def __init__(self, num_tokens: int):
         self.num_tokens = num_tokens
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return the scores (B, V) with the padding rows at -inf."""
+        """Return the scores (B, V) with those ids at -inf."""
         if scores.shape[-1] <= self.num_tokens:
             return scores
         unused = torch.arange(scores.shape[-1], device=scores.device) >= self.num_tokens
@@ -108,7 +78,7 @@ class UnusedTokenLogitsProcessor(LogitsProcessor):
 
 
 class TokenSampler:
-    """Pick the next token of every row and keep the tokens so far.
+    """Pick the next token of every sequence and keep the tokens so far.
 
     `pick` works on the GPU alone, so that it can be captured; whoever calls or replays it adds 1 to `num_ids`.
 
@@ -140,7 +110,7 @@ class TokenSampler:
         return self.all_ids[:, : self.num_ids]
 
     def pick(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return the next token of every row, (B, 1), for logits (B, V)."""
+        """Return the next token of every sequence, (B, 1), for logits (B, V)."""
         scores = self.processors(self.ids, logits.float())
         if self.do_sample:
             # torch.multinomial without its asserts: on a GPU, NaN would trip them and end all use of CUDA.
@@ -155,7 +125,7 @@ class TokenSampler:
 
 
 class GraphSteps:
-    """Decode with a DecodeGraph; the host reads a token while the GPU computes the next.
+    """Generate with a DecodeGraph; the host reads a token while the GPU computes the next.
 
     Args:
         graph: Filled with the prompt.
@@ -164,12 +134,14 @@ class GraphSteps:
 
     def __init__(self, graph: DecodeGraph, sampler: TokenSampler):
         self.graph, self.sampler = graph, sampler
-        # Checking the logits would wait for the GPU in each step: here the host reads the verdict with the token.
+        # To check the logits would make every step wait for the GPU: the host reads the verdict with the token.
         kept = [item for item in sampler.processors if not isinstance(item, InvalidScoreLogitsProcessor)]
         self.checks = len(kept) < len(sampler.processors)
         sampler.processors = LogitsProcessorList(kept)
         self.can_capture = all(type(item) in TokenSampler.SCORE_PROCESSORS for item in kept)
-        self.num_ahead = int(self.can_capture)  # other processors must not see a token behind the end
+        # One step is launched before the last is read; but a processor of the caller's may keep count of its calls,
+        # and must not see a token behind the end.
+        self.num_ahead = int(self.can_capture)
         self.replay_pick, self.captured_for = None, None
         batch, device = graph.token.shape[0], graph.token.device
         self.is_finite = torch.ones((), dtype=torch.bool, device=device)
@@ -193,12 +165,13 @@ class GraphSteps:
             for _ in range(num_new):
                 self._launch()
                 yield self.sampler.ids
-            self._check(bool(self.is_finite), self.sampler.num_ids)
+            self._check(bool(self.is_finite), self.sampler.num_ids)  # the one wait, at the end
             return
         ids, sent = self.sampler.ids.cpu() if on_host else None, []
         for step in range(num_new):
             self._launch()
             sent.append(self._send())
+            # The GPU is num_ahead steps ahead of what is yielded; in the last round everything that was sent is read.
             while len(sent) > (self.num_ahead if step + 1 < num_new else 0):
                 status, arrived, num_ids = sent.pop(0)
                 arrived.synchronize()
@@ -217,12 +190,13 @@ class GraphSteps:
         if self.captured_for is self.graph:
             self.replay_pick()
         else:
-            self._pick()
+            self._pick()  # for real: it is this step's token, and the run that a capture must have seen before
             if self.can_capture:
                 self.replay_pick, self.captured_for = capture(self._pick, self.status.device), self.graph
         self.sampler.num_ids += 1
 
     def _pick(self) -> None:
+        """Sample on the GPU alone, into buffers that stay where they are: this is what a graph replays."""
         logits = self.graph.logits
         if self.checks:
             self.is_finite &= logits.float().sum() < float("inf")
@@ -247,11 +221,26 @@ class GraphSteps:
 
 
 class ChatGLMGenerationMixin:
-    """Add streaming and the shared part of chat to a model with GenerationMixin."""
+    """Add streaming and chat to a model with GenerationMixin.
+
+    Attributes:
+        chat_max_length: Default limit of `chat` and `stream_chat` on prompt and answer together, in tokens.
+        chat_top_p: Their default nucleus probability.
+        chat_temperature: Their default temperature.
+    """
+
+    chat_max_length: int
+    chat_top_p: float
+    chat_temperature: float
 
     def _apply(self, fn, recurse=True):
         DecodeGraph.forget(self)  # it would hold the weights as they were before `to`, `half` and the like
         return super()._apply(fn, recurse)
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
+        """Leave the (B, S) mask as it is: forward builds the full one."""
+        return attention_mask
 
     def build_inputs(self, tokenizer, query: str, history: list[tuple[str, str]] | None = None) -> dict:
         """Encode a prompt, with control strings typed by the user kept as text.
@@ -262,23 +251,112 @@ class ChatGLMGenerationMixin:
         input_ids = torch.tensor([tokenizer.encode_prompt(query, history)], device=self.device)
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
-    def _chat_processors(self, tokenizer, logits_processor) -> LogitsProcessorList:
-        return LogitsProcessorList(
-            [InvalidScoreLogitsProcessor(), UnusedTokenLogitsProcessor(len(tokenizer)), *(logits_processor or [])]
-        )
+    def process_response(self, response: str) -> str:
+        """Tidy a decoded answer."""
+        return response.strip().replace("[[训练时间]]", "2023年")
 
-    def _chat(self, tokenizer, query, history, logits_processor, settings):
+    def chat(
+        self,
+        tokenizer,
+        query: str,
+        history: list[tuple[str, str]] | None = None,
+        max_length: int | None = None,
+        num_beams: int = 1,
+        do_sample: bool = True,
+        top_p: float | None = None,
+        temperature: float | None = None,
+        logits_processor=None,
+        **kwargs,
+    ) -> tuple[str, list[tuple[str, str]]]:
+        """Answer a query.
+
+        Args:
+            tokenizer: The ChatGLMTokenizer of this checkpoint.
+            query: The user's text.
+            history: Earlier turns as (question, answer) pairs.
+            max_length: Limit on prompt and answer together, in tokens; None: ``chat_max_length``.
+            num_beams: Beam search width.
+            do_sample: Sample, or take the most probable token.
+            top_p: Nucleus probability; None: ``chat_top_p``.
+            temperature: Divides the logits; None: ``chat_temperature``.
+            logits_processor: Further logits processors.
+            **kwargs: Passed on to ``generate``, but ``use_cuda_graph``, see stream_generate.
+
+        Returns:
+            The answer, and the history with this turn.
+        """
         history = list(history or [])
         inputs = self.build_inputs(tokenizer, query, history)
-        settings["logits_processor"] = self._chat_processors(tokenizer, logits_processor)
-        use_cuda_graph = settings.pop("use_cuda_graph", True)
-        if any(self._merge_settings(**settings)[1:]):
+        use_cuda_graph = kwargs.pop("use_cuda_graph", True)
+        settings = {
+            **self._chat_settings(max_length, do_sample, top_p, temperature),
+            "num_beams": num_beams,
+            "logits_processor": self._chat_processors(tokenizer, logits_processor),
+            **kwargs,
+        }
+        _, unknown, not_streamed = self._merge_settings(**settings)
+        if unknown or not_streamed:  # `generate` handles the latter, and says what is wrong with the former
             output = self.generate(**inputs, tokenizer=tokenizer, **settings)
         else:
             steps = self._stream_steps(**inputs, on_host=True, use_cuda_graph=use_cuda_graph, **settings)
             [(output, _)] = collections.deque(steps, maxlen=1)
         response = self.process_response(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :].tolist()))
         return response, [*history, (query, response)]
+
+    def stream_chat(
+        self,
+        tokenizer,
+        query: str,
+        history: list[tuple[str, str]] | None = None,
+        max_length: int | None = None,
+        do_sample: bool = True,
+        top_p: float | None = None,
+        temperature: float | None = None,
+        logits_processor=None,
+        **kwargs,
+    ):
+        """Answer a query piece by piece.
+
+        Args:
+            tokenizer: See `chat`, also for the arguments not described here.
+            query: As there.
+            history: As there.
+            max_length: As there.
+            do_sample: As there.
+            top_p: As there.
+            temperature: As there.
+            logits_processor: As there.
+            **kwargs: Passed on to ``stream_generate``.
+
+        Yields:
+            The answer so far and the history with it, after each token.
+        """
+        history = list(history or [])
+        settings = self._chat_settings(max_length, do_sample, top_p, temperature) | kwargs
+        inputs = self.build_inputs(tokenizer, query, history)
+        for text, _ in self._stream_text(tokenizer, inputs, logits_processor, settings):
+            response = self.process_response(text)
+            yield response, [*history, (query, response)]
+
+    def _chat_settings(self, max_length, do_sample: bool, top_p, temperature) -> dict:
+        """Return the generation settings of a chat; None stands for the family's default."""
+        settings = {"max_length": self.chat_max_length if max_length is None else max_length, "do_sample": do_sample}
+        if do_sample:
+            settings["top_p"] = self.chat_top_p if top_p is None else top_p
+            settings["temperature"] = self.chat_temperature if temperature is None else temperature
+        return settings
+
+    def _chat_processors(self, tokenizer, logits_processor) -> LogitsProcessorList:
+        return LogitsProcessorList(
+            [InvalidScoreLogitsProcessor(), UnusedTokenLogitsProcessor(len(tokenizer)), *(logits_processor or [])]
+        )
+
+    def _stream_text(self, tokenizer, inputs, logits_processor, settings):
+        """Yield (decoded answer so far, cache) after each token."""
+        num_prompt = inputs["input_ids"].shape[1]
+        processors = self._chat_processors(tokenizer, logits_processor)
+        for ids, cache in self._stream_steps(**inputs, logits_processor=processors, on_host=True, **settings):
+            yield tokenizer.decode(ids[0, num_prompt:].tolist()), cache
 
     def _merge_settings(self, generation_config=None, logits_processor=None, **settings):
         """Return a GenerationConfig as `generate` would merge it, and what keeps it from being streamed.
@@ -301,13 +379,6 @@ class ChatGLMGenerationMixin:
             name for name, none in GENERATE_ONLY.items() if getattr(config, name, None) not in (None, none)
         ]
         return config, sorted(unknown), not_streamed
-
-    def _stream_text(self, tokenizer, inputs, logits_processor, settings):
-        """Yield (decoded answer so far, cache) after each token."""
-        num_prompt = inputs["input_ids"].shape[1]
-        processors = self._chat_processors(tokenizer, logits_processor)
-        for ids, cache in self._stream_steps(**inputs, logits_processor=processors, on_host=True, **settings):
-            yield tokenizer.decode(ids[0, num_prompt:].tolist()), cache
 
     def stream_generate(self, input_ids: torch.Tensor, **kwargs):
         """Generate token by token.
@@ -347,36 +418,13 @@ class ChatGLMGenerationMixin:
 
         ``on_host`` asks for ids on the CPU. The cache is None once a CUDA graph has taken over.
         """
-        config, unknown, not_streamed = self._merge_settings(generation_config, **settings)
-        if unknown:
-            raise ValueError(f"unknown generation settings {unknown}: pass those of GenerationConfig")
-        if not_streamed:
-            raise ValueError(f"{', '.join(not_streamed)} cannot be streamed: use chat or generate, or leave it out")
         use_cuda_graph = use_cuda_graph and past_key_values is None
         cache = DynamicCache(config=self.config) if past_key_values is None else past_key_values
-        num_past, num_prompt = int(cache.get_seq_length()), input_ids.shape[1]
-        num_new = config.max_new_tokens or (config.max_length or 0) - num_past - num_prompt
-        if num_new <= 0:
-            raise ValueError(
-                f"the prompt has {num_past + num_prompt} tokens and max_length is {config.max_length}, which leaves "
-                "nothing to generate: raise max_length or shorten the history"
-            )
-        config.max_length = num_past + num_prompt + num_new
+        num_past = int(cache.get_seq_length())
         attention_mask = self._token_mask(attention_mask)
-        eos = torch.tensor(_as_list(config.eos_token_id), dtype=torch.long, device=input_ids.device)
-        config._eos_token_tensor = eos if len(eos) else None
-        logits_processor = LogitsProcessorList(logits_processor or [])
-        if config.do_sample and not any(isinstance(item, InvalidScoreLogitsProcessor) for item in logits_processor):
-            logits_processor.insert(0, InvalidScoreLogitsProcessor())  # a draw from NaN would be noise
-        processors = self._get_logits_processor(
-            config,
-            num_prompt,
-            encoder_input_ids=input_ids,
-            logits_processor=logits_processor,
-            device=input_ids.device,
-            model_kwargs={"attention_mask": attention_mask},
+        sampler, num_new = self._make_sampler(
+            input_ids, attention_mask, num_past, logits_processor, generation_config, settings
         )
-        sampler = TokenSampler(input_ids, num_new, processors, config, eos)
         if position_ids is None:
             position_ids = self._prompt_positions(input_ids, attention_mask, num_past)
         step_ids = input_ids
@@ -394,9 +442,10 @@ class ChatGLMGenerationMixin:
             yield sampler.ids.cpu() if on_host else sampler.ids, cache
             if not num_left or sampler.finished.all():
                 return
+            # Behind the first token the graph takes over, or is not asked again: what rules it out does not change.
             graph = self._decode_graph(cache, attention_mask, position_ids, num_left) if use_cuda_graph else None
             if graph:
-                cache, steps = None, GraphSteps(graph, sampler)
+                cache, steps = None, GraphSteps(graph, sampler)  # the graph has copied the cache: free it
                 try:
                     for ids in steps.run(num_left, on_host):
                         yield ids, cache
@@ -408,17 +457,53 @@ class ChatGLMGenerationMixin:
             if attention_mask is not None:
                 attention_mask = torch.cat((attention_mask, attention_mask.new_ones(len(step_ids), 1)), dim=1)
 
+    def _make_sampler(
+        self, input_ids, attention_mask, num_past: int, logits_processor, generation_config, settings: dict
+    ) -> tuple[TokenSampler, int]:
+        """Return the sampler of a stream, and the most tokens that it may pick.
+
+        Raises:
+            ValueError: Settings that are unknown or not streamed, or no room for a token.
+        """
+        config, unknown, not_streamed = self._merge_settings(generation_config, **settings)
+        if unknown:
+            raise ValueError(f"unknown generation settings {unknown}: pass those of GenerationConfig")
+        if not_streamed:
+            raise ValueError(f"{', '.join(not_streamed)} cannot be streamed: use chat or generate, or leave it out")
+        num_prompt = num_past + input_ids.shape[1]
+        num_new = config.max_new_tokens or (config.max_length or 0) - num_prompt
+        if num_new <= 0:
+            raise ValueError(
+                f"the prompt has {num_prompt} tokens and max_length is {config.max_length}, which leaves "
+                "nothing to generate: raise max_length or shorten the history"
+            )
+        config.max_length = num_prompt + num_new
+        eos = torch.tensor(_as_list(config.eos_token_id), dtype=torch.long, device=input_ids.device)
+        config._eos_token_tensor = eos if len(eos) else None  # where transformers' processors look for it
+        logits_processor = LogitsProcessorList(logits_processor or [])
+        if config.do_sample and not any(isinstance(item, InvalidScoreLogitsProcessor) for item in logits_processor):
+            logits_processor.insert(0, InvalidScoreLogitsProcessor())  # a draw from NaN would be noise
+        processors = self._get_logits_processor(
+            config,
+            input_ids.shape[1],
+            encoder_input_ids=input_ids,
+            logits_processor=logits_processor,
+            device=input_ids.device,
+            model_kwargs={"attention_mask": attention_mask},
+        )
+        return TokenSampler(input_ids, num_new, processors, config, eos), num_new
+
     def _decode_graph(self, cache, attention_mask, position_ids, num_new: int) -> DecodeGraph | None:
         """Return the decode graph behind a prompt, or None where there is none for this model."""
         try:
             return DecodeGraph.of(self, cache, attention_mask, position_ids, num_new)
         except Unsupported as reason:
-            logger.info("decoding through the model's forward: %s", reason)
+            logger.info("generating through the model's forward: %s", reason)
             return None
 
     @staticmethod
     def _token_mask(attention_mask):
-        """Reduce a published 4-D mask (True = blocked) to (B, S) with 1 = keep: its last row sees all but padding."""
+        """Reduce a published 4-D mask (True = blocked) to (B, S), 1 = keep: its last query sees all but padding."""
         if attention_mask is None or attention_mask.dim() == 2:
             return attention_mask
         return (~attention_mask[:, 0, -1].bool()).long()

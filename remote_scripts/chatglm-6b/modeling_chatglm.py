@@ -1,9 +1,9 @@
-"""ChatGLM-6B for transformers 5: a prefix language model with 2-D rotary angles and normalised residuals.
+"""ChatGLM-6B for transformers 5: a prefix language model with 2-D rotary angles and normalized residuals.
 
 Written from the published formulas; state-dict keys and config fields are the checkpoint's. Attention runs through
 transformers' attention interface (sdpa by default, eager available).
 
-Shapes: B batch, T new tokens, S all tokens, H heads, D head channels, C hidden, F ffn, V vocab.
+Shapes: B batch, T new tokens, S all tokens, H heads, D head_dim, C hidden, F ffn, V vocab.
 """
 
 import re
@@ -15,24 +15,23 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .attention_chatglm import PackedSequences, blocked_to_keep, build_keep_mask, choose_attention, padding_queries
 from .configuration_chatglm import ChatGLMConfig
-from .cuda_kernels import MAX_ROWS  # noqa: F401 - transformers copies the siblings that this file names
+from .cuda_kernels import FORMATS  # noqa: F401 - transformers copies only the siblings that this file names
 from .cuda_source import SOURCE  # noqa: F401
 from .decoding_chatglm import Block, DecodeGraph, DecodeParts
-from .fused_chatglm import Rotation, has_kernels, linear_cross_entropy
-from .generation_chatglm import ChatGLMGenerationMixin, eager_attention_forward
-from .masking_chatglm import blocked_to_keep, build_keep_mask, padding_queries
-from .packing_chatglm import PackedRows, packed_attention_forward
-from .quantization import QuantizedEmbedding, output_layer_of, quantize, replace_linears
+from .fused_chatglm import linear_cross_entropy, rotate_pairs
+from .generation_chatglm import ChatGLMGenerationMixin
+from .kernels_chatglm import KERNELS  # noqa: F401
+from .quantization import QuantizedEmbedding, insert_quantized_linears, output_layer_of, quantize
 
 # sqrt(2 * 28): the published block never learns the layer count, so this holds for any number of layers.
 RESIDUAL_SCALE = 56**0.5
 
 
 class RotaryEmbedding(nn.Module):
-    """Compute the angles of the 2-D rotary embedding: one position channel for each half of a head.
+    """Compute the angles of the 2-D rotary embedding: one position for each half of a head.
 
     The frequencies are rounded to fp16 because the model was trained with them so. The ``inv_freq`` buffer exists
     for the checkpoint format; the formula is used instead, because ``model.to(bfloat16)`` would round the buffer.
@@ -59,7 +58,7 @@ class RotaryEmbedding(nn.Module):
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate each half of a head by its own channel; within a half, the first quarter pairs with the second.
+    """Rotate each half of a head by its own position; within a half, the first quarter pairs with the second.
 
     Args:
         x: (B, H, T, D).
@@ -69,14 +68,11 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     Returns:
         (B, H, T, D).
     """
-    if has_kernels(x):
-        return Rotation.apply(x, cos, sin, 1, x.shape[-1] // 4)
-    first, second = x.unflatten(-1, (2, 2, -1)).unbind(-2)  # (B, H, T, 2, D/4) each
-    return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-2).flatten(-3)
+    return rotate_pairs(x, cos, sin, interleaved=False)
 
 
 class SelfAttention(nn.Module):
-    """Attend with H heads; rows of the projection are grouped head by head."""
+    """Attend with H heads; the fused projection holds query, key and value head by head."""
 
     is_causal = True
     num_key_value_groups = 1
@@ -91,11 +87,11 @@ class SelfAttention(nn.Module):
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states, rotary, attention_mask, padding=None, past_key_values=None, **kwargs):
+    def forward(self, hidden_states, rotary, attention_mask, attend, padding=None, past_key_values=None, **kwargs):
         """Return the attention output (B, T, C) and, for eager attention, the probabilities (B, H, T, S).
 
-        Queries of padding, where ``padding`` (B, 1, T, 1) is true, are zeroed: equal scores, a uniform average, as
-        published.
+        ``attend`` is that of `choose_attention`. Queries of padding, where ``padding`` (B, 1, T, 1) is true, are
+        zeroed: equal scores, a uniform average, as published.
         """
         batch, num_new, hidden_size = hidden_states.shape
         mixed = self.query_key_value(hidden_states).view(batch, num_new, -1, 3 * self.head_dim)
@@ -105,9 +101,6 @@ class SelfAttention(nn.Module):
             query = query.masked_fill(padding, 0)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, S, D)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        if isinstance(attention_mask, PackedRows):
-            attend = packed_attention_forward
         context, probabilities = attend(
             self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs
         )  # (B, T, H, D)
@@ -128,7 +121,7 @@ class GLU(nn.Module):
 
 
 class GLMBlock(GradientCheckpointingLayer):
-    """Run one block whose residual is the normalised input: y = a LN(x) + Attn(LN(x)); x' = a LN(y) + MLP(LN(y))."""
+    """Run one block whose residual is the normalized input: y = a LN(x) + Attn(LN(x)); x' = a LN(y) + MLP(LN(y))."""
 
     def __init__(self, config: ChatGLMConfig, layer_idx: int):
         super().__init__()
@@ -137,23 +130,24 @@ class GLMBlock(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.mlp = GLU(config)
 
-    def forward(self, hidden_states, rotary, attention_mask, padding=None, past_key_values=None, **kwargs):
+    def forward(self, hidden_states, rotary, attention_mask, attend, padding=None, past_key_values=None, **kwargs):
         """Return the new states (B, T, C) and the attention probabilities or None."""
         normed = self.input_layernorm(hidden_states)
         attention, probabilities = self.attention(
-            normed, rotary, attention_mask, padding=padding, past_key_values=past_key_values, **kwargs
+            normed, rotary, attention_mask, attend, padding=padding, past_key_values=past_key_values, **kwargs
         )
         normed = self.post_attention_layernorm(RESIDUAL_SCALE * normed + attention)
         return RESIDUAL_SCALE * normed + self.mlp(normed), probabilities
 
 
 def first_index(condition: torch.Tensor) -> torch.Tensor:
-    """Return the index of the first true column of each row, (B, T) -> (B,); T where there is none."""
+    """Return the index of the first true token of each sequence, (B, T) -> (B,); T where there is none."""
     return torch.where(condition.any(-1), condition.int().argmax(-1), condition.shape[-1])
 
 
+# region shared by both families: how transformers loads and initializes a model
 class ChatGLMPreTrainedModel(PreTrainedModel):
-    """Tell transformers how these models are loaded, initialised and run."""
+    """Tell transformers how these models are loaded, initialized and run."""
 
     config_class = ChatGLMConfig
     base_model_prefix = "transformer"
@@ -162,12 +156,15 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_attention_backend = True
-    _keys_to_ignore_on_load_missing = [r"rotary_emb\.inv_freq"]
+    _keys_to_ignore_on_load_missing = [r"\.inv_freq$"]
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, RotaryEmbedding):
             init.copy_(module.inv_freq, module.frequencies())
+
+
+# endregion
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel):
@@ -182,7 +179,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.layers = nn.ModuleList(GLMBlock(config, layer_idx) for layer_idx in range(config.num_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         if config.quantization_bit:
-            replace_linears(self.layers, config.quantization_bit)
+            insert_quantized_linears(self.layers, config.quantization_bit)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -195,21 +192,21 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.word_embeddings = value
 
     def get_position_ids(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Compute both position channels of whole rows.
+        """Compute both positions of every token of complete sequences.
 
-        Channel 0 counts up to bos and then stays at the position of the first gMASK (of the first MASK in a row
-        without gMASK); channel 1 is 0 before bos and counts from 1 at bos. Left padding shifts nothing: positions
+        The first counts up to bos and then stays at the position of the first gMASK (of the first MASK in a sequence
+        without gMASK); the second is 0 before bos and counts from 1 at bos. Left padding shifts nothing: positions
         count from the first kept token.
 
         Args:
-            input_ids: (B, T), whole sequences.
+            input_ids: (B, T), sequences from their first token on.
             attention_mask: (B, T) with 1 = keep, or None.
 
         Returns:
             int64 tensor (B, 2, T).
 
         Raises:
-            ValueError: When a row has no bos, or neither gMASK nor MASK.
+            ValueError: A sequence has no bos, or neither gMASK nor MASK.
         """
         config, columns = self.config, torch.arange(input_ids.shape[1], device=input_ids.device)
         is_gmask, is_mask = input_ids == config.gmask_token_id, input_ids == config.mask_token_id
@@ -218,15 +215,15 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         missing = torch.nonzero(torch.maximum(bos, mask) == input_ids.shape[1]).flatten().tolist()
         if missing:
             raise ValueError(
-                f"row {missing[0]} of input_ids has no bos ({config.bos_token_id}) or neither gMASK "
+                f"sequence {missing[0]} of input_ids has no bos ({config.bos_token_id}) or neither gMASK "
                 f"({config.gmask_token_id}) nor MASK ({config.mask_token_id}); ChatGLM-6B needs both. Build prompts "
                 "with the tokenizer, or pass position_ids for a continuation of cached tokens."
             )
         pad = torch.zeros_like(bos) if attention_mask is None else first_index(attention_mask.bool())
         bos, mask, pad = bos[:, None], mask[:, None], pad[:, None]
-        channel_0 = torch.where(columns < bos, columns, mask) - pad
-        channel_1 = (columns - bos + 1).clamp(min=0)
-        return torch.stack((channel_0.clamp(min=0), channel_1), dim=1)
+        first = torch.where(columns < bos, columns, mask) - pad
+        second = (columns - bos + 1).clamp(min=0)
+        return torch.stack((first.clamp(min=0), second), dim=1)
 
     def _keep_mask(self, attention_mask, position_ids, num_new: int, past_key_values):
         """Return the mask, bool (B, 1, T, S) with True = may attend, and the padding queries, (B, 1, T, 1) or None."""
@@ -264,42 +261,46 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         Args:
             input_ids: (B, T).
             attention_mask: (B, S) with 1 = keep, or the published boolean (B, 1, T, S) with True = blocked.
-            position_ids: (B, 2, T); computed from whole rows of input_ids when absent. Columns of the first pass
-                whose channel 1 is 0 are the bidirectional prefix.
+            position_ids: (B, 2, T); computed from input_ids, which must be complete, when absent. Tokens of the first
+                pass whose second position is 0 are the bidirectional prefix.
             past_key_values: A transformers cache; created when ``use_cache`` and absent.
             inputs_embeds: (B, T, C), instead of input_ids; needs position_ids.
             use_cache: Whether to keep keys and values; the config's value when absent.
             output_hidden_states: Also return L+1 states (B, T, C): the inputs of the blocks, then the output of the
                 final norm.
             output_attentions: Also return the probabilities (eager attention only).
-            **kwargs: cu_seq_lens_q, int32 (R + 1,), and max_length_q: the batch is one sequence of R rows that do not
-                see each other. All others are passed on to the attention function.
+            **kwargs: cu_seq_lens_q, int32 (N + 1,), and max_length_q: the batch is packed, N sequences end to end that
+                do not see each other. All others are passed on to the attention function.
 
         Raises:
-            ValueError: When not exactly one of input_ids and inputs_embeds is given, or positions are needed.
+            ValueError: Not exactly one of input_ids and inputs_embeds is given, or positions are needed.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         num_new = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-        rows = PackedRows.from_kwargs(kwargs, num_new, attention_mask=attention_mask, past_key_values=past_key_values)
+        sequences = PackedSequences.from_kwargs(
+            kwargs, num_new, attention_mask=attention_mask, past_key_values=past_key_values
+        )
         if position_ids is None:
             if input_ids is None:
                 raise ValueError("inputs_embeds needs position_ids (B, 2, T): bos and gMASK are not visible in it")
             token_mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
-            if rows is None:
+            if sequences is None:
                 position_ids = self.get_position_ids(input_ids, token_mask)
             else:
-                position_ids = rows.pack(self.get_position_ids(rows.unpack(input_ids)))
+                position_ids = sequences.pack(self.get_position_ids(sequences.unpack(input_ids)))
         hidden_states = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if rows is not None or (self.gradient_checkpointing and self.training):
+        if sequences is not None or (self.gradient_checkpointing and self.training):
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if rows is None:
+        mask = padding = None
+        if sequences is None:
             mask, padding = self._keep_mask(attention_mask, position_ids, num_new, past_key_values)
         else:
-            mask, padding = rows.with_prefix(position_ids[0, 1] == 0), None
+            sequences = sequences.with_prefix(position_ids[0, 1] == 0)
+        attend = choose_attention(self.config._attn_implementation, sequences)
         rotary = self.layers[0].attention.rotary_emb(position_ids, hidden_states.dtype)
 
         all_states, all_probabilities = [], []
@@ -307,7 +308,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             if output_hidden_states:
                 all_states.append(hidden_states)
             hidden_states, probabilities = layer(
-                hidden_states, rotary, mask, padding=padding, past_key_values=past_key_values, **kwargs
+                hidden_states, rotary, mask, attend, padding=padding, past_key_values=past_key_values, **kwargs
             )
             if output_attentions:
                 all_probabilities.append(probabilities)
@@ -323,6 +324,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedModel, GenerationMixin):
     """ChatGLM-6B with its output layer: training, generation and chat."""
 
+    chat_max_length = 2048
+    chat_top_p = 0.7
+    chat_temperature = 0.95
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
 
     def __init__(self, config: ChatGLMConfig):
@@ -342,7 +346,7 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
         """Replace the output layer."""
         self.lm_head = value
 
-    # region shared by both families: quantisation, logits and loss
+    # region shared by both families: quantization, logits and loss
     def quantize(
         self,
         bits: int,
@@ -352,11 +356,11 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
         empty_init: bool = False,
         device: str | None = None,
     ) -> "ChatGLMForConditionalGeneration":
-        """Quantise the linear layers of every block in place and return the model.
+        """Quantize the linear layers of every block in place and return the model.
 
         Args:
             bits: 4 or 8.
-            quantize_embeddings: Also quantise the embedding, which then serves as output layer too (ChatGLM-6B only).
+            quantize_embeddings: Also quantize the embedding, which then serves as output layer too (ChatGLM-6B only).
             use_quantization_cache: No effect: a published switch for a buffer that is not needed here.
             empty_init: No effect: a published switch; weights are replaced one at a time anyway.
             device: Where the scales are searched; by default the weight's own GPU, else the first GPU, else the CPU.
@@ -365,7 +369,7 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
             ValueError: Embeddings of a family whose checkpoints have no form for it, or what ``quantize`` refuses.
         """
         if quantize_embeddings and not hasattr(self.config, "quantization_embeddings"):
-            raise ValueError("quantize_embeddings: this family's checkpoints hold no quantised embedding")
+            raise ValueError("quantize_embeddings: this family's checkpoints hold no quantized embedding")
         DecodeGraph.forget(self)
         return quantize(self, bits, device=device, quantize_embeddings=quantize_embeddings)
 
@@ -401,8 +405,8 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
             return_dict: False returns a tuple.
             logits_to_keep: Number of last positions to compute logits for (0 = all), or a tensor of positions.
             num_items_in_batch: Divisor of the summed loss; the number of counted tokens when absent.
-            loss_positions: int64 (M,), places in (B * T) whose next token counts. With labels, the loss alone is then
-                computed, from these places, and their logits are never held at once.
+            loss_positions: int64 (M,), indices into (B * T) of the tokens whose next token counts. With labels, the
+                loss alone is then computed, from these tokens, and their logits are never held at once.
             **kwargs: Passed on to the transformer.
         """
         outputs = self.transformer(
@@ -440,7 +444,7 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
     # endregion
 
     def decode_parts(self) -> DecodeParts:
-        """Describe the model to the CUDA decode path."""
+        """Describe the model to decoding_chatglm.py."""
         embed, dtype, device = self.transformer.layers[0].attention.rotary_emb, self.dtype, self.device
 
         def rotary(num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:  # must not hold the model
@@ -461,11 +465,11 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
                 for layer in self.transformer.layers
             ],
             final_norm=self.transformer.final_layernorm,
-            head=self.get_output_embeddings(),
+            lm_head=self.get_output_embeddings(),
             rotary=rotary,
-            heads=self.config.num_attention_heads,
-            groups=self.config.num_attention_heads,
-            channels=self.config.head_dim,
+            num_heads=self.config.num_attention_heads,
+            num_kv_heads=self.config.num_key_value_heads,
+            head_dim=self.config.head_dim,
             activation="gelu",
             residual_scale=RESIDUAL_SCALE,
             two_d=True,
@@ -476,13 +480,8 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
 
     @staticmethod
     def _next_positions(position_ids: torch.Tensor) -> torch.Tensor:
-        """Return (B, 2, 1): channel 0 stays at the mask's position, channel 1 counts on."""
+        """Return (B, 2, 1): the first stays at the mask's position, the second counts on."""
         return position_ids[..., -1:] + position_ids.new_tensor([[0], [1]])
-
-    @staticmethod
-    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
-        """Leave the (B, S) mask as it is: forward builds the full one."""
-        return attention_mask
 
     def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
         """Generate as GenerationMixin does, and also take the tokenizer's published 4-D mask and 2-D positions."""
@@ -492,7 +491,7 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
         return super().generate(inputs, *args, **{k: v for k, v in kwargs.items() if v is not None})
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
-        """Keep transformers' one-channel positions away: prepare_inputs_for_generation computes both."""
+        """Keep transformers' single positions away: prepare_inputs_for_generation computes both."""
         return
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, prompt_position_ids=None, **kwargs):
@@ -511,81 +510,11 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
 
     def process_response(self, response: str) -> str:
         """Tidy a decoded answer: punctuation that touches a Chinese character becomes full-width."""
-        response = response.strip().replace("[[训练时间]]", "2023年")
+        response = super().process_response(response)
         for mark, wide in zip(",!:;?", "，！：；？", strict=True):
             response = re.sub(rf"([\u4e00-\u9fff]){re.escape(mark)}", rf"\1{wide}", response)
             response = re.sub(rf"{re.escape(mark)}([\u4e00-\u9fff])", rf"{wide}\1", response)
         return response
-
-    def chat(
-        self,
-        tokenizer,
-        query: str,
-        history: list[tuple[str, str]] | None = None,
-        max_length: int = 2048,
-        num_beams: int = 1,
-        do_sample: bool = True,
-        top_p: float = 0.7,
-        temperature: float = 0.95,
-        logits_processor=None,
-        **kwargs,
-    ) -> tuple[str, list[tuple[str, str]]]:
-        """Answer a query.
-
-        Args:
-            tokenizer: The ChatGLMTokenizer of this checkpoint.
-            query: The user's text.
-            history: Earlier turns as (question, answer) pairs.
-            max_length: Limit on prompt and answer together, in tokens.
-            num_beams: Beam search width.
-            do_sample: Sample, or take the most probable token.
-            top_p: Nucleus probability.
-            temperature: Divides the logits.
-            logits_processor: Further logits processors.
-            **kwargs: Passed on to ``generate``.
-
-        Returns:
-            The answer, and the history with this turn.
-        """
-        settings = {"max_length": max_length, "num_beams": num_beams, "do_sample": do_sample, **kwargs}
-        sampling = {"top_p": top_p, "temperature": temperature} if do_sample else {}
-        return self._chat(tokenizer, query, history, logits_processor, settings | sampling)
-
-    def stream_chat(
-        self,
-        tokenizer,
-        query: str,
-        history: list[tuple[str, str]] | None = None,
-        max_length: int = 2048,
-        do_sample: bool = True,
-        top_p: float = 0.7,
-        temperature: float = 0.95,
-        logits_processor=None,
-        **kwargs,
-    ):
-        """Answer a query piece by piece.
-
-        Args:
-            tokenizer: The ChatGLMTokenizer of this checkpoint.
-            query: The user's text.
-            history: Earlier turns as (question, answer) pairs.
-            max_length: Limit on prompt and answer together, in tokens.
-            do_sample: Sample, or take the most probable token.
-            top_p: Nucleus probability.
-            temperature: Divides the logits.
-            logits_processor: Further logits processors.
-            **kwargs: Passed on to ``stream_generate``.
-
-        Yields:
-            The answer so far and the history with it, after each token.
-        """
-        history = list(history or [])
-        settings = {"max_length": max_length, "do_sample": do_sample, **kwargs}
-        settings |= {"top_p": top_p, "temperature": temperature} if do_sample else {}
-        inputs = self.build_inputs(tokenizer, query, history)
-        for response, _ in self._stream_text(tokenizer, inputs, logits_processor, settings):
-            response = self.process_response(response)
-            yield response, [*history, (query, response)]
 
 
 __all__ = ["ChatGLMForConditionalGeneration", "ChatGLMModel", "ChatGLMPreTrainedModel"]

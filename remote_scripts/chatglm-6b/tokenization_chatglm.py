@@ -7,7 +7,7 @@ Two ways in. `tokenizer(text)` keeps the published treatment, in which some cont
 control tokens. `encode_text`, `encode_prompt` and `encode_answer` keep everything that a user types as text; training
 and chat use these.
 
-Letters: B batch, S tokens of a row.
+Shapes: B batch, S tokens of a sequence.
 """
 
 import re
@@ -24,12 +24,12 @@ MAX_BLANK = 80  # longest run of spaces with a symbol of its own
 SPACE_SYMBOLS = {"<n>": "\n", "<|tab|>": "\t", **{f"<|blank_{k}|>": " " * k for k in range(2, MAX_BLANK + 1)}}
 NAMED_TOKENS = {"bos_token": "<sop>", "eos_token": "<eop>", "unk_token": "<unk>", "pad_token": "<pad>",
                 "mask_token": "[MASK]", "gmask_token": "[gMASK]", "end_token": "</s>"}  # fmt: skip
-# Every character that the normaliser folds to ">", the only end a space symbol can have.
+# Every character that the normalizer folds to ">", the only end a space symbol can have.
 SYMBOL_ENDS = re.compile("[>\N{SMALL GREATER-THAN SIGN}\N{FULLWIDTH GREATER-THAN SIGN}]")
 
 
 # region shared by both families: reading the vocabulary
-def read_vocabulary(path: str | None, name: str, where: str) -> tuple[bytes, sentencepiece.SentencePieceProcessor]:
+def load_sentencepiece(path: str | None, name: str, where: str) -> tuple[bytes, sentencepiece.SentencePieceProcessor]:
     """Load a sentencepiece file.
 
     Args:
@@ -41,7 +41,7 @@ def read_vocabulary(path: str | None, name: str, where: str) -> tuple[bytes, sen
         The file's bytes and the processor.
 
     Raises:
-        ValueError: the file is missing, empty, a git-lfs pointer or no sentencepiece model.
+        ValueError: the file is missing, empty, a git-lfs pointer or not a sentencepiece model.
     """
     remedy = f"copy {name} from a complete download of the base checkpoint"
     if path is None or not Path(path).is_file():
@@ -88,7 +88,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """
         if do_lower_case or remove_space:
             raise ValueError("do_lower_case and remove_space must be false in tokenizer_config.json for ChatGLM-6B.")
-        self._vocab_bytes, self.sp = read_vocabulary(vocab_file, VOCAB_NAME, kwargs.get("name_or_path", ""))
+        self._vocab_bytes, self.sp = load_sentencepiece(vocab_file, VOCAB_NAME, kwargs.get("name_or_path", ""))
         self.num_image_tokens = num_image_tokens
         self._pieces = [f"<image_{i}>" for i in range(num_image_tokens)]
         self._pieces += [self.sp.id_to_piece(i) for i in range(self.sp.get_piece_size())]
@@ -97,7 +97,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         named = {name: str(kwargs.pop(name, None) or token) for name, token in NAMED_TOKENS.items()}
         if missing := [token for token in named.values() if token not in self._ids]:
             raise ValueError(f"{vocab_file} has no {' '.join(missing)}: it is not the vocabulary of ChatGLM-6B.")
-        # These two have a name, but are no special tokens of the host: raw text may hold their strings.
+        # These two have a name, but are not special tokens of the host: raw text may hold their strings.
         unsplit = {name: named.pop(name) for name in ("end_token", "gmask_token")}
         # The host splits raw text at the others and strips the white space around them, as published.
         saved = kwargs.pop("added_tokens_decoder", None) or {}
@@ -138,7 +138,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         if whitespaces:
             text = text.replace("\t", "<|tab|>")
             text = re.sub(f" {{2,{MAX_BLANK}}}", lambda run: f"<|blank_{len(run[0])}|>", text)
-        # A symbol in front takes the dummy prefix, and both are cut off.
+        # A symbol in front takes the dummy prefix, and both are dropped.
         ids = self.sp.encode(text) if add_dummy_prefix else self.sp.encode("<n>" + text)[2:]
         return [i + self.num_image_tokens for i in ids]
 
@@ -148,8 +148,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def encode_text(self, text: str) -> list[int]:
         """Encode a text so that control strings typed in it stay text; add no special tokens.
 
-        A symbol such as `<n>` is cut before its end and the parts are encoded one by one. Special strings such as
-        `<eop>` are no symbols of sentencepiece, which spells them out by itself.
+        A symbol such as `<n>` is split before its end and the parts are encoded one by one. Special strings such as
+        `<eop>` are not symbols of sentencepiece, which spells them out by itself.
         """
         parts, start, after_mark = [], 0, 0
         for mark in SYMBOL_ENDS.finditer(text):
@@ -167,7 +167,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return ids if token_ids_1 is None else [*ids, *token_ids_1, self.eos_token_id]
 
     def get_special_tokens_mask(self, token_ids_0, token_ids_1=None, already_has_special_tokens=False) -> list[int]:
-        """Return 1 for special tokens and 0 for text, one entry per id of the built row."""
+        """Return 1 for special tokens and 0 for text, one entry per id of the built sequence."""
         if not already_has_special_tokens:
             token_ids_0 = self.build_inputs_with_special_tokens(token_ids_0, token_ids_1)
         special = {*self.all_special_ids, self.gmask_token_id, self.end_token_id}
@@ -201,11 +201,11 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self._ids.get(token, self._ids[self.unk_token])
 
     def _convert_id_to_token(self, index):
-        # The model has rows beyond the vocabulary: an id without a piece is no text.
+        # The embedding has more rows than the vocabulary has pieces: an id without a piece is not text.
         return self._pieces[index] if 0 <= index < len(self._pieces) else ""
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Join tokens to text; only whole space symbols turn into white space, spelled-out ones stay as typed."""
+        """Join tokens to text; only space symbols that are one token turn into white space, spelled-out ones stay."""
         tokens = [SPACE_SYMBOLS.get(token, token) for token in tokens if token]
         return self.sp.decode(tokens) if tokens else ""
 
@@ -235,18 +235,18 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             input_ids [B, S], attention_mask [B, 1, S, S] (True = blocked), position_ids [B, 2, S].
         """
         if isinstance(encoded_inputs, (list, tuple)) and encoded_inputs and isinstance(encoded_inputs[0], Mapping):
-            encoded_inputs = {key: [row[key] for row in encoded_inputs] for key in encoded_inputs[0]}
+            encoded_inputs = {key: [encoding[key] for encoding in encoded_inputs] for key in encoded_inputs[0]}
         inputs = {key: value for key, value in encoded_inputs.items() if key not in ("attention_mask", "position_ids")}
         mask, ids = encoded_inputs.get("attention_mask"), inputs.get("input_ids", ())
         if mask is not None and len(ids) > 0:
             single = isinstance(ids[0], int) or getattr(ids[0], "ndim", 1) == 0
-            inputs["num_pads"] = count_pads(mask) if single else [count_pads(row) for row in mask]
+            inputs["num_pads"] = count_pads(mask) if single else [count_pads(one) for one in mask]
         return super().pad(inputs, *args, **kwargs)
 
     def _pad(self, encoded_inputs, max_length=None, padding_strategy=PaddingStrategy.DO_NOT_PAD,
              pad_to_multiple_of=None, padding_side=None, return_attention_mask=None):  # fmt: skip
         if (padding_side or self.padding_side) != "left":
-            raise ValueError("ChatGLM-6B rows are padded on the left only: set padding_side to 'left'.")
+            raise ValueError("ChatGLM-6B sequences are padded on the left only: set padding_side to 'left'.")
         ids = encoded_inputs["input_ids"]
         num_pads = encoded_inputs.pop("num_pads", 0)
         known_length = max_length is not None or padding_strategy == PaddingStrategy.LONGEST or num_pads > 0
@@ -262,7 +262,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return encoded_inputs
 
     def _mask_and_positions(self, ids: list[int], num_pads: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Build a row's mask [1, S, S] (True = blocked) and positions [2, S].
+        """Build a sequence's mask [1, S, S] (True = blocked) and positions [2, S].
 
         Source: the published tokenizer's rule: [MASK] goes before [gMASK], positions count from the first real token.
         """
@@ -281,10 +281,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
 
 def count_pads(mask) -> int:
-    """Count the pads on the left of a row by its mask: [S] with 1 = keep, or [1, S, S] with True = blocked."""
+    """Count the pads on the left of a sequence by its mask: [S] with 1 = keep, or [1, S, S] with True = blocked."""
     mask = torch.as_tensor(mask).bool()
-    pad = ~mask if mask.ndim == 1 else mask[0].all(-1)  # a real row sees at least itself
+    pad = ~mask if mask.ndim == 1 else mask[0].all(-1)  # a real token sees at least itself
     num_pads = int(pad.long().cumprod(0).sum())
     if pad[num_pads:].any():
-        raise ValueError("ChatGLM-6B rows are padded on the left only, and this attention_mask hides other tokens.")
+        raise ValueError(
+            "ChatGLM-6B sequences are padded on the left only, and this attention_mask hides other tokens."
+        )
     return num_pads

@@ -30,7 +30,7 @@ class ChatGLMConfig(PretrainedConfig):
         num_layers: Number of blocks (alias ``num_hidden_layers``).
         num_attention_heads: Query heads, H.
         ffn_hidden_size: Width of the gated feed-forward layer, F.
-        kv_channels: Channels of one head, D.
+        kv_channels: Width of one head, D (alias ``head_dim``).
         multi_query_attention: Whether keys and values have fewer heads than queries.
         multi_query_group_num: Number of key/value heads, G, under multi-query attention.
         add_qkv_bias: Bias on the query/key/value projection.
@@ -52,11 +52,11 @@ class ChatGLMConfig(PretrainedConfig):
         pad_token_id: ``<unk>``.
         bos_token_id: Unset: prompts begin with ``[gMASK]`` and ``sop``.
         use_cache: Whether generation keeps keys and values.
-        quantization_bit: 0 for floating-point weights, 8 or 4 for row-wise quantised linear layers.
+        quantization_bit: 0 for floating-point weights, 8 or 4 for row-wise quantized linear layers.
         rotary_angles_in_model_dtype: Round rotary angles to the model's dtype as the published code did. Off by
             default: angles are computed in fp32, which is exact at every position.
         tie_word_embeddings: Whether the output layer shares the embedding's weight; false in the released files.
-        initializer_range: Standard deviation of freshly initialised weights.
+        initializer_range: Standard deviation of freshly initialized weights.
         pre_seq_len: Refused when set: prefix tuning (P-tuning v2) is not supported.
         prefix_projection: Part of prefix tuning; ignored.
 
@@ -116,6 +116,7 @@ class ChatGLMConfig(PretrainedConfig):
                 raise ValueError(
                     f"{name}={getattr(self, name)} is not supported: released checkpoints set it to {supported}."
                 )
+        # region shared by both families: settings that are refused
         if self.pre_seq_len is not None:
             raise ValueError(
                 f"pre_seq_len={self.pre_seq_len}: this is a P-tuning v2 checkpoint; prefix tuning is not supported. "
@@ -123,6 +124,7 @@ class ChatGLMConfig(PretrainedConfig):
             )
         if self.quantization_bit not in (0, 4, 8):
             raise ValueError(f"quantization_bit must be 0, 4 or 8, found {self.quantization_bit}.")
+        # endregion
         if self.num_attention_heads % self.num_key_value_heads or self.kv_channels % 4:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} must be a multiple of the {self.num_key_value_heads} "

@@ -1,9 +1,9 @@
 r"""CUDA C++ kernels of the decode path, compiled at run time (this file is byte-identical in both directories).
 
 Why CUDA C++ beside the Triton kernels of quantization.py
-    Those serve every forward pass, on any GPU that Triton knows. A decode step needs more than a product: NF4 and
-    fp16 weights too, the residual, SwiGLU or GELU in the product's epilogue, weights that are fetched while the
-    kernel before still runs, and decoded weights that go straight into the tensor cores' registers, which Triton
+    Those serve every forward pass, on any GPU that Triton knows. A decode step needs more than a matmul: NF4 and
+    fp16 weights too, the residual, SwiGLU or GELU in the matmul's epilogue, weights that are fetched while the
+    kernel before still runs, and dequantized weights that go straight into the tensor cores' registers, which Triton
     cannot place there. NVRTC comes with PyTorch's CUDA builds: no nvcc, no headers, no prebuilt binary, and 0.05 to
     0.25 s a kernel, so that nothing is cached or tuned at run time.
 
@@ -15,16 +15,18 @@ matvec: y[M, N] = f(x[M, K] @ W[N, K].T), M <= 16
     Weights: fp16/bf16; int8 and int4 rows (quantization.py); NF4 in blocks of 64 (bitsandbytes).
     The epilogue applies row scale, bias and LoRA update, then stores, adds a residual, or applies SwiGLU or GELU.
 
-attend: one new token against the cache (B, G, S, D); it rotates the new query and key and stores key and value on the
-    way. S is split over the blocks of a cluster, which join through each other's shared memory (compute capability
-    9.0 and later; elsewhere a cluster is one block), and a long S over several clusters, joined by the last block.
+decode_attention: one new token per sequence against the cache (B, G, S, D)
+    It rotates the new query and key, and stores key and value on the way. S is split over the blocks of a cluster,
+    which join through each other's shared memory (compute capability 9.0 and later; elsewhere a cluster is one
+    block), and a long S over several clusters, joined by the last block.
 
 norm: RMSNorm or LayerNorm of rows.
 
 Every kernel prefetches what does not depend on its predecessor (the weights) before it waits for it
 ("programmatic dependent launch", compute capability 9.0 and later; elsewhere launches follow each other).
 
-Shapes: M rows (batch), N out, K in, B batch, H query heads, G key/value heads, D head channels, S cache slots.
+Shapes: M rows of x (one per sequence), N out, K in, B batch, H query heads, G key/value heads, D head_dim,
+S cache slots.
 """
 
 SOURCE = r"""
@@ -34,7 +36,7 @@ SOURCE = r"""
 #define MIN_BLOCKS 2
 #define ROW_TILES 1
 #endif
-#ifndef CLUSTER  // likewise, for kernels other than attend
+#ifndef CLUSTER  // likewise, for kernels other than decode_attention
 #define CLUSTER 1
 #endif
 typedef unsigned int u32; typedef unsigned short u16; typedef unsigned char u8;
@@ -95,14 +97,14 @@ __device__ __forceinline__ uint4 load_weights(const void* p) {  // read once: pa
 }
 
 // One 32-bit word of a row -> pairs of weights, in the order of `arrange`.
-template <int FMT, int BF> struct Decoder;
-template <int BF> struct Decoder<FLOAT, BF> {
+template <int FMT, int BF> struct Dequantizer;
+template <int BF> struct Dequantizer<FLOAT, BF> {
   static const int BITS = 16, PAIRS = 1;
-  static __device__ __forceinline__ void decode(u32 w, u32* out) { out[0] = w; }
+  static __device__ __forceinline__ void dequantize(u32 w, u32* out) { out[0] = w; }
 };
-template <int BF> struct Decoder<INT8, BF> {
+template <int BF> struct Dequantizer<INT8, BF> {
   static const int BITS = 8, PAIRS = 2;
-  static __device__ __forceinline__ void decode(u32 w, u32* out) {
+  static __device__ __forceinline__ void dequantize(u32 w, u32* out) {
     u32 v = w ^ 0x80808080u;  // code + 128, 0..255
     if (BF) {  // 2^23 + v in fp32, then exact in bf16: a code has 8 bits
       float f[4];
@@ -115,9 +117,9 @@ template <int BF> struct Decoder<INT8, BF> {
     }
   }
 };
-template <int BF> struct Decoder<INT4, BF> {  // byte j: column 2j high, 2j+1 low -> pairs (1,5) (0,4) (3,7) (2,6)
+template <int BF> struct Dequantizer<INT4, BF> {  // byte j: column 2j high, 2j+1 low -> pairs (1,5) (0,4) (3,7) (2,6)
   static const int BITS = 4, PAIRS = 4;
-  static __device__ __forceinline__ void decode(u32 w, u32* out) {
+  static __device__ __forceinline__ void dequantize(u32 w, u32* out) {
     u32 v = w ^ 0x88888888u;  // code + 8, 0..15
     if (BF) {
 #pragma unroll
@@ -132,8 +134,8 @@ template <int BF> struct Decoder<INT4, BF> {  // byte j: column 2j high, 2j+1 lo
     }
   }
 };
-template <int BF> struct Decoder<NF4, BF> { static const int BITS = 4, PAIRS = 4; };  // through a table, see matvec
-// Eight activations as four pairs, in the order in which the decoder yields weights.
+template <int BF> struct Dequantizer<NF4, BF> { static const int BITS = 4, PAIRS = 4; };  // by a table, see matvec
+// Eight activations as four pairs, in the order in which the dequantizer yields weights.
 template <int FMT> __device__ __forceinline__ void arrange(uint4 x, u32* out) {
   if (FMT == INT4) {
     out[0] = prmt(x.x, x.z, 0x7632); out[1] = prmt(x.x, x.z, 0x5410);
@@ -159,7 +161,7 @@ __device__ __forceinline__ float finish(const MatvecArgs& a, int row, int m, flo
 
 template <int FMT, int BF, int MT, int EPI>
 __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) matvec(MatvecArgs a) {
-  const int VALUES = 128 / Decoder<FMT, BF>::BITS;         // weights in 16 bytes
+  const int VALUES = 128 / Dequantizer<FMT, BF>::BITS;         // weights in 16 bytes
   const int ROWS = 2 * ROW_TILES;                          // rows of W that a lane reads: g, g + 8, g + 16, ...
   __shared__ float sums[2][WARPS][8 * ROWS][8 * MT + 1];   // two sets: the next tile starts while this one is stored
   extern __shared__ u32 table[];                           // NF4: byte -> pair of values, one copy per lane
@@ -192,6 +194,8 @@ __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) matvec(MatvecArgs a) {
   int parity = 0;
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, parity ^= 1) {
     float acc[ROW_TILES][MT][4] = {};
+    // A warp takes every WARPS-th step of K. The ring holds DEPTH loads: each is refilled as soon as it has been read,
+    // from the next tile where this one has no more steps, so that memory never waits for arithmetic.
     for (int base = warp; base < steps; base += WARPS * DEPTH) {
 #pragma unroll
       for (int d = 0; d < DEPTH; ++d) {
@@ -220,7 +224,7 @@ __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) matvec(MatvecArgs a) {
               v = *(const uint4*)(a.x + (size_t)(g + 8 * mt) * a.k + (size_t)chunk * VALUES + group * 8);
             arrange<FMT>(v, x[mt]);
           }
-          const int PAIRS = Decoder<FMT, BF>::PAIRS;
+          const int PAIRS = Dequantizer<FMT, BF>::PAIRS;
 #pragma unroll
           for (int r = 0; r < ROWS; ++r)
 #pragma unroll
@@ -233,7 +237,7 @@ __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) matvec(MatvecArgs a) {
                   if (BF) p[r][j] = pair<1>(to_float<0>(two) * largest[r], to_float<0>(two >> 16) * largest[r]);
                   else p[r][j] = fma2<0>(two, scale[r], 0);
                 }
-              } else Decoder<FMT, BF>::decode(word, p[r] + i * PAIRS);
+              } else Dequantizer<FMT, BF>::dequantize(word, p[r] + i * PAIRS);
             }
 #pragma unroll
           for (int rt = 0; rt < ROW_TILES; ++rt)
@@ -253,7 +257,7 @@ __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS) matvec(MatvecArgs a) {
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           sums[parity][warp][rt * 16 + g + (i / 2) * 8][mt * 8 + t * 2 + i % 2] = acc[rt][mt][i];
-    __syncthreads();
+    __syncthreads();  // the warps' parts of K lie in shared memory; any thread may sum them
     if (tile + gridDim.x >= tiles) let_successor_start();  // earlier: 7 % slower, it takes room and bandwidth
     for (int i = threadIdx.x; i < tile_rows * a.m; i += WARPS * 32) {
       const int r = i % tile_rows, m = i / tile_rows, row = tile * tile_rows + r;
@@ -346,22 +350,22 @@ norm(const u16* x, const u16* weight, const u16* bias, u16* out, int k, float ep
   }
 }
 
-struct AttendArgs {
+struct DecodeAttentionArgs {
   const u16* qkv; u16* keys; u16* values; const u16* cos; const u16* sin;
-  const int* positions;   // [B, 2], the token's position channels
-  const int* starts;      // [B], first slot that is no padding
+  const int* positions;   // [B, 2], the token's two positions
+  const int* starts;      // [B], first slot that is not padding
   const int* length;      // [1], slots that are filled, this token's excepted
   float* partial; u32* counters; u16* out;
-  int heads, groups, slots; float scaling;
+  int num_heads, num_kv_heads, slots; float scaling;
 };
 
-// Rotate channels at .. at + 7 of a head. TWO_D 0: ChatGLM2, interleaved pairs of the first half of a head.
-// 1: ChatGLM-6B, half-split pairs in both halves, one position channel each. Tables: [positions, D / 4].
+// Rotate elements at .. at + 7 of a head. TWO_D 0: ChatGLM2, interleaved pairs of the first half of a head.
+// 1: ChatGLM-6B, half-split pairs in both halves, one position each. Tables: [positions, D / 4].
 template <int BF, int D, int TWO_D> __device__ __forceinline__ uint4 rotated(
-    const AttendArgs& a, const u16* head, int at, const int* position) {
+    const DecodeAttentionArgs& a, const u16* head, int at, const int* position) {
   const uint4 raw = *(const uint4*)(head + at);
   uint4 other = raw, cos, sin, out;
-  int first = 0;  // TWO_D: whether these channels are the first of their pairs
+  int first = 0;  // TWO_D: whether these elements are the first of their pairs
   if (TWO_D) {
     const int in_half = at % (D / 2);
     first = in_half < D / 4;
@@ -410,13 +414,16 @@ __device__ __forceinline__ float read_from(const float* shared, int) { return *s
 __device__ __forceinline__ float2 read_pair_from(const float* shared, int) { return *(const float2*)shared; }
 #endif
 
-template <int BF, int D, int TWO_D> __global__ void IN_CLUSTERS __launch_bounds__(128) attend(AttendArgs a) {
+// D elements of a head are read so that a lane's 16 bytes are contiguous in memory. mma sums over them in any order as
+// long as both operands agree; what comes out is put back in place by `element_at`.
+template <int BF, int D, int TWO_D> __global__ void IN_CLUSTERS __launch_bounds__(128)
+decode_attention(DecodeAttentionArgs a) {
   __shared__ __align__(16) u16 query[16][D];
-  __shared__ __align__(16) float context[4][16][D + 8];  // channels in the order of `channel_at`
+  __shared__ __align__(16) float context[4][16][D + 8];  // elements in the order of `element_at`
   __shared__ float maxima[4][16], totals[4][16];
   __shared__ bool is_last;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const int group = blockIdx.y, b = blockIdx.z, per_group = a.heads / a.groups;
+  const int kv_head = blockIdx.y, b = blockIdx.z, heads_per_kv = a.num_heads / a.num_kv_heads;
   // Length, positions and the older part of the cache were written a whole graph ago: they need no wait.
   const int slot = a.length[0], start = a.starts[b], num_keys = slot + 1 - start;
   const int split = blockIdx.x / CLUSTER, rank = blockIdx.x % CLUSTER, max_splits = gridDim.x / CLUSTER;
@@ -424,9 +431,9 @@ template <int BF, int D, int TWO_D> __global__ void IN_CLUSTERS __launch_bounds_
   if (split >= splits) return;  // whole clusters
   const int blocks = splits * CLUSTER, per_block = ((num_keys + blocks - 1) / blocks + 15) / 16 * 16;
   const int begin = start + blockIdx.x * per_block, end = min(begin + per_block, slot + 1);  // may be empty
-  const int width = TWO_D ? a.heads * 3 * D : (a.heads + 2 * a.groups) * D;
+  const int width = TWO_D ? a.num_heads * 3 * D : (a.num_heads + 2 * a.num_kv_heads) * D;
   const u16* token = a.qkv + (size_t)b * width;
-  const size_t cache = ((size_t)b * a.groups + group) * a.slots;
+  const size_t cache = ((size_t)b * a.num_kv_heads + kv_head) * a.slots;
   const int* position = a.positions + b * 2;
   uint4 k[D / 16], v[D / 16];  // 16 keys and values
   auto load_keys = [&](int first) {
@@ -450,20 +457,20 @@ template <int BF, int D, int TWO_D> __global__ void IN_CLUSTERS __launch_bounds_
   wait_for_predecessor();
 #pragma unroll
   for (int i = 0; i < D / 64; ++i) {
-    const int at = (i * 128 + threadIdx.x) * 8, head = at / D, h = group * per_group + head;
+    const int at = (i * 128 + threadIdx.x) * 8, head = at / D, h = kv_head * heads_per_kv + head;
     uint4 q = make_uint4(0, 0, 0, 0);
-    if (head < per_group) q = rotated<BF, D, TWO_D>(a, token + (TWO_D ? h * 3 * D : h * D), at % D, position);
+    if (head < heads_per_kv) q = rotated<BF, D, TWO_D>(a, token + (TWO_D ? h * 3 * D : h * D), at % D, position);
     *(uint4*)&query[head][at % D] = q;
   }
   if (begin <= slot && end == slot + 1 && threadIdx.x < D / 8) {  // this block stores the new key and value
-    const u16* key = token + (TWO_D ? (group * 3 + 1) * D : (a.heads + group) * D);
-    const u16* value = token + (TWO_D ? (group * 3 + 2) * D : (a.heads + a.groups + group) * D);
+    const u16* key = token + (TWO_D ? (kv_head * 3 + 1) * D : (a.num_heads + kv_head) * D);
+    const u16* value = token + (TWO_D ? (kv_head * 3 + 2) * D : (a.num_heads + a.num_kv_heads + kv_head) * D);
     const int at = threadIdx.x * 8;
     *(uint4*)(a.keys + (cache + slot) * D + at) = rotated<BF, D, TWO_D>(a, key, at, position);
     *(uint4*)(a.values + (cache + slot) * D + at) = *(const uint4*)(value + at);
   }
   __syncthreads();
-  u32 q0[D / 8], q1[D / 8];  // heads g and g + 8, channels t * D / 4 ...
+  u32 q0[D / 8], q1[D / 8];  // heads g and g + 8, elements t * D / 4 ...
 #pragma unroll
   for (int i = 0; i < D / 8; ++i) {
     q0[i] = ((const u32*)query[g])[t * D / 8 + i]; q1[i] = ((const u32*)query[g + 8])[t * D / 8 + i];
@@ -480,7 +487,8 @@ template <int BF, int D, int TWO_D> __global__ void IN_CLUSTERS __launch_bounds_
         mma<BF>(score[half], q0[4 * i], q1[4 * i], q0[4 * i + 1], q1[4 * i + 1], w.x, w.y);
         mma<BF>(score[half], q0[4 * i + 2], q1[4 * i + 2], q0[4 * i + 3], q1[4 * i + 3], w.z, w.w);
       }
-    load_keys(first + 64);
+    load_keys(first + 64);  // the registers are free: the next keys arrive behind the softmax
+    // Online softmax: when a head's maximum grows, what was summed with the old one fades by exp(old - new).
     float new0 = top0, new1 = top1;
 #pragma unroll
     for (int half = 0; half < 2; ++half)
@@ -527,14 +535,14 @@ template <int BF, int D, int TWO_D> __global__ void IN_CLUSTERS __launch_bounds_
     *(float2*)&context[warp][g][j * 8 + t * 2] = make_float2(acc[j][0], acc[j][1]);
     *(float2*)&context[warp][g + 8][j * 8 + t * 2] = make_float2(acc[j][2], acc[j][3]);
   }
-  auto channel_at = [](int place) { return place % 8 * (D / 8) + place / 8; };
+  auto element_at = [](int place) { return place % 8 * (D / 8) + place / 8; };
   cluster_sync();
-  const size_t pair_of = (size_t)b * a.groups + group;
+  const size_t pair_of = (size_t)b * a.num_kv_heads + kv_head;
   float* contexts = a.partial + pair_of * max_splits * 16 * D;                                    // [splits, 16, D]
-  float* stats = a.partial + (size_t)gridDim.z * a.groups * max_splits * 16 * D + pair_of * max_splits * 32;
-  u16* out = a.out + (size_t)b * a.heads * D + group * per_group * D;
-  // A warp joins 64 channels of a head over the 4 * CLUSTER warps that saw keys; a lane knows the weight of one.
-  for (int unit = rank * 4 + warp; unit < per_group * (D / 64); unit += CLUSTER * 4) {
+  float* stats = a.partial + (size_t)gridDim.z * a.num_kv_heads * max_splits * 16 * D + pair_of * max_splits * 32;
+  u16* out = a.out + (size_t)b * a.num_heads * D + kv_head * heads_per_kv * D;
+  // A warp joins 64 elements of a head over the 4 * CLUSTER warps that saw keys; a lane knows the weight of one.
+  for (int unit = rank * 4 + warp; unit < heads_per_kv * (D / 64); unit += CLUSTER * 4) {
     const int head = unit / (D / 64), place = unit % (D / 64) * 64 + lane * 2;
     float top = lane < 4 * CLUSTER ? read_from(&maxima[lane % 4][head], lane / 4) : -1e30f, total = 0;
     const float its_top = top;
@@ -554,8 +562,8 @@ template <int BF, int D, int TWO_D> __global__ void IN_CLUSTERS __launch_bounds_
       sum.x += w * part[s].x; sum.y += w * part[s].y;
     }
     if (splits == 1) {
-      out[head * D + channel_at(place)] = from_float<BF>(sum.x / total);
-      out[head * D + channel_at(place + 1)] = from_float<BF>(sum.y / total);
+      out[head * D + element_at(place)] = from_float<BF>(sum.x / total);
+      out[head * D + element_at(place + 1)] = from_float<BF>(sum.y / total);
     } else {
       *(float2*)&contexts[(split * 16 + head) * D + place] = sum;
       if (place == 0) { stats[split * 32 + head * 2] = top; stats[split * 32 + head * 2 + 1] = total; }
@@ -565,13 +573,14 @@ template <int BF, int D, int TWO_D> __global__ void IN_CLUSTERS __launch_bounds_
   if (splits == 1) return;
   __threadfence();
   __syncthreads();
+  // Whoever counts last joins the splits: all others have written theirs before they counted (threadfence).
   u32* counter = a.counters + pair_of;
   if (threadIdx.x == 0) is_last = atomicAdd(counter, 1u) == (u32)blocks - 1;
   __syncthreads();
   if (!is_last) return;
   __threadfence();
   if (threadIdx.x == 0) *counter = 0;
-  for (int head = warp; head < per_group; head += 4) {  // a warp per head: first the weight of each split
+  for (int head = warp; head < heads_per_kv; head += 4) {  // a warp per head: first the weight of each split
     float top = -1e30f, total = 0, mine = 0, weight = 0;
     float sum[D / 32] = {};
     for (int s = lane; s < splits; s += 32) top = fmaxf(top, __ldcg(stats + s * 32 + head * 2));
@@ -601,7 +610,7 @@ template <int BF, int D, int TWO_D> __global__ void IN_CLUSTERS __launch_bounds_
 #pragma unroll
     for (int d = 16; d; d /= 2) total += __shfl_xor_sync(~0u, total, d);
 #pragma unroll
-    for (int i = 0; i < D / 32; ++i) out[head * D + channel_at(lane * (D / 32) + i)] = from_float<BF>(sum[i] / total);
+    for (int i = 0; i < D / 32; ++i) out[head * D + element_at(lane * (D / 32) + i)] = from_float<BF>(sum[i] / total);
   }
 }
 """

@@ -3,7 +3,7 @@
 Written from the published formulas; state-dict keys and config fields are the checkpoint's. Attention runs through
 transformers' attention interface (sdpa by default, eager available).
 
-Shapes: B batch, T new tokens, S all tokens, H query heads, G key/value heads, D head channels, C hidden,
+Shapes: B batch, T new tokens, S all tokens, H query heads, G key/value heads, D head_dim, C hidden,
 F ffn, V vocab.
 """
 
@@ -14,21 +14,20 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .attention_chatglm import PackedSequences, blocked_to_keep, build_keep_mask, choose_attention
 from .configuration_chatglm import ChatGLMConfig
-from .cuda_kernels import MAX_ROWS  # noqa: F401 - transformers copies the siblings that this file names
+from .cuda_kernels import FORMATS  # noqa: F401 - transformers copies only the siblings that this file names
 from .cuda_source import SOURCE  # noqa: F401
 from .decoding_chatglm import Block, DecodeGraph, DecodeParts
-from .fused_chatglm import Rotation, has_kernels, linear_cross_entropy, swiglu
-from .generation_chatglm import ChatGLMGenerationMixin, eager_attention_forward
-from .masking_chatglm import blocked_to_keep, build_keep_mask
-from .packing_chatglm import PackedRows, packed_attention_forward
-from .quantization import quantize, replace_linears
+from .fused_chatglm import linear_cross_entropy, rotate_pairs, swiglu
+from .generation_chatglm import ChatGLMGenerationMixin
+from .kernels_chatglm import KERNELS  # noqa: F401
+from .quantization import insert_quantized_linears, quantize
 
 
 class RMSNorm(nn.Module):
-    """Normalise by the root mean square; the weight is applied in fp32, before the cast back."""
+    """Normalize by the root mean square; the weight is applied in fp32, before the cast back."""
 
     def __init__(self, hidden_size: int, eps: float):
         super().__init__()
@@ -36,7 +35,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return the normalised states, (..., C) -> (..., C)."""
+        """Return the normalized states, (..., C) -> (..., C)."""
         return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps).to(hidden_states.dtype)
 
 
@@ -51,9 +50,9 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         self.rotary_dim = config.kv_channels // 2
         self.in_model_dtype = config.rotary_angles_in_model_dtype
-        self.register_buffer("inv_freq", self.frequencies(torch.float32))
+        self.register_buffer("inv_freq", self.frequencies())
 
-    def frequencies(self, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
+    def frequencies(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> torch.Tensor:
         """Return 10000^(-2j/r), (r/2,), computed step by step in ``dtype``."""
         return 1.0 / (10000 ** (torch.arange(0, self.rotary_dim, 2, dtype=dtype, device=device) / self.rotary_dim))
 
@@ -77,12 +76,7 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     Returns:
         (B, H or G, T, D); the second half passes through.
     """
-    if has_kernels(x):
-        return Rotation.apply(x, cos, sin, 2, 1)
-    rotated, rest = x.chunk(2, dim=-1)
-    even, odd = rotated[..., 0::2], rotated[..., 1::2]
-    rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
-    return torch.cat((rotated, rest), dim=-1)
+    return rotate_pairs(x, cos, sin, interleaved=True)
 
 
 class SelfAttention(nn.Module):
@@ -104,8 +98,11 @@ class SelfAttention(nn.Module):
         )
         self.dense = nn.Linear(self.query_size, config.hidden_size, bias=config.add_bias_linear)
 
-    def forward(self, hidden_states, rotary, attention_mask, past_key_values=None, **kwargs):
-        """Return the attention output (B, T, C) and, for eager attention, the probabilities (B, H, T, S)."""
+    def forward(self, hidden_states, rotary, attention_mask, attend, past_key_values=None, **kwargs):
+        """Return the attention output (B, T, C) and, for eager attention, the probabilities (B, H, T, S).
+
+        ``attend`` is that of `choose_attention`.
+        """
         batch, num_new, _ = hidden_states.shape
         mixed = self.query_key_value(hidden_states)
         query, key, value = (
@@ -115,9 +112,6 @@ class SelfAttention(nn.Module):
         query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, G, S, D)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        if isinstance(attention_mask, PackedRows):
-            attend = packed_attention_forward
         context, probabilities = attend(
             self,
             query,
@@ -154,10 +148,11 @@ class GLMBlock(GradientCheckpointingLayer):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, hidden_states, rotary, attention_mask, past_key_values=None, **kwargs):
+    def forward(self, hidden_states, rotary, attention_mask, attend, past_key_values=None, **kwargs):
         """Return the new states (B, T, C) and the attention probabilities or None."""
+        normed = self.input_layernorm(hidden_states)
         attention, probabilities = self.self_attention(
-            self.input_layernorm(hidden_states), rotary, attention_mask, past_key_values=past_key_values, **kwargs
+            normed, rotary, attention_mask, attend, past_key_values=past_key_values, **kwargs
         )
         hidden_states = hidden_states + attention
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), probabilities
@@ -180,8 +175,9 @@ class Encoder(nn.Module):
         self.final_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
 
 
+# region shared by both families: how transformers loads and initializes a model
 class ChatGLMPreTrainedModel(PreTrainedModel):
-    """Tell transformers how these models are loaded, initialised and run."""
+    """Tell transformers how these models are loaded, initialized and run."""
 
     config_class = ChatGLMConfig
     base_model_prefix = "transformer"
@@ -190,14 +186,15 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_attention_backend = True
-    _keys_to_ignore_on_load_missing = [r"rotary_pos_emb\.inv_freq"]
+    _keys_to_ignore_on_load_missing = [r"\.inv_freq$"]
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, RotaryEmbedding):
-            init.copy_(module.inv_freq, module.frequencies(torch.float32))
-        elif isinstance(module, RMSNorm):
-            init.ones_(module.weight)
+            init.copy_(module.inv_freq, module.frequencies())
+
+
+# endregion
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel):
@@ -210,7 +207,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.encoder = Encoder(config)
         self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
         if config.quantization_bit:
-            replace_linears(self.encoder.layers, config.quantization_bit)
+            insert_quantized_linears(self.encoder.layers, config.quantization_bit)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -271,34 +268,37 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             output_hidden_states: Also return L+1 states (B, T, C): the inputs of the blocks, then the last output
                 before the final norm.
             output_attentions: Also return the probabilities (eager attention only).
-            **kwargs: cu_seq_lens_q, int32 (R + 1,), and max_length_q: the batch is one sequence of R rows that do not
-                see each other. All others are passed on to the attention function.
+            **kwargs: cu_seq_lens_q, int32 (N + 1,), and max_length_q: the batch is packed, N sequences end to end that
+                do not see each other. All others are passed on to the attention function.
 
         Raises:
-            ValueError: When not exactly one of input_ids and inputs_embeds is given, or the mask does not fit.
+            ValueError: Not exactly one of input_ids and inputs_embeds is given, or the mask does not fit.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         hidden_states = self.embedding.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         num_new, device = hidden_states.shape[1], hidden_states.device
-        rows = PackedRows.from_kwargs(kwargs, num_new, attention_mask=attention_mask, past_key_values=past_key_values)
+        sequences = PackedSequences.from_kwargs(
+            kwargs, num_new, attention_mask=attention_mask, past_key_values=past_key_values
+        )
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if rows is not None or (self.gradient_checkpointing and self.training):
+        if sequences is not None or (self.gradient_checkpointing and self.training):
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if position_ids is None and rows is None:
+        if position_ids is None and sequences is None:
             num_past = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(num_new, device=device) + num_past)[None]
         elif position_ids is None:
-            position_ids = rows.columns[None]
-        mask = self._keep_mask(attention_mask, num_new, past_key_values, device) if rows is None else rows
+            position_ids = sequences.positions[None]
+        mask = None if sequences is not None else self._keep_mask(attention_mask, num_new, past_key_values, device)
+        attend = choose_attention(self.config._attn_implementation, sequences)
         rotary = self.rotary_pos_emb(position_ids, hidden_states.dtype)
 
         all_states, all_probabilities = [hidden_states], []
         for layer in self.encoder.layers:
             hidden_states, probabilities = layer(
-                hidden_states, rotary, mask, past_key_values=past_key_values, **kwargs
+                hidden_states, rotary, mask, attend, past_key_values=past_key_values, **kwargs
             )
             if output_hidden_states:
                 all_states.append(hidden_states)
@@ -315,6 +315,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedModel, GenerationMixin):
     """ChatGLM2-6B with its output layer: training, generation and chat."""
 
+    chat_max_length = 8192
+    chat_top_p = 0.8
+    chat_temperature = 0.8
     _tied_weights_keys = {"transformer.output_layer.weight": "transformer.embedding.word_embeddings.weight"}
 
     def __init__(self, config: ChatGLMConfig):
@@ -330,7 +333,7 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
         """Replace the output layer."""
         self.transformer.output_layer = value
 
-    # region shared by both families: quantisation, logits and loss
+    # region shared by both families: quantization, logits and loss
     def quantize(
         self,
         bits: int,
@@ -340,11 +343,11 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
         empty_init: bool = False,
         device: str | None = None,
     ) -> "ChatGLMForConditionalGeneration":
-        """Quantise the linear layers of every block in place and return the model.
+        """Quantize the linear layers of every block in place and return the model.
 
         Args:
             bits: 4 or 8.
-            quantize_embeddings: Also quantise the embedding, which then serves as output layer too (ChatGLM-6B only).
+            quantize_embeddings: Also quantize the embedding, which then serves as output layer too (ChatGLM-6B only).
             use_quantization_cache: No effect: a published switch for a buffer that is not needed here.
             empty_init: No effect: a published switch; weights are replaced one at a time anyway.
             device: Where the scales are searched; by default the weight's own GPU, else the first GPU, else the CPU.
@@ -353,7 +356,7 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
             ValueError: Embeddings of a family whose checkpoints have no form for it, or what ``quantize`` refuses.
         """
         if quantize_embeddings and not hasattr(self.config, "quantization_embeddings"):
-            raise ValueError("quantize_embeddings: this family's checkpoints hold no quantised embedding")
+            raise ValueError("quantize_embeddings: this family's checkpoints hold no quantized embedding")
         DecodeGraph.forget(self)
         return quantize(self, bits, device=device, quantize_embeddings=quantize_embeddings)
 
@@ -389,8 +392,8 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
             return_dict: False returns a tuple.
             logits_to_keep: Number of last positions to compute logits for (0 = all), or a tensor of positions.
             num_items_in_batch: Divisor of the summed loss; the number of counted tokens when absent.
-            loss_positions: int64 (M,), places in (B * T) whose next token counts. With labels, the loss alone is then
-                computed, from these places, and their logits are never held at once.
+            loss_positions: int64 (M,), indices into (B * T) of the tokens whose next token counts. With labels, the
+                loss alone is then computed, from these tokens, and their logits are never held at once.
             **kwargs: Passed on to the transformer.
         """
         outputs = self.transformer(
@@ -428,7 +431,7 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
     # endregion
 
     def decode_parts(self) -> DecodeParts:
-        """Describe the model to the CUDA decode path."""
+        """Describe the model to decoding_chatglm.py."""
         embed, dtype, device = self.transformer.rotary_pos_emb, self.dtype, self.device
 
         def rotary(num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:  # must not hold the model
@@ -449,11 +452,11 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
                 for layer in self.transformer.encoder.layers
             ],
             final_norm=self.transformer.encoder.final_layernorm,
-            head=self.get_output_embeddings(),
+            lm_head=self.get_output_embeddings(),
             rotary=rotary,
-            heads=self.config.num_attention_heads,
-            groups=self.config.num_key_value_heads,
-            channels=self.config.kv_channels,
+            num_heads=self.config.num_attention_heads,
+            num_kv_heads=self.config.num_key_value_heads,
+            head_dim=self.config.head_dim,
             activation="swiglu",
             residual_scale=None,
             two_d=False,
@@ -470,78 +473,35 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
     def _next_positions(position_ids: torch.Tensor) -> torch.Tensor:
         return position_ids[:, -1:] + 1
 
-    @staticmethod
-    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
-        """Leave the (B, S) mask as it is: forward builds the full one."""
-        return attention_mask
-
-    def process_response(self, response: str) -> str:
-        """Tidy a decoded answer."""
-        return response.strip().replace("[[训练时间]]", "2023年")
-
-    def chat(
-        self,
-        tokenizer,
-        query: str,
-        history: list[tuple[str, str]] | None = None,
-        max_length: int = 8192,
-        num_beams: int = 1,
-        do_sample: bool = True,
-        top_p: float = 0.8,
-        temperature: float = 0.8,
-        logits_processor=None,
-        **kwargs,
-    ) -> tuple[str, list[tuple[str, str]]]:
-        """Answer a query.
-
-        Args:
-            tokenizer: The ChatGLMTokenizer of this checkpoint.
-            query: The user's text.
-            history: Earlier turns as (question, answer) pairs.
-            max_length: Limit on prompt and answer together, in tokens.
-            num_beams: Beam search width.
-            do_sample: Sample, or take the most probable token.
-            top_p: Nucleus probability.
-            temperature: Divides the logits.
-            logits_processor: Further logits processors.
-            **kwargs: Passed on to ``generate``.
-
-        Returns:
-            The answer, and the history with this turn.
-        """
-        settings = {"max_length": max_length, "num_beams": num_beams, "do_sample": do_sample, **kwargs}
-        sampling = {"top_p": top_p, "temperature": temperature} if do_sample else {}
-        return self._chat(tokenizer, query, history, logits_processor, settings | sampling)
-
     def stream_chat(
         self,
         tokenizer,
         query: str,
         history: list[tuple[str, str]] | None = None,
         past_key_values: Cache | None = None,
-        max_length: int = 8192,
+        max_length: int | None = None,
         do_sample: bool = True,
-        top_p: float = 0.8,
-        temperature: float = 0.8,
+        top_p: float | None = None,
+        temperature: float | None = None,
         logits_processor=None,
         return_past_key_values: bool = False,
         **kwargs,
     ):
-        """Answer a query piece by piece.
+        """Answer a query piece by piece, on request behind the cache of the earlier turns.
 
         With ``past_key_values`` only the new turn is encoded behind the cached tokens; ask for the cache with
         ``return_past_key_values`` and pass it to the next call.
 
         Args:
-            tokenizer: The ChatGLMTokenizer of this checkpoint.
-            query: The user's text.
-            history: Earlier turns as (question, answer) pairs.
+            tokenizer: See `chat`, also for the arguments not described here.
+            query: As there.
+            history: As there.
             past_key_values: The cache of the earlier turns.
-            max_length: Limit on prompt and answer together, in tokens.
-            do_sample: Sample, or take the most probable token.
-            top_p: Nucleus probability.
-            temperature: Divides the logits.
-            logits_processor: Further logits processors.
+            max_length: As there.
+            do_sample: As there.
+            top_p: As there.
+            temperature: As there.
+            logits_processor: As there.
             return_past_key_values: Yield the cache too.
             **kwargs: Passed on to ``stream_generate``.
 
@@ -550,8 +510,7 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
             back until the character is complete.
         """
         history = list(history or [])
-        settings = {"max_length": max_length, "do_sample": do_sample, **kwargs}
-        settings |= {"top_p": top_p, "temperature": temperature} if do_sample else {}
+        settings = self._chat_settings(max_length, do_sample, top_p, temperature) | kwargs
         if past_key_values is None:
             inputs = self.build_inputs(tokenizer, query, history)
         else:
@@ -559,10 +518,10 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
             settings["past_key_values"] = past_key_values
         if return_past_key_values:
             settings["use_cuda_graph"] = False  # its cache stays behind in the graph's buffers
-        for response, cache in self._stream_text(tokenizer, inputs, logits_processor, settings):
-            if not response or response.endswith("\ufffd"):
+        for text, cache in self._stream_text(tokenizer, inputs, logits_processor, settings):
+            if not text or text.endswith("\ufffd"):
                 continue
-            response = self.process_response(response)
+            response = self.process_response(text)
             turn = (response, [*history, (query, response)])
             yield (*turn, cache) if return_past_key_values else turn
 

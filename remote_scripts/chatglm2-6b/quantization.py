@@ -3,7 +3,7 @@
 The maths
     Weight-only, symmetric, one scale per output row, no zero point, no groups, activations untouched:
         W[n, k] ~ codes[n, k] * scale[n]        y = x @ (codes * scale[:, None]).T + bias
-    int8 codes lie in -127..127 as published, int4 codes in -7..7. Both decoders read -128 and -8 as well.
+    int8 codes lie in -127..127 as published, int4 codes in -7..7. -128 and -8 are read as well.
 
 The memory layout (state-dict keys `<linear>.weight`, `<linear>.weight_scale`, `<linear>.bias`)
     int8   weight int8 [N, K], scale fp16 [N].
@@ -22,16 +22,17 @@ How a scale is chosen
              The search takes 46 passes over the weights: seconds for 6 billion weights on a GPU, minutes on a CPU.
 
 The trade
-    bitsandbytes NF4 (blocks of 64) loses less (0.0085) but takes 4.13 bits a weight with double quantisation against
-    4.004 here, and no published ChatGLM decoder reads it. This layout needs one multiplication per row, which can be
+    bitsandbytes NF4 (blocks of 64) loses less (0.0085) but takes 4.13 bits per weight with double quantization against
+    4.004 here, and no published ChatGLM code reads it. This layout needs one multiplication per row, which can be
     applied after the reduction over K, and plain torch suffices: no compiler, no prebuilt binary, any device.
 
-How a product is computed
-    On a GPU with Triton, fp16 and bf16 products of few rows read the packed weight once and never write it decoded:
-    up to MATVEC_ROWS rows on the plain arithmetic units, up to MATMUL_ROWS on the matrix units. More rows (a prompt,
-    a training step) are multiplied by cuBLAS with a copy that a kernel decodes, DECODED_BYTES at a time. All kernels
-    sum in fp32 and apply the row's scale once, after the sum. Anything else (a CPU, fp32, no Triton) takes the
-    reference. The tiles are fixed, so nothing is tuned at start; Triton keeps compiled kernels on disk.
+How a matmul is computed
+    Where kernels_chatglm.py lets Triton take the activations, a matmul with few rows of them reads the packed weight
+    once and never writes it dequantized: up to MATVEC_ROWS rows on the plain arithmetic units, up to MATMUL_ROWS on
+    the matrix units. More rows (a prompt, a training step) are multiplied by cuBLAS with a copy that a kernel
+    dequantizes, DEQUANTIZED_BYTES at a time. All kernels sum in fp32 and apply the row's scale once, after the sum.
+    Anything else (a CPU, fp32, no Triton) takes the reference. The tiles are fixed, so nothing is tuned at start;
+    Triton keeps compiled kernels on disk.
 
 Order of this file: inverse pairs in plain torch (the reference), the choice of scales, the Triton kernels, the
 dispatcher, the autograd function, the modules, and the two functions that put the modules into a model.
@@ -49,13 +50,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = tl = None
+from .kernels_chatglm import jit, tl, triton, triton_takes_quantized
 
-use_kernels = triton is not None  # the one override: False sends every product to the reference
 QUANTIZED_LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")  # the Linear modules of a layer
 CPU_CHUNK = 2**18  # weights searched at once, per thread: 1 MB of fp32 stays in a core's L2
 GPU_CHUNK = 2**26  # 256 MB keep a GPU busy
@@ -64,9 +60,9 @@ FINE_POINTS = 6  # scales tried on either side of the best one, between its neig
 REFINE_STEPS = 3  # rounds of (round to codes, exact minimum)
 LOWEST_RMS_INT4 = 0.2  # the lowest int4 scale in units of rms(row); the best is 0.335 on Gaussian rows, more on others
 LOWEST_ABSMAX_INT8 = 0.7  # the lowest int8 scale in units of the absmax scale; clipping hardly pays at 255 levels
-MATVEC_ROWS = 2  # rows up to which the plain arithmetic units do it: 57 us a layer for 2 rows; matrix units 62 for 4
-MATMUL_ROWS = 32  # rows up to which decoding in registers wins: 130 us a layer, decoding to memory 256; 64: 276, 264
-DECODED_BYTES = 64 * 2**20  # of a weight that is decoded for many rows: more is decoded in parts
+MATVEC_ROWS = 2  # rows up to which plain arithmetic units do it: 57 us per layer for 2 rows; matrix units 62 for 4
+MATMUL_ROWS = 32  # rows up to which dequantizing in registers wins: 130 us per layer, to memory 256; 64: 276, 264
+DEQUANTIZED_BYTES = 64 * 2**20  # of a weight that is dequantized for many rows: more is dequantized in parts
 
 
 def check_bits(bits: int) -> int:
@@ -105,9 +101,9 @@ def unpack(weight: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def dequantize_rows(weight: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
-    """Decode a stored weight.
+    """Dequantize a stored weight.
 
-    The product is rounded once, whatever the dtype: a code and an fp16 scale have 8 + 11 bits, fewer than fp32 holds.
+    Code times scale is rounded once, whatever the dtype: both together have 8 + 11 bits, fewer than fp32 holds.
 
     Args:
         weight: int8 [*, K] or packed int4 [*, K/2].
@@ -118,15 +114,15 @@ def dequantize_rows(weight: torch.Tensor, scale: torch.Tensor, bits: int, dtype:
     Returns:
         The weight in dtype, [*, K].
     """
-    product_dtype = torch.float32 if dtype == torch.bfloat16 else dtype
-    codes = unpack(weight, bits).to(product_dtype)
-    return codes.mul_(scale.to(product_dtype).unsqueeze(-1)).to(dtype)
+    multiply_dtype = torch.float32 if dtype == torch.bfloat16 else dtype
+    codes = unpack(weight, bits).to(multiply_dtype)
+    return codes.mul_(scale.to(multiply_dtype).unsqueeze(-1)).to(dtype)
 
 
 def quantize_rows(
     weight: torch.Tensor, bits: int, method: str = "search", scale_dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise a weight row by row on the device it is on.
+    """Quantize a weight row by row on the device it is on.
 
     Args:
         weight: Floating [N, K], any strides.
@@ -164,12 +160,12 @@ def _absmax_scale(rows: torch.Tensor, bits: int) -> torch.Tensor:
     largest = rows.abs().amax(dim=1, keepdim=True) if rows.numel() else rows.new_zeros(rows.shape[0], 1)
     bad = largest[~(largest <= torch.finfo(torch.float16).max)]  # NaN compares false
     if bad.numel():
-        raise ValueError(f"cannot quantise a weight of {bad[0].item()}: expected finite numbers that float16 holds")
+        raise ValueError(f"cannot quantize a weight of {bad[0].item()}: expected finite numbers that float16 holds")
     return largest.float() / (2 ** (bits - 1) - 1)
 
 
 def _storable(scale: torch.Tensor, scale_dtype: torch.dtype, bits: int) -> torch.Tensor:
-    """Round fp32 scales to the stored dtype, kept from vanishing there and from decoding to infinity; 0 stays 0."""
+    """Round fp32 scales to the stored dtype; none becomes 0 there, or overflows when dequantized; 0 stays 0."""
     info = torch.finfo(scale_dtype)
     least_subnormal = info.smallest_normal * info.eps
     magnitude = scale.abs().clamp(min=least_subnormal, max=info.max / 2 ** (bits - 1))
@@ -177,7 +173,7 @@ def _storable(scale: torch.Tensor, scale_dtype: torch.dtype, bits: int) -> torch
 
 
 def _absmax_rows(rows: torch.Tensor, bits: int, scale_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise rows as published, in the weight's own dtype (bf16: in fp32): codes int8 [N, K], scale [N]."""
+    """Quantize rows as published, in the weight's own dtype (bf16: in fp32): codes int8 [N, K], scale [N]."""
     rows = rows.float() if rows.dtype == torch.bfloat16 else rows
     limit = 2 ** (bits - 1)
     scale = _storable(_absmax_scale(rows, bits), scale_dtype, bits)
@@ -187,7 +183,7 @@ def _absmax_rows(rows: torch.Tensor, bits: int, scale_dtype: torch.dtype) -> tup
 
 
 def _search_rows(rows: torch.Tensor, bits: int, scale_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise rows with the scales of least squared error: codes int8 [N, K], scale [N]."""
+    """Quantize rows with the scales of least squared error: codes int8 [N, K], scale [N]."""
     rows = rows.float().contiguous()
     highest = _absmax_scale(rows, bits)
     best = _ScaleSearch(rows, bits, scale_dtype)
@@ -199,11 +195,11 @@ def _search_rows(rows: torch.Tensor, bits: int, scale_dtype: torch.dtype) -> tup
     for point in range(GRID_POINTS):
         best.offer(highest / ratio**point)
         best.offer(-highest / ratio**point)
-    centre = best.scale
+    center = best.scale
     for point in range(1, FINE_POINTS + 1):
         factor = ratio ** (point / (FINE_POINTS + 1))
-        best.offer(centre * factor)
-        best.offer(centre / factor)
+        best.offer(center * factor)
+        best.offer(center / factor)
     for _ in range(REFINE_STEPS):
         best.offer(best.minimum())
     return best.codes(best.scale).to(torch.int8), best.scale.flatten().to(scale_dtype)
@@ -246,22 +242,17 @@ class _ScaleSearch:
         return torch.where(denominator == 0, 0.0, numerator / denominator)
 
 
-def _jit(kernel):
-    """Leave a kernel to Triton to compile at its first launch; without Triton nobody launches it."""
-    return triton.jit(kernel) if triton else kernel
-
-
 # Whether kernels may hold PTX, the assembly language of NVIDIA's GPUs: AMD's and Triton's interpreter know none.
 _PTX = triton and tl.constexpr(torch.version.cuda is not None and os.environ.get("TRITON_INTERPRET") != "1")
 
 
-@_jit
+@jit
 def _column(word, COLUMN: tl.constexpr, BITS: tl.constexpr):
     """Return the codes of one column of int32 words, in fp32.
 
     Keep the code's bits where they are in the word, flip its sign bit and set an exponent: in fp32 that is
     code + 2^(BITS - 1) + 2^(23 - at), so one subtraction leaves the code and no integer has to be converted. Both
-    bitwise steps are one instruction, which the assembler does not find by itself: with it the four products of a
+    bitwise steps are one instruction, which the assembler does not find by itself: with it the four matmuls of a
     ChatGLM2-6B layer take 45.3 us on an H200, with two instructions 51.7.
     """
     shift: tl.constexpr = COLUMN * 8 if BITS == 8 else COLUMN // 2 * 8 + 4 - COLUMN % 2 * 4
@@ -279,9 +270,9 @@ def _column(word, COLUMN: tl.constexpr, BITS: tl.constexpr):
     return word.to(tl.float32, bitcast=True) - (2.0 ** (23 - at) + 2 ** (BITS - 1))
 
 
-@_jit
+@jit
 def _columns(word, COLUMN: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr):
-    """Decode words [*, W] of C columns in order, fp32 [*, W * C / STEP]: COLUMN, COLUMN + STEP, ... of each word."""
+    """Unpack words [*, W] of C columns in order, fp32 [*, W * C / STEP]: COLUMN, COLUMN + STEP, ... of each word."""
     if STEP == C:
         return _column(word, COLUMN, BITS)
     else:
@@ -289,19 +280,19 @@ def _columns(word, COLUMN: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr,
         return tl.interleave(even, _columns(word, COLUMN + STEP, STEP * 2, BITS, C))
 
 
-@_jit
-def _add_products(acc, x, word, COLUMN: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr):
-    """Add x [M, W * C / STEP] times those columns of word [N, W] to acc [M, N, W], each word's products in one sum."""
+@jit
+def _add_columns(acc, x, word, COLUMN: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr):
+    """Add x [M, W * C / STEP] times those columns of word [N, W] to acc [M, N, W]: each word has a sum of its own."""
     if STEP == C:
         return acc + _column(word, COLUMN, BITS)[None, :, :] * x.to(tl.float32)[:, None, :]
     else:
         even, odd = tl.split(x.reshape(x.shape[0], x.shape[1] // 2, 2))
-        acc = _add_products(acc, even, word, COLUMN, STEP * 2, BITS, C)
-        return _add_products(acc, odd, word, COLUMN + STEP, STEP * 2, BITS, C)
+        acc = _add_columns(acc, even, word, COLUMN, STEP * 2, BITS, C)
+        return _add_columns(acc, odd, word, COLUMN + STEP, STEP * 2, BITS, C)
 
 
-@_jit
-def _store_product(y, acc, scale, bias, m, n, M, N):
+@jit
+def _store_scaled(y, acc, scale, bias, m, n, M, N):
     """Scale a sum [M, N] by row, add the bias and store it."""
     acc *= tl.load(scale + n, mask=n < N, other=0).to(tl.float32)[None, :]
     if bias is not None:
@@ -309,7 +300,7 @@ def _store_product(y, acc, scale, bias, m, n, M, N):
     tl.store(y + m[:, None] * N + n[None, :], acc, mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-@_jit
+@jit
 def _quantized_matvec_kernel(
     x, weight, scale, bias, y, M, N, W,
     BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
@@ -320,17 +311,18 @@ def _quantized_matvec_kernel(
     m = tl.arange(0, BLOCK_M)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     w, k = tl.arange(0, BLOCK_W)[None, :], tl.arange(0, BLOCK_K)[None, :]
+    # Rows past the end read the last one again: they are not stored, and no load needs a mask for them.
     weight += tl.minimum(n, N - 1)[:, None].to(tl.int64) * W
     x += tl.minimum(m, M - 1)[:, None] * (W * C)
     acc = tl.zeros((BLOCK_M, BLOCK_N, BLOCK_W), tl.float32)
     for start in tl.range(0, W, BLOCK_W, num_stages=STAGES):
         word = tl.load(weight + (start + w), mask=start + w < W, other=0).to(tl.int32)
         tile = tl.load(x + (start * C + k), mask=start * C + k < W * C, other=0)
-        acc = _add_products(acc, tile, word, 0, 1, BITS, C)
-    _store_product(y, tl.sum(acc, axis=2), scale, bias, m, n, M, N)
+        acc = _add_columns(acc, tile, word, 0, 1, BITS, C)
+    _store_scaled(y, tl.sum(acc, axis=2), scale, bias, m, n, M, N)
 
 
-@_jit
+@jit
 def _quantized_matmul_kernel(
     x, weight, scale, bias, y, M, N, W,
     BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
@@ -351,17 +343,20 @@ def _quantized_matmul_kernel(
     acc = tl.zeros((SLICES, BLOCK_N, BLOCK_M), tl.float32)
     for start in tl.range(0, W, SLICES * BLOCK_W, num_stages=STAGES):
         word = tl.load(weight + (start + w), mask=start + w < W, other=0).to(tl.int32)
+        # GROUP neighboring columns of every word make one tile of codes; k picks the same columns of x.
         for first in tl.static_range(0, C, GROUP):
             column = start * C + first + k
             tile = tl.load(x + column, mask=column < W * C, other=0)
             codes = _columns(word, first, 1, BITS, GROUP).to(tile.dtype)
             acc = tl.dot(codes, tl.trans(tile, (0, 2, 1)), acc)
-    _store_product(y, tl.trans(tl.sum(acc, axis=0)), scale, bias, m, n, M, N)
+    _store_scaled(y, tl.trans(tl.sum(acc, axis=0)), scale, bias, m, n, M, N)
 
 
-@_jit
-def _decode_rows_kernel(weight, scale, out, N, W, BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Decode a tile of a stored weight."""
+@jit
+def _dequantize_rows_kernel(
+    weight, scale, out, N, W, BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Dequantize a tile of a stored weight."""
     C: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // BITS
     BLOCK_W: tl.constexpr = BLOCK_K // C
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None].to(tl.int64)
@@ -430,55 +425,49 @@ def quantized_matmul(
     return y
 
 
-def decode_rows(weight: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
+def triton_dequantize_rows(weight: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
     """Do in one Triton kernel what dequantize_rows does for a weight [N, K] or [N, K/2]."""
     words = _words(weight)
     out = torch.empty(len(weight), weight.shape[1] * 8 // bits, dtype=dtype, device=weight.device)
     tile = {"BLOCK_N": 4, "BLOCK_K": 1024}
     grid = triton.cdiv(out.shape[0], tile["BLOCK_N"]), triton.cdiv(out.shape[1], tile["BLOCK_K"])
     with torch.cuda.device_of(weight):
-        _decode_rows_kernel[grid](words, scale, out, *words.shape, BITS=bits, **tile)
+        _dequantize_rows_kernel[grid](words, scale, out, *words.shape, BITS=bits, **tile)
     return out
 
 
-def _has_kernels(x: torch.Tensor) -> bool:
-    """Return whether the Triton kernels take activations of this dtype on this device."""
-    if not (use_kernels and x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)):
-        return False
-    return torch.cuda.get_device_capability(x.device) >= ((7, 5) if x.dtype == torch.float16 else (8, 0))
-
-
-def _decoded(weight: torch.Tensor, scale: torch.Tensor, bits: int, x: torch.Tensor) -> torch.Tensor:
-    """Decode a stored weight to the dtype of x, [N, K], with the kernel where there is one."""
-    return (decode_rows if _has_kernels(x) else dequantize_rows)(weight, scale, bits, x.dtype)
+def _dequantized(weight: torch.Tensor, scale: torch.Tensor, bits: int, x: torch.Tensor) -> torch.Tensor:
+    """Dequantize a stored weight to the dtype of x, [N, K], with the kernel where it takes x."""
+    dequantize = triton_dequantize_rows if triton_takes_quantized(x) else dequantize_rows
+    return dequantize(weight, scale, bits, x.dtype)
 
 
 def linear_in_parts(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """Multiply by a weight that is decoded some rows at a time, so that a wide one is never there whole.
+    """Multiply by a weight that is dequantized some rows at a time, so that a wide one is never there at once.
 
     Arguments and result are those of `quantized_linear`, [*, K] -> [*, N], but the bias has the dtype of x and nothing
     gets a gradient.
     """
-    num_parts = -(-len(weight) * x.shape[-1] * x.element_size() // DECODED_BYTES)
+    num_parts = -(-len(weight) * x.shape[-1] * x.element_size() // DEQUANTIZED_BYTES)
     if num_parts <= 1:
-        return F.linear(x, _decoded(weight, scale, bits, x), bias)
+        return F.linear(x, _dequantized(weight, scale, bits, x), bias)
     out = x.new_empty(*x.shape[:-1], len(weight))
     flat, columns = x.reshape(-1, x.shape[-1]), out.view(-1, len(weight))
     rows, multiply = -(-len(weight) // num_parts), torch.mm if bias is None else torch.addmm
     for start in range(0, len(weight), rows):
         part = slice(start, start + rows)
         bias_part = () if bias is None else (bias[part],)
-        # written where it belongs, and no name holds a decoded part while the next is made
-        multiply(*bias_part, flat, _decoded(weight[part], scale[part], bits, x).T, out=columns[:, part])
+        # Written where it belongs, and no name holds a dequantized part while the next is made.
+        multiply(*bias_part, flat, _dequantized(weight[part], scale[part], bits, x).T, out=columns[:, part])
     return out
 
 
 def quantized_linear(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Multiply by a stored weight: the one door to every implementation.
+    """Multiply by a stored weight, by whichever implementation takes x.
 
     Args:
         x: Floating activations [*, K].
@@ -496,14 +485,14 @@ def quantized_linear(
 
 
 class QuantizedMatMul(torch.autograd.Function):
-    """y = x @ dequantised(weight).T + bias; backward decodes again instead of keeping the decoded weight."""
+    """y = x @ dequantized(weight).T + bias; backward dequantizes again instead of keeping the dequantized weight."""
 
     @staticmethod
     def forward(ctx, x, weight, scale, bits, bias):
-        """Compute [*, K] -> [*, N] on the packed weight when x has few rows, else on a decoded copy."""
+        """Compute [*, K] -> [*, N] on the packed weight when x has few rows, else on a dequantized copy."""
         ctx.bits = bits
         ctx.save_for_backward(weight, scale)
-        if _has_kernels(x) and 0 < x.shape[:-1].numel() <= MATMUL_ROWS:
+        if triton_takes_quantized(x) and 0 < x.shape[:-1].numel() <= MATMUL_ROWS:
             return quantized_matmul(x, weight, scale, bits, bias)
         return linear_in_parts(x, weight, scale, bits, bias)
 
@@ -513,7 +502,7 @@ class QuantizedMatMul(torch.autograd.Function):
         weight, scale = ctx.saved_tensors
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ _decoded(weight, scale, ctx.bits, grad)
+            grad_x = grad @ _dequantized(weight, scale, ctx.bits, grad)
         if ctx.needs_input_grad[4]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
         return grad_x, None, None, None, grad_bias
@@ -571,7 +560,7 @@ class QuantizedLinear(_QuantizedWeight):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, bits: int, method: str = "search", device=None) -> QuantizedLinear:
-        """Quantise a Linear on device (default: its own); the result lies where the Linear was and shares its bias."""
+        """Quantize a Linear on device (default: its own); the result lies where the Linear was and shares its bias."""
         weight = linear.weight.detach()
         module = cls(linear.in_features, linear.out_features, bits, False, "meta", weight.dtype)
         stored, scale = quantize_rows(weight.to(device or weight.device), bits, method)
@@ -610,7 +599,7 @@ class QuantizedEmbedding(_QuantizedWeight):
     def from_embedding(
         cls, embedding: nn.Embedding, bits: int, method: str = "search", device=None
     ) -> QuantizedEmbedding:
-        """Quantise an Embedding on device (default: its own); the result lies where the Embedding was."""
+        """Quantize an Embedding on device (default: its own); the result lies where the Embedding was."""
         weight = embedding.weight.detach()
         module = cls(embedding.num_embeddings, embedding.embedding_dim, bits, weight.device, weight.dtype)
         stored, scale = quantize_rows(weight.to(device or weight.device), bits, method)
@@ -618,11 +607,11 @@ class QuantizedEmbedding(_QuantizedWeight):
         return module.train(embedding.training)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Decode only the rows asked for, [*] -> [*, C]."""
+        """Dequantize only the rows asked for, [*] -> [*, C]."""
         return dequantize_rows(self.weight[ids], self.weight_scale[ids], self.bits, self._dtype_of.dtype)
 
 
-def replace_linears(layers: nn.Module, bits: int) -> int:
+def insert_quantized_linears(layers: nn.Module, bits: int) -> int:
     """Put empty QuantizedLinear modules in place of the Linear modules of every layer, before weights are loaded.
 
     Args:
@@ -641,22 +630,22 @@ def replace_linears(layers: nn.Module, bits: int) -> int:
 
 
 def quantize(model: nn.Module, bits: int, method: str = "search", device=None, quantize_embeddings: bool = False):
-    """Quantise the four Linear modules of every layer in place and note it in the config.
+    """Quantize the four Linear modules of every layer in place and note it in the config.
 
     Args:
         model: A ChatGLM model in fp16, bf16 or fp32.
         bits: 4 or 8.
         method: "search" (least squared error) or "absmax" (as published).
         device: Where the scales are searched; by default the weight's own GPU, else the first GPU, else the CPU.
-        quantize_embeddings: Also quantise the input embeddings and give the output layer their stored weight (its own
+        quantize_embeddings: Also quantize the input embeddings and give the output layer their stored weight (its own
             is dropped, as published for ChatGLM-6B; ChatGLM2-6B was never published so).
 
     Returns:
         The model; unchanged when it holds weights of this width already.
 
     Raises:
-        ValueError: When the model is quantised to another width or by bitsandbytes, carries adapters, holds no Linear
-            to quantise, or has a weight that quantize_rows refuses (the message names it).
+        ValueError: When the model is quantized to another width or by bitsandbytes, carries adapters, holds no Linear
+            to quantize, or has a weight that quantize_rows refuses (the message names it).
     """
     check_bits(bits)
     if present := {module.bits for module in model.modules() if isinstance(module, QuantizedLinear)}:
@@ -669,7 +658,7 @@ def quantize(model: nn.Module, bits: int, method: str = "search", device=None, q
     for path, (_, _, linear) in targets.items():
         if type(linear) is not nn.Linear:
             kind = f"{type(linear).__module__}.{type(linear).__name__}"
-            raise ValueError(f"cannot quantise {path}, a {kind}: load the model in fp16 or fp32, its adapters merged")
+            raise ValueError(f"cannot quantize {path}, a {kind}: load the model in fp16 or fp32, its adapters merged")
     for path, (parent, name, linear) in targets.items():
         where = _search_device(linear.weight, device)
         try:

@@ -1,7 +1,7 @@
 """ChatGLMTokenizer of ChatGLM2-6B: a sentencepiece vocabulary (`tokenizer.model`) and five tokens behind it.
 
 The model's special tokens PRECEDE the prompt: [gMASK] sop + X; the answer ends with `</s>`. No control string is
-recognised in a text, whether it is encoded with `tokenizer(text)` or with `encode_text`.
+recognized in a text, whether it is encoded with `tokenizer(text)` or with `encode_text`.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ EXTRA_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")  # ids follow the 
 
 
 # region shared by both families: reading the vocabulary
-def read_vocabulary(path: str | None, name: str, where: str) -> tuple[bytes, sentencepiece.SentencePieceProcessor]:
+def load_sentencepiece(path: str | None, name: str, where: str) -> tuple[bytes, sentencepiece.SentencePieceProcessor]:
     """Load a sentencepiece file.
 
     Args:
@@ -27,7 +27,7 @@ def read_vocabulary(path: str | None, name: str, where: str) -> tuple[bytes, sen
         The file's bytes and the processor.
 
     Raises:
-        ValueError: the file is missing, empty, a git-lfs pointer or no sentencepiece model.
+        ValueError: the file is missing, empty, a git-lfs pointer or not a sentencepiece model.
     """
     remedy = f"copy {name} from a complete download of the base checkpoint"
     if path is None or not Path(path).is_file():
@@ -72,7 +72,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """
         if do_lower_case or remove_space:
             raise ValueError("do_lower_case and remove_space must be false in tokenizer_config.json for ChatGLM2-6B.")
-        self._vocab_bytes, self.sp = read_vocabulary(vocab_file, VOCAB_NAME, kwargs.get("name_or_path", ""))
+        self._vocab_bytes, self.sp = load_sentencepiece(vocab_file, VOCAB_NAME, kwargs.get("name_or_path", ""))
         self._pieces = [self.sp.id_to_piece(i) for i in range(self.sp.get_piece_size())]
         if "[gMASK]" in self._pieces:
             raise ValueError(f"{vocab_file} has a piece [gMASK]: it is not the vocabulary of ChatGLM2-6B.")
@@ -132,7 +132,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return ids if token_ids_1 is None else [*ids, *token_ids_1, self.get_command("<eos>")]
 
     def get_special_tokens_mask(self, token_ids_0, token_ids_1=None, already_has_special_tokens=False) -> list[int]:
-        """Return 1 for special tokens and 0 for text, one entry per id of the built row."""
+        """Return 1 for special tokens and 0 for text, one entry per id of the built sequence."""
         if not already_has_special_tokens:
             token_ids_0 = self.build_inputs_with_special_tokens(token_ids_0, token_ids_1)
         return [int(i in self._commands.values()) for i in token_ids_0]
@@ -166,7 +166,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self._ids.get(token, self.sp.unk_id())
 
     def _convert_id_to_token(self, index):
-        # The model has rows beyond the vocabulary: an id without a piece is no text.
+        # The embedding has more rows than the vocabulary has pieces: an id without a piece is not text.
         return self._pieces[index] if 0 <= index < len(self._pieces) else ""
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
