@@ -351,11 +351,12 @@ def mapped_files(text):
 
     A line is a path and its duty, indented below its directory; a line without a path goes on with the last one.
     """
-    found, parents = {}, []
+    found, parents, last = {}, [], 0
     for line in blocks(text, "")[0].splitlines():
         indent, (name, *rest) = len(line) - len(line.lstrip()), line.split() or [""]
         is_path = re.fullmatch(r"[\w.<>-]+(/[\w.<>-]+)*/?", name) and ("/" in name or "." in name)
-        if is_path and indent < 16:
+        if is_path and indent <= last + 4:
+            last = indent
             parents = [parent for parent in parents if parent[0] < indent]
             path = "".join(parent for _, parent in parents) + name
             parents += [(indent, name)] if name.endswith("/") else []
@@ -376,6 +377,8 @@ def test_map_is_complete():
         assert list(PROJECT_DIR.glob(pattern)), path
     shipped = [family.train_args_json for family in FAMILIES]
     modules = [path for path in tracked_files() if re.fullmatch(MAPPED, path)]
+    for folder in {path.split("/")[0] for path in tracked_files() if "/" in path and not path.startswith(".")}:
+        assert [path for path in listed if path.startswith(f"{folder}/")], f"{folder}/ has no line in the map"
     for path in [*shipped, *modules]:
         folder, _, name = path.rpartition("/")
         lines = {folder + "/", folder.replace("chatglm-6b", "<family>") + "/"} & set(listed) if folder else set()
