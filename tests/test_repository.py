@@ -1,6 +1,7 @@
-"""The repository itself: shared files agree, imports keep their direction, both READMEs say the same."""
+"""The repository itself: shared files agree, imports keep their direction, the documentation is true and in step."""
 
 import ast
+import importlib
 import inspect
 import json
 import re
@@ -8,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +32,16 @@ REMOTE_PACKAGES = {"torch", "transformers", "sentencepiece"}
 # the rooms that may use another one
 STANDS_ON = {"export": {"merging"}, "evaluation": {"inference"}, "serving": {"inference"}}
 READMES = ("README.md", "README_zh.md")
+STAGE_PAGES = {  # the pages with flag tables, in the order of the tables
+    "docs/training": (train_qlora.train_qlora,),
+    "docs/merging": (merge_lora_and_quantize.merge_lora_and_quantize,),
+    "docs/inference": (chat_demo.chat_demo, inference_test.inference_test),
+}
+TRANSLATED = ("README.md", "docs/installation.md", "docs/exports.md", *(f"{name}.md" for name in STAGE_PAGES))
+PAGE_DIRS = ("docs", "benchmarks", "data", "models/chatglm-tiny", "models/chatglm2-tiny")
+MAPPED = (
+    r"(?:(?:glm_utils|glm_utils/\w+|tools|benchmarks|benchmarks/\w+|remote_scripts/chatglm-6b)/)?(?!__init__)\w+\.py"
+)
 TEXT_SUFFIXES = {"", ".py", ".md", ".txt", ".json", ".toml", ".sh", ".yml", ".yaml", ".cfg", ".ini"}
 
 
@@ -239,9 +251,16 @@ def test_guarded_package_is_allowed(tmp_path):
     assert import_faults(tmp_path) == []
 
 
-def readme(name):
-    """Read a README."""
+def page(name):
+    """Read a page of the documentation."""
     return (PROJECT_DIR / name).read_text("utf-8")
+
+
+def pages():
+    """Return the pages of the documentation: READMEs, docs/, the notes and what stands beside them."""
+    tops = [path.name for path in PROJECT_DIR.glob("*.md")]
+    below = [f"{folder}/{path.name}" for folder in PAGE_DIRS for path in (PROJECT_DIR / folder).glob("*.md")]
+    return sorted(tops + below)
 
 
 def blocks(text, language):
@@ -249,17 +268,41 @@ def blocks(text, language):
     return [body for found, body in re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S) if found == language]
 
 
-def listed_files(text):
-    """Return the paths that the file tree names, directories with a slash."""
-    paths, directory = [], ""
-    for line in blocks(text, "")[0].splitlines():
-        name = line.split()[0]
-        if not line.startswith(" "):
-            directory = name if name.endswith("/") else ""
-            paths.append(name)
-        else:
-            paths.append(directory + name)
-    return paths
+def prose(text):
+    """Return a page without its fenced blocks."""
+    return re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+
+
+def flag_tables(text):
+    """Return the flag tables of a page: per table the default of each flag."""
+    tables = re.findall(r"(?:^\| `--\w+` \|.*\n)+", text, re.M)
+    return [dict(re.findall(r"^\| `--(\w+)` \| (.*?) \|", table, re.M)) for table in tables]
+
+
+def flags_of(script):
+    """Return the flags of a script: the keyword-only arguments of what run_cli gets, or argparse's."""
+    tree = ast.parse((PROJECT_DIR / script).read_text("utf-8"))
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    for call in calls:
+        if ast.unparse(call.func) == "run_cli":
+            return {argument.arg for argument in functions[call.args[0].id].args.kwonlyargs}
+    names = [ast.literal_eval(call.args[0]) for call in calls if ast.unparse(call.func).endswith(".add_argument")]
+    return {name[2:] for name in names if name.startswith("--")}
+
+
+def script_of(words):
+    """Return the project's file that a command line runs and the words after it, or None for another program's."""
+    words = words[words.index("torchrun") :] if "torchrun" in words else words
+    if Path(words[0]).name == "python" and words[1] == "-m":
+        package = words[2].split(".")[0]
+        return (words[2].replace(".", "/") + ".py", words[3:]) if package in OWN_PACKAGES else None
+    if Path(words[0]).name == "python" and not words[1].startswith("-"):
+        return words[1], words[2:]
+    if words[0] == "torchrun":
+        script = next(index for index, word in enumerate(words) if word.endswith(".py"))
+        return words[script], words[script + 1 :]
+    return None
 
 
 def tracked_files():
@@ -270,70 +313,164 @@ def tracked_files():
     return listed.splitlines()
 
 
-def test_readmes_are_in_step():
-    """Both languages have the same headings' levels, commands, trees, table rows and names in code marks."""
-    english, chinese = (readme(name) for name in READMES)
-    for language in ("bash", "python"):
-        assert blocks(english, language)
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_languages_are_in_step(name):
+    """Both languages have the same headings' levels, commands, outputs, table rows and names in code marks."""
+    english, chinese = page(name), page(name.replace(".md", "_zh.md"))
+    assert blocks(english, "bash")
+    for language in ("bash", "python", "json", "text", ""):
         assert blocks(english, language) == blocks(chinese, language)
-    assert listed_files(english) == listed_files(chinese)
-    prose = [re.sub(r"^```.*?^```", "", text, flags=re.M | re.S) for text in (english, chinese)]
+    texts = [prose(text) for text in (english, chinese)]
     for pattern in (r"^(#+) ", r"^(\||-) ", r"`(--\w+)`", r"^\| `(\w+)`", r"<!-- (\w+) -->"):
-        assert len({tuple(re.findall(pattern, text, re.M)) for text in prose}) == 1, pattern
+        assert len({tuple(re.findall(pattern, text, re.M)) for text in texts}) == 1, pattern
+
+
+def test_every_translation_is_compared():
+    """A Chinese page has an English one, and the list of translated pages names it."""
+    chinese = {name for name in pages() if name.endswith("_zh.md")}
+    assert chinese == {name.replace(".md", "_zh.md") for name in TRANSLATED}
 
 
 @pytest.mark.parametrize("name", READMES)
-def test_readme_names_real_flags(name):
-    """Every flag belongs to a stage, and each stage's table lists all its flags with their defaults."""
-    text = readme(name)
-    commands_removed = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
-    parameters = {key: value for stage in STAGES for key, value in inspect.signature(stage).parameters.items()}
-    assert set(re.findall(r"--(\w+)", commands_removed)) <= {*parameters, "help"}
-    cells = dict(re.findall(r"^\| `--(\w+)` \| (.*?) \|", text, re.M))
-    assert set(cells) == set(parameters)
-    for key, parameter in parameters.items():
-        if parameter.default not in (None, "", inspect.Parameter.empty):
-            assert cells[key].strip("`") == str(parameter.default), key
+def test_readme_is_an_entrance(name):
+    assert len(page(name)) <= 12_000
 
 
-def flags_of(script):
-    """Return the flags of a script: the keyword-only arguments of the function that run_cli gets."""
-    tree = ast.parse((PROJECT_DIR / script).read_text("utf-8"))
-    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "run_cli"]
-    return {argument.arg for argument in functions[calls[0].args[0].id].args.kwonlyargs}
+@pytest.mark.parametrize("name", STAGE_PAGES)
+@pytest.mark.parametrize("ending", [".md", "_zh.md"])
+def test_flag_tables_are_complete(name, ending):
+    """Each stage has a table of all its flags with their defaults, on its page in both languages."""
+    tables = flag_tables(page(name + ending))
+    assert len(tables) == len(STAGE_PAGES[name])
+    for stage, cells in zip(STAGE_PAGES[name], tables, strict=True):
+        parameters = inspect.signature(stage).parameters
+        assert list(cells) == list(parameters)
+        for key, parameter in parameters.items():
+            if parameter.default not in (None, "", inspect.Parameter.empty):
+                assert cells[key].strip("`") == str(parameter.default), key
 
 
-def test_readme_commands_name_real_scripts_flags_and_files():
-    """Each command calls a script or make target that exists, with its flags and shipped files."""
-    targets = re.findall(r"^(\w+):", (PROJECT_DIR / "Makefile").read_text("utf-8"), re.M)
+def test_every_stage_has_a_flag_table():
+    assert {stage for stages in STAGE_PAGES.values() for stage in stages} == set(STAGES)
+
+
+@pytest.mark.parametrize("name", [name for name in pages() if not name.startswith("CHANGELOG")])
+def test_pages_name_real_flags(name):
+    """Every flag in the running text belongs to a stage, a benchmark or a tool."""
+    scripts = [path for folder in ("benchmarks", "tools") for path in (PROJECT_DIR / folder).glob("*.py")]
+    known = {flag for stage in STAGES for flag in inspect.signature(stage).parameters}
+    known |= {flag for script in scripts for flag in flags_of(script.relative_to(PROJECT_DIR))}
+    assert set(re.findall(r"--(\w+)", prose(page(name)))) <= known | {"help"}
+
+
+@pytest.mark.parametrize("name", pages())
+def test_commands_name_real_scripts_flags_and_files(name):
+    """Each command calls a script, module or make target that exists, with its flags and shipped files."""
+    targets = re.findall(r"^([\w-]+):", (PROJECT_DIR / "Makefile").read_text("utf-8"), re.M)
     output_dirs = {json.loads((PROJECT_DIR / family.train_args_json).read_text())["output_dir"] for family in FAMILIES}
-    for line in "".join(blocks(readme("README.md"), "bash")).splitlines():
-        words = shlex.split(line)
+    for line in "".join(blocks(page(name), "bash")).splitlines():
+        words = shlex.split(line, comments=True)
+        if not words:
+            continue
+        found = script_of(words)
         if words[0] == "make":
             assert set(words[1:]) <= set(targets), line
-        elif words[0] == "python" and words[1] != "-m":  # another project's module
-            assert {word[2:] for word in words if word.startswith("--")} <= flags_of(words[1]), line
         elif words[0] == "tensorboard":
             assert words[2].removesuffix("/runs") in output_dirs, line
+        elif found:
+            script, arguments = found
+            assert (PROJECT_DIR / script).is_file(), line
+            assert "/" not in script or "-m" in words, f"a module is run with python -m: {line}"
+            assert {word[2:] for word in arguments if word.startswith("--")} <= flags_of(script), line
         for word in words:
             if word.endswith((".json", ".jsonl", ".txt", ".py")):
                 assert (PROJECT_DIR / word).is_file(), line
 
 
-def test_readme_file_tree_is_whole():
-    """Every file in the tree exists, and every script and module has its line."""
-    listed = listed_files(readme("README.md"))
+@pytest.mark.parametrize("name", pages())
+def test_imports_in_pages_exist(name):
+    """What a Python block takes from the project is there."""
+    for block in blocks(page(name), "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in OWN_PACKAGES:
+                module = importlib.import_module(node.module)
+                assert not [alias.name for alias in node.names if not hasattr(module, alias.name)], node.module
+
+
+def anchors(text):
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", prose(text), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", pages())
+def test_links_resolve(name):
+    """Every relative link leads to a file, and its anchor to a heading."""
+    text = prose(page(name))
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"\w+:", link):
+            continue
+        target, _, anchor = link.partition("#")
+        path = (PROJECT_DIR / name).parent / target if target else PROJECT_DIR / name
+        assert path.exists(), link
+        assert not anchor or anchor in anchors(path.read_text("utf-8")), link
+
+
+@pytest.mark.parametrize("name", pages())
+def test_named_paths_exist(name):
+    """Paths of the project that a page puts in code marks are there."""
+    folders = "glm_utils|remote_scripts|benchmarks|tools|tests|models|data|docs"
+    for word in re.findall(rf"`((?:{folders})/[^`\s]*)`", page(name)):
+        assert list(PROJECT_DIR.glob(re.sub(r"<\w+>", "*", word.rstrip("/")))), word
+
+
+def mapped_files(text):
+    """Return the lines of the map in docs/development.md: per path, directories with a slash, the text behind it.
+
+    A line is a path and its duty, indented below its directory; a line without a path goes on with the last one.
+    """
+    found, parents, last = {}, [], 0
+    tree = next(block for block in blocks(text, "") if block.startswith("train_qlora.py"))
+    for line in tree.splitlines():
+        indent, (name, *rest) = len(line) - len(line.lstrip()), line.split() or [""]
+        is_path = re.fullmatch(r"[\w.<>-]+(/[\w.<>-]+)*/?", name) and ("/" in name or "." in name)
+        if is_path and indent <= last + 4:
+            last = indent
+            parents = [parent for parent in parents if parent[0] < indent]
+            path = "".join(parent for _, parent in parents) + name
+            parents += [(indent, name)] if name.endswith("/") else []
+            found[path] = " ".join(rest)
+        elif found:
+            found[path] += " " + line.strip()
+    return found
+
+
+def test_map_is_complete():
+    """docs/development.md: every file in the map exists, every folder, script and shipped JSON file has its line.
+
+    A module has a line of its own or is named in the line of its folder; docs/benchmarks.md names the benchmarks.
+    """
+    listed = mapped_files(page("docs/development.md"))
     for path in listed:
-        assert (PROJECT_DIR / path).exists(), path
+        pattern = re.sub(r"<\w+>", "*", path.rstrip("/"))
+        assert list(PROJECT_DIR.glob(pattern)), path
     shipped = [family.train_args_json for family in FAMILIES]
-    modules = [
-        path
-        for path in tracked_files()
-        if re.fullmatch(r"((glm_utils|tools|benchmarks|remote_scripts/chatglm-6b)/)?(?!__init__)\w+\.py", path)
-    ]
+    modules = [path for path in tracked_files() if re.fullmatch(MAPPED, path)]
+    for folder in {path.split("/")[0] for path in tracked_files() if "/" in path and not path.startswith(".")}:
+        assert [path for path in listed if path.startswith(f"{folder}/")], f"{folder}/ has no line in the map"
     for path in [*shipped, *modules]:
-        assert path in listed, f"{path} has no line in the README's file tree"
+        folder, _, name = path.rpartition("/")
+        lines = {folder + "/", folder.replace("chatglm-6b", "<family>") + "/"} & set(listed) if folder else set()
+        assert not folder or lines, f"{folder}/ has no line in the map"
+        words = {word.removesuffix(".py") for line in lines for word in re.findall(r"[\w.]+", listed[line])}
+        own = {line + name for line in lines} | {path}
+        on_page = folder == "benchmarks" and f"`{path}`" in page("docs/benchmarks.md")
+        assert own & set(listed) or Path(name).stem in words or on_page, f"{path} has no line in the map"
+
+
+def test_every_benchmark_is_described():
+    for path in (PROJECT_DIR / "benchmarks").glob("bench_*.py"):
+        assert f"benchmarks/{path.name}" in page("docs/benchmarks.md"), path.name
 
 
 def test_no_machine_paths():
