@@ -17,8 +17,6 @@ MAX_SCRIPT_LINES, MAX_UTILS_LINES, MAX_REMOTE_LINES, MAX_FUNCTION_LINES = 150, 2
 MAX_README_CHARACTERS = 12_000
 SCRIPTS = sorted(PROJECT_DIR.glob("*.py"))
 SOURCES = sorted([*PROJECT_DIR.glob("glm_utils/**/*.py"), *PROJECT_DIR.glob("remote_scripts/*/*.py")])
-    path for folder in ("glm_utils", "remote_scripts") for path in sorted(PROJECT_DIR.glob(f"{folder}/**/*.py"))
-]
 DEVELOPMENT = "docs/development.md"
 
 
@@ -125,11 +123,14 @@ def test_an_import_within_the_law_is_allowed(tmp_path, path, line):
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
 def test_stage_script_is_a_table_of_contents(path):
-    """It is short without its stage function's signature and docstring, and that function binds no name twice."""
+    """It is short without its stage function's signature and docstring; only loops bind a name again there."""
     stage = stage_function(path)
     assert len(path.read_text("utf-8").splitlines()) - num_head_lines(stage) <= MAX_SCRIPT_LINES
-    names = [node.id for node in ast.walk(stage) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
-    names += [argument.arg for argument in stage.args.kwonlyargs]
+    loops = [node for node in ast.walk(stage) if isinstance(node, ast.For | ast.comprehension)]
+    loop_names = {id(node) for loop in loops for node in ast.walk(loop.target)}
+    stored = [node for node in ast.walk(stage) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+    names = [argument.arg for argument in stage.args.kwonlyargs]
+    names += [node.id for node in stored if id(node) not in loop_names]
     assert {name for name in names if names.count(name) > 1} == set()
 
 
