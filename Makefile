@@ -1,27 +1,61 @@
-# make demo: train on the embedded default and see the answer change (a few minutes on two CPU cores)
-# make test: the whole test suite      make lint: ruff
+# make demo         train on the embedded default and see the answer change (a few minutes on two CPU cores)
+# make test         the test suite with the pinned versions; make test TESTS=tests/test_cli.py: one file
+# make lint         ruff check, ruff format --check, the copies in remote_scripts, mypy
+# make types        mypy alone
+# make test-oldest  the test suite with the oldest supported transformers and peft (.venv-oldest)
+# make test-newest  the test suite with the newest versions that pyproject.toml allows, no pins (.venv-newest)
+# make clean        remove what runs and checks leave; the virtual environments stay
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 JOBS ?= 2
+TESTS ?=
+PIP_INSTALL := -m pip install --disable-pip-version-check -q
+PYTEST := -m pytest -n $(JOBS) --dist loadfile -q $(TESTS)
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-oldest test-newest lint types clean
 
 demo: $(STAMP)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" tools/demo.sh
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -q
+	OMP_NUM_THREADS=1 $(VENV)/bin/python $(PYTEST)
 
-lint: $(STAMP)
+test-oldest: $(VENV)-oldest/.installed
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python $(PYTEST)
+
+test-newest: $(VENV)-newest/.installed
+	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python $(PYTEST)
+
+lint: $(STAMP) types
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/python tools/check_copies.py
+
+types: $(STAMP)
+	$(VENV)/bin/mypy glm_utils train_qlora.py merge_lora_and_quantize.py inference_test.py chat_demo.py
 
 # torch comes first and alone: pip then takes the CPU build where an index offers one
-$(STAMP): requirements.txt requirements-dev.txt constraints.txt
+$(STAMP): pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --disable-pip-version-check -q torch==2.13.0
-	$(VENV)/bin/python -m pip install --disable-pip-version-check -q -r requirements.txt -r requirements-dev.txt -c constraints.txt
+	$(VENV)/bin/python $(PIP_INSTALL) torch==2.13.0
+	$(VENV)/bin/python $(PIP_INSTALL) -e ".[dev]" -c constraints.txt
 	touch $(STAMP)
 
+# a package that constraints-oldest.txt names does not take its version from constraints.txt
+$(VENV)-oldest/.installed: pyproject.toml constraints.txt constraints-oldest.txt
+	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
+	awk -F== 'FNR == NR { oldest[$$1]; print; next } !($$1 in oldest)' constraints-oldest.txt constraints.txt \
+		> $(VENV)-oldest/constraints.txt
+	$(VENV)-oldest/bin/python $(PIP_INSTALL) torch==2.13.0
+	$(VENV)-oldest/bin/python $(PIP_INSTALL) -e ".[dev]" -c $(VENV)-oldest/constraints.txt
+	touch $@
+
+$(VENV)-newest/.installed: pyproject.toml
+	test -x $(VENV)-newest/bin/python || $(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python $(PIP_INSTALL) torch==2.13.0
+	$(VENV)-newest/bin/python $(PIP_INSTALL) --upgrade -e ".[dev]"
+	touch $@
+
 clean:
-	rm -rf saved_files .pytest_cache .ruff_cache
+	rm -rf saved_files .pytest_cache .ruff_cache .mypy_cache *.egg-info
