@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import inference_test as stage
+from benchmarks.harness.checkpoints import write_random_adapter
 from glm_utils import device_clock, inference_job, inference_memory
 from glm_utils.checkpoint import load_adapter, load_base_model, load_tokenizer
 from glm_utils.cli import UserError, run_cli
@@ -77,17 +78,9 @@ def int4_dir(model_dir, tmp_path):
 
 
 @pytest.fixture
-def benchmark_modules(monkeypatch):
-    """Let the benchmarks be imported as they import each other."""
-    monkeypatch.syspath_prepend(str(PROJECT_DIR / "benchmarks"))
-
-
-@pytest.fixture
-def adapter_dir(model_dir, tmp_path, benchmark_modules):
+def adapter_dir(model_dir, tmp_path):
     """A random adapter for the golden model."""
-    from random_checkpoint import random_adapter
-
-    random_adapter(model_dir, tmp_path / "adapter", ["query_key_value"])
+    write_random_adapter(model_dir, tmp_path / "adapter", ["query_key_value"])
     return tmp_path / "adapter"
 
 
@@ -298,10 +291,8 @@ def test_table_and_json_agree(measure, model_dir, int4_dir, adapter_dir, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["chatglm-tiny", "chatglm2-tiny"])
-def test_nf4_with_adapter(measure, name, tmp_path, benchmark_modules):
-    from random_checkpoint import random_adapter
-
-    random_adapter(PROJECT_DIR / "models" / name, tmp_path / "adapter", ["query_key_value", "dense"])
+def test_nf4_with_adapter(measure, name, tmp_path):
+    write_random_adapter(PROJECT_DIR / "models" / name, tmp_path / "adapter", ["query_key_value", "dense"])
     _, result = measure(lora_path=str(tmp_path / "adapter"), load_in_4bit=True, batch_size=2, prompt_tokens=11)
     (row,) = result["models"]
     assert (row["label"], row["weight_format"]) == (f"{name} + adapter", "nf4")

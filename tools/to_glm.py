@@ -1,29 +1,26 @@
 """Write a ChatGLM2-6B base model, or a LoRA adapter of one, for transformers' own GlmForCausalLM.
 
-python tools/to_glm.py --model_name_or_path THUDM/chatglm2-6b --output_path saved_files/glm_base
-python tools/to_glm.py --lora_path saved_files/chatGLM2_6B_QLoRA_t32 --output_path saved_files/glm_adapter
+python -m tools.to_glm --model_name_or_path THUDM/chatglm2-6b --output_path saved_files/glm_base
+python -m tools.to_glm --lora_path saved_files/chatGLM2_6B_QLoRA_t32 --output_path saved_files/glm_adapter
 
 So an engine serves adapters unmerged beside one base. For a merged model see merge_lora_and_quantize.py.
 """
 
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from loguru import logger
 
-from loguru import logger  # noqa: E402
-
-from glm_utils import export_glm  # noqa: E402
-from glm_utils.checkpoint import resolve_checkpoint_dir  # noqa: E402
-from glm_utils.cli import UserError, run_cli  # noqa: E402
-from glm_utils.lora import Adapter, read_adapter  # noqa: E402
-from glm_utils.merge import MergeJob  # noqa: E402
-from glm_utils.merge_job import find_base, make_job, resolve_device  # noqa: E402
-from glm_utils.merge_write import empty_merged  # noqa: E402
-from glm_utils.native_adapter import write_native_adapter  # noqa: E402
-from glm_utils.native_glm import check_native  # noqa: E402
-from glm_utils.output_dir import check_free_space, check_output_path, whole_directory  # noqa: E402
-from glm_utils.run_record import RUN_CONFIG_NAME, git_commit, versions, write_json  # noqa: E402
+from glm_utils import export_glm
+from glm_utils.checkpoint import resolve_checkpoint_dir
+from glm_utils.cli import UserError, run_cli
+from glm_utils.lora import Adapter, read_adapter
+from glm_utils.merge import MergeJob
+from glm_utils.merge_job import find_base, make_job, resolve_device
+from glm_utils.merge_write import empty_merged
+from glm_utils.native_adapter import write_native_adapter
+from glm_utils.native_glm import check_native
+from glm_utils.output_dir import check_free_space, check_output_path, whole_directory
+from glm_utils.run_record import RUN_CONFIG_NAME, git_commit, versions, write_json
 
 STAGE = "to_glm"
 
