@@ -1,4 +1,4 @@
-"""Measure the eight models of the original project's table, at 6B size with random weights, each in a process.
+"""Measure the eight models of chatGLM-6B-QLoRA's table, at 6B size with random weights, each in a process.
 
     python -m benchmarks.bench_inference --work_dir /data/bench
 

@@ -1,4 +1,4 @@
-"""Measure training at 6B size: the original recipe, a plain bf16 Trainer run and this project's, each in a process.
+"""Measure training at 6B size against a plain bf16 Trainer and the recipe of chatGLM-6B-QLoRA, each in a process.
 
     python -m benchmarks.random_checkpoint --output_path /data/random-6b --bin_files False
     python -m benchmarks.bench_train_step --model_path /data/random-6b --train_data_path adgen_train.jsonl
