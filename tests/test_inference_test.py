@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import inference_test as stage
+from benchmarks import bench_inference as bench
 from benchmarks.harness.checkpoints import write_random_adapter
 from glm_utils import device_clock, inference_job, inference_memory
 from glm_utils.checkpoint import load_adapter, load_base_model, load_tokenizer
@@ -475,9 +476,7 @@ def test_command_line(model_dir, capsys, monkeypatch):
 # ---- the benchmark
 
 
-def test_cases_of_the_benchmark(benchmark_modules):
-    import bench_inference as bench
-
+def test_cases_of_the_benchmark():
     assert {case.weights for case in bench.CASES} == {"base", *bench.WEIGHTS}
     assert bench.choose_cases(bench.CASES, None) == list(bench.CASES)
     assert [case.name for case in bench.choose_cases(bench.CASES, "QLoRA int4, fp16")] == ["fp16", "QLoRA int4"]
@@ -486,10 +485,8 @@ def test_cases_of_the_benchmark(benchmark_modules):
 
 
 @pytest.mark.slow
-def test_benchmark_measures_base_and_merged_models(tmp_path, benchmark_modules, capsys):
+def test_benchmark_measures_base_and_merged_models(tmp_path, capsys):
     """The real command's steps, each script in a process of its own, on a small model."""
-    import bench_inference as bench
-
     path, flags = tmp_path / "result.json", {"scale": "tiny", "new_tokens": 3, "loop_number": 1}
     bench.bench_inference(work_dir=str(tmp_path / "w"), families="chatglm-6b", output_json=str(path), **flags)
     result = json.loads(path.read_text("utf-8"))
@@ -501,9 +498,7 @@ def test_benchmark_measures_base_and_merged_models(tmp_path, benchmark_modules, 
     assert str(tmp_path) not in path.read_text("utf-8")
 
 
-def test_benchmark_goes_on_after_a_failed_case(tmp_path, benchmark_modules, monkeypatch):
-    import bench_inference as bench
-
+def test_benchmark_goes_on_after_a_failed_case(tmp_path, monkeypatch):
     def run(script, *flags):
         flags = dict(zip(flags[::2], flags[1::2], strict=True))
         if "--output_path" in flags:
@@ -512,7 +507,7 @@ def test_benchmark_goes_on_after_a_failed_case(tmp_path, benchmark_modules, monk
             raise UserError("exit code 1")
         return 'text\n{"models": [{"label": "x", "tokens_per_second": 1.0}], "copy_bytes_per_second": 2.0}\n'
 
-    monkeypatch.setattr(bench, "run", run)
+    monkeypatch.setattr(bench, "run_python", run)
     path, flags = tmp_path / "result.json", {"scale": "tiny", "cases": "fp16,QLoRA fp16,QLoRA int4"}
     with pytest.raises(UserError, match="failed: chatglm2-tiny QLoRA fp16, chatglm2-tiny QLoRA int4"):
         bench.bench_inference(work_dir=str(tmp_path / "w"), families="chatglm2-6b", output_json=str(path), **flags)
