@@ -1,7 +1,7 @@
-"""Train one model on the same rows with the same seed in fp32 and in bf16, and compare the evaluation losses.
+"""Train one model on the same examples with the same seed in fp32 and in bf16, and compare the evaluation losses.
 
-    python benchmarks/bench_compute_dtype.py
-    python benchmarks/bench_compute_dtype.py --size 1b --train_data_path train.jsonl --eval_data_path dev.jsonl
+    python -m benchmarks.bench_compute_dtype
+    python -m benchmarks.bench_compute_dtype --size 1b --train_data_path train.jsonl --eval_data_path dev.jsonl
 
 The first command trains the two tiny models, the second (on a GPU) a ChatGLM2 of 1.1 B random weights. Every run is
 `train_qlora.py` with the family's JSON file but for the settings in SIZES, in a process of its own. For scale there is
@@ -11,31 +11,28 @@ bf16-model has the number formats of a GPU. Writes results/compute_dtype_<model>
 
 import json
 import multiprocessing
-import runpy
-import sys
 import tempfile
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
-from bench_inference import device_name
-from random_checkpoint import random_checkpoint
 
-from glm_utils import qlora
-from glm_utils.checkpoint import load_base_model, project_path
-from glm_utils.checkpoint_files import check_checkpoint
+from benchmarks.harness.checkpoints import write_random_checkpoint
+from benchmarks.harness.results import RESULTS_DIR, device_name, provenance, write_result
+from benchmarks.harness.train_steps import run_train_qlora
+from glm_utils.checkpoint import open_checkpoint, project_path
 from glm_utils.cli import UserError, run_cli
-from glm_utils.family import PROJECT_DIR, detect_family
-from glm_utils.run_record import git_commit, sha256, versions, write_json
-from glm_utils.shards import CheckpointReader
+from glm_utils.family import PROJECT_DIR
+from glm_utils.load_model import load_base_model
+from glm_utils.merging.shards import CheckpointReader
+from glm_utils.run_record import sha256
+from glm_utils.training import lora_model
 
 NUM_EVALUATIONS = 4  # and one before the first step
 SEED = 42
 ON_GPU = torch.cuda.is_available()
-GPU_BF16 = "activations, frozen weights and products bf16; LoRA weights, optimizer and rotary angles fp32"
-CPU_BF16 = "products of the 4-bit and LoRA layers bf16; everything else fp32"
+GPU_BF16 = "activations, frozen weights and matmuls bf16; LoRA weights, optimizer and rotary angles fp32"
+CPU_BF16 = "matmuls of the 4-bit and LoRA layers bf16; everything else fp32"
 RUNS = {  # flags of train_qlora.py, and what the number format covers
     "fp32": (["--compute_dtype", "fp32"], "everything fp32, without TF32"),
     "bf16": (["--compute_dtype", "bf16"], GPU_BF16 if ON_GPU else CPU_BF16),
@@ -52,11 +49,11 @@ RANDOM_CONFIG = {  # ChatGLM2 with 1.1 B weights
 
 
 class Size(NamedTuple):
-    """What is trained: base models (none: random weights) and settings."""
+    """What is trained: base models (none: random weights), steps, examples per step, and settings."""
 
     model_paths: tuple[str, ...]
     steps: int
-    rows: int
+    batch_size: int
     learning_rate: float
     flags: tuple[str, ...]
 
@@ -76,15 +73,15 @@ def bench_compute_dtype(
     steps: int | None = None,
     learning_rate: float | None = None,
     work_dir: str | None = None,
-    results_dir: str = str(PROJECT_DIR / "benchmarks" / "results"),
+    results_dir: str = str(RESULTS_DIR),
 ) -> None:
     """Train each model of a size in each number format.
 
     Args:
         size: tiny, or 1b for random weights.
         model_path: This base alone, with the settings of the size.
-        train_data_path: Rows to train on.
-        eval_data_path: Rows whose loss is compared.
+        train_data_path: Data file to train on.
+        eval_data_path: Data file whose loss is compared.
         steps: Optimizer steps. Default: the size's.
         learning_rate: Its peak. Default: the size's.
         work_dir: For temporary files. Default: the system's place for them.
@@ -99,19 +96,19 @@ def bench_compute_dtype(
         root = Path(temporary_dir)
         if not model_path and not chosen.model_paths:
             model_path = str(root / f"chatglm2-{size}")
-            random_checkpoint(output_path=model_path, bin_files=False, config_overrides=json.dumps(RANDOM_CONFIG))
+            write_random_checkpoint(Path(model_path), "chatglm2-6b", bin_files=False, config_overrides=RANDOM_CONFIG)
         for path in [model_path] if model_path else chosen.model_paths:
             compare(project_path(path), chosen, paths, root, Path(results_dir))
 
 
 def compare(model_dir: Path, size: Size, data_paths: dict[str, Path], root: Path, results_dir: Path) -> None:
     """Make all runs of a model, write their result and print it as a table."""
-    family = detect_family(check_checkpoint(model_dir), model_dir / "config.json")
+    family = open_checkpoint(model_dir).family
     device = device_name()
     values = json.loads((PROJECT_DIR / family.train_args_json).read_text())
     del values["output_dir"]  # each run has its own
     values |= {"max_steps": size.steps, "learning_rate": size.learning_rate, "seed": SEED}
-    values |= {"per_device_train_batch_size": size.rows, "gradient_accumulation_steps": 1, "logging_steps": 10}
+    values |= {"per_device_train_batch_size": size.batch_size, "gradient_accumulation_steps": 1, "logging_steps": 10}
     values |= {"eval_on_start": True, "eval_steps": max(1, size.steps // NUM_EVALUATIONS)}
     values |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
     flags = ["--model_name_or_path", str(model_dir), *size.flags]
@@ -126,8 +123,7 @@ def compare(model_dir: Path, size: Size, data_paths: dict[str, Path], root: Path
         "training_args": dict(values),
         "flags": list(size.flags),
         "data": {name: {"file": path.name, "sha256": sha256(path)} for name, path in data_paths.items()},
-        "versions": versions(),
-        "commit": git_commit(),
+        **provenance(),
         "runs": {},
     }
     for run, (run_flags, meaning) in RUNS.items():
@@ -143,7 +139,7 @@ def compare(model_dir: Path, size: Size, data_paths: dict[str, Path], root: Path
         result["runs"][run] = {"number_format": meaning, **read_run(output_dir)}
         losses = {name: found["eval_loss"] for name, found in result["runs"].items()}
         result["relative_difference"] = relative_differences(losses)
-        write_json(results_dir / f"compute_dtype_{model_dir.name}_{device}.json", result)
+        write_result(results_dir / f"compute_dtype_{model_dir.name}_{device}.json", result)
     print(table(model_dir.name, device, losses, result["relative_difference"]), flush=True)
 
 
@@ -155,9 +151,8 @@ def train(arguments: list[str], whole_model: bool) -> None:
         whole_model: Whether all frozen weights have the compute dtype on a CPU too, and with them the activations.
     """
     if whole_model:
-        qlora.load_base_model = lambda *args, dtype=None, **kwargs: load_base_model(*args, **kwargs)
-    sys.argv = ["train_qlora.py", *arguments]
-    runpy.run_path(str(PROJECT_DIR / "train_qlora.py"), run_name="__main__")
+        lora_model.load_base_model = lambda *args, dtype=None, **kwargs: load_base_model(*args, **kwargs)
+    run_train_qlora(arguments)
 
 
 def read_run(output_dir: Path) -> dict:
@@ -185,7 +180,7 @@ def relative_differences(losses: dict[str, dict[int, float]]) -> dict[str, dict[
 
 
 def table(model: str, device: str, losses: dict[str, dict], differences: dict[str, dict]) -> str:
-    """Return the evaluation losses as Markdown rows, with the difference after the last step."""
+    """Return the evaluation losses as a Markdown table, with the difference after the last step."""
     steps = list(losses["fp32"])
     lines = [f"| {model}, {device} | " + " | ".join(f"step {step}" for step in steps) + " | against fp32 |"]
     lines.append("|---" * (len(steps) + 2) + "|")

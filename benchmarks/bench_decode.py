@@ -1,7 +1,7 @@
 """Measure generation at 6B size against its baselines: random weights made in memory, one model after the other.
 
-    python benchmarks/bench_decode.py
-    python benchmarks/bench_decode.py --families chatglm2-6b --cases "fp16,int4" --output_json decode.json
+    python -m benchmarks.bench_decode
+    python -m benchmarks.bench_decode --families chatglm2-6b --cases "fp16,int4" --output_json decode.json
 
 Each family in fp16, NF4 (also with an unmerged adapter), int8 and int4, with and without the fast path, in batches and
 at 2048 tokens; for ChatGLM2 also transformers' own model of the same mathematics. Writes
@@ -9,33 +9,33 @@ benchmarks/results/decode_baselines_<device>.json after each model; prints a tab
 """
 
 import functools
-import sys
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
-from bench_inference import FAILED, RESULTS_DIR, TARGETS, check_rows, choose_cases, device_name, model_name
 from loguru import logger
-from native_glm import glm_config, native_generate
-from random_checkpoint import FIXTURES_DIR, find_family, published_model, small_ids
-from random_model import add_random_lora, compacted, random_model, replace_linears
 from transformers import GlmForCausalLM, PreTrainedModel
 
-from glm_utils.checkpoint import load_classes, load_tokenizer
-from glm_utils.checkpoint_files import read_json_object
+from benchmarks.harness.cases import choose_cases, model_name
+from benchmarks.harness.checkpoints import LORA_TARGETS
+from benchmarks.harness.published import FIXTURES_DIR, find_family, published_model, small_ids
+from benchmarks.harness.random_models import add_random_lora, compacted, quantize_to_nf4, random_model
+from benchmarks.harness.results import FAILED, RESULTS_DIR, check_none_failed, device_name
+from benchmarks.harness.stock_glm import glm_config, stock_generate
+from glm_utils.checkpoint import load_classes, open_checkpoint
 from glm_utils.cli import UserError, run_cli
+from glm_utils.device import dtype_name, free_bytes
 from glm_utils.family import PROJECT_DIR, Family
-from glm_utils.inference_job import auto_dtype, dtype_name, free_bytes, prompt_ids
-from glm_utils.inference_measure import Workload, measure_model, stream_generate
-from glm_utils.inference_memory import copy_bandwidth, reset_peak_memory
-from glm_utils.inference_report import check_report_path, write_report
+from glm_utils.files import read_json_object
+from glm_utils.inference.measure import Workload, measure_model, stream_generate
+from glm_utils.inference.memory import copy_bandwidth, reset_peak_memory
+from glm_utils.inference.report import check_report_path, write_report
+from glm_utils.inference.request import auto_dtype, prompt_ids
 
 PROMPT = "类型#裙*颜色#白色*风格#简约*图案#刺绣"
 LONG_CONTEXT = 2048  # prompt and new tokens together
 MIN_PROMPT = 16  # of them, special tokens included
-SLOW_SHARE = 8  # launch-bound cases (50 tokens/s beside an H200) generate this part of the tokens
+SLOW_SHARE = 8  # launch-bound cases (50 tokens/s on an H200) generate a part of the tokens
 LEAST = {"new_tokens": 2, "loop_number": 1}
 BITS = {"int8": 8, "int4": 4}
 
@@ -110,7 +110,7 @@ def bench_decode(
     for name, value in (("new_tokens", new_tokens), ("loop_number", loop_number)):
         if value < LEAST[name]:
             raise UserError(f"--{name} {value}: expected {LEAST[name]} or more")
-    bases = [find_base(find_family(name), scale) for name in families.split(",")]
+    bases = [base_for(find_family(name), scale) for name in families.split(",")]
     chosen = [(base, case) for base in bases for case in choose_cases(CASES, cases) if base.has(case)]
     if not chosen:
         raise UserError(f"--cases {cases}: none for {families}; only ChatGLM2 has a native model")
@@ -124,12 +124,12 @@ def bench_decode(
     result: dict = {"benchmark": "decode_baselines", "scale": scale, "copy_bytes_per_second": bandwidth, "models": []}
     for base, case in chosen:
         num_prompt, num_new = case.num_tokens(prompt_tokens, new_tokens)
-        ids = prompt_ids(load_tokenizer(base.tokenizer_dir), PROMPT, num_prompt)
+        ids = prompt_ids(open_checkpoint(base.tokenizer_dir).tokenizer, PROMPT, num_prompt)
         workload = Workload(torch.tensor([ids] * case.batch_size, device=device), num_new, loop_number)
         result["models"].append(measure(base, case, workload, bandwidth))
         text = write_report(result, path)
     print(text)
-    check_rows(result["models"])
+    check_none_failed(result["models"])
 
 
 class Base(NamedTuple):
@@ -152,7 +152,7 @@ class Base(NamedTuple):
         return not case.is_native or self.family.native_class is not None
 
 
-def find_base(family: Family, scale: str) -> Base:
+def base_for(family: Family, scale: str) -> Base:
     """Return the published configuration of a family, or its small model's."""
     name = model_name(family, scale)
     if scale == "6b":
@@ -163,17 +163,17 @@ def find_base(family: Family, scale: str) -> Base:
 
 
 def measure(base: Base, case: Case, workload: Workload, bandwidth: float) -> dict:
-    """Measure a case; return its row. An error ends this case only.
+    """Measure a case; return its column of the table. An error ends this case only.
 
     Args:
         base: The model's size.
         case: What is measured.
         workload: Its prompts and tokens.
-        bandwidth: Of copies on the device, bytes a second.
+        bandwidth: Of copies on the device, bytes per second.
     """
     device, (batch_size, num_prompt) = workload.input_ids.device, workload.input_ids.shape
-    dtype = auto_dtype(base.config, base.tokenizer_dir, device)
-    row = {
+    dtype = auto_dtype(base.config, base.tokenizer_dir / "config.json", device)
+    found = {
         "label": f"{base.name} {case.name}",
         "family": base.family.name,
         "weight_format": dtype_name(dtype) if case.weights == "float" else case.weights,
@@ -181,31 +181,31 @@ def measure(base: Base, case: Case, workload: Workload, bandwidth: float) -> dic
         "num_prompt_tokens": num_prompt,
         "num_new_tokens": workload.new_tokens,
     }
-    logger.info(f"{row['label']}: batch {batch_size}, {num_prompt} + {workload.new_tokens} tokens")
+    logger.info(f"{found['label']}: batch {batch_size}, {num_prompt} + {workload.new_tokens} tokens")
     load = functools.partial(make_model, base, case, dtype, device)
-    generate = native_generate if case.is_native else functools.partial(stream_generate, fast_path=not case.is_eager)
+    generate = stock_generate if case.is_native else functools.partial(stream_generate, fast_path=not case.is_eager)
     try:
         figures = measure_model(load, generate, workload, bandwidth)
     except Exception as error:  # whatever it is, the other cases are worth measuring
-        logger.opt(exception=error).error(f"{row['label']} failed")
-        return {**row, "error": FAILED}
+        logger.opt(exception=error).error(f"{found['label']} failed")
+        return {**found, "error": FAILED}
     figures.pop("load_seconds", None)  # of making it
-    return row | figures
+    return found | figures
 
 
 def make_model(base: Base, case: Case, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Make a case's model; the peak of memory is looked for from then on, without its unquantised weights."""
+    """Make a case's model and reset the peak of memory, which is then free of the unquantized weights."""
     if case.is_native:
         model = random_model(GlmForCausalLM, glm_config(base.config, base.tokenizer_dir), dtype, device)
     else:
         classes = load_classes(base.family)
         model = random_model(classes.model, classes.config.from_dict(base.config), dtype, device)
     if case.weights == "nf4":
-        replace_linears(model, dtype)
+        quantize_to_nf4(model, dtype)
     elif case.weights in BITS:
         model.quantize(BITS[case.weights])
     if case.has_adapter:
-        model = add_random_lora(model, TARGETS)
+        model = add_random_lora(model, LORA_TARGETS)
     if case.weights != "float":
         model = compacted(model, device)
     reset_peak_memory(device)

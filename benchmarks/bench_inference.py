@@ -1,6 +1,6 @@
-"""Measure the eight models of the original project's table, at 6B size with random weights, each in a process.
+"""Measure the eight models of chatGLM-6B-QLoRA's table, at 6B size with random weights, each in a process.
 
-    python benchmarks/bench_inference.py --work_dir /data/bench
+    python -m benchmarks.bench_inference --work_dir /data/bench
 
 Each family in fp16 and int4, base and QLoRA-merged, with the project's own commands on real directories. Writes
 benchmarks/results/inference_models_<device>.json after each model; prints a table and, last, the JSON object.
@@ -9,30 +9,24 @@ benchmarks/results/inference_models_<device>.json after each model; prints a tab
 import functools
 import json
 import multiprocessing
-import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 from loguru import logger
-from random_checkpoint import find_family, random_adapter
 
-from glm_utils.checkpoint import load_base_model, load_tokenizer
-from glm_utils.cli import UserError, nearest, run_cli
+from benchmarks.harness.cases import choose_cases, model_name, run_python
+from benchmarks.harness.checkpoints import LORA_TARGETS, write_random_adapter
+from benchmarks.harness.published import find_family
+from benchmarks.harness.results import FAILED, RESULTS_DIR, check_none_failed, device_name
+from glm_utils.checkpoint import open_checkpoint
+from glm_utils.cli import UserError, run_cli
 from glm_utils.family import PROJECT_DIR, Family
-from glm_utils.inference_report import check_report_path, write_report
-from glm_utils.run_record import versions
+from glm_utils.inference.report import check_report_path, write_report
+from glm_utils.load_model import load_base_model
 
-RESULTS_DIR = PROJECT_DIR / "benchmarks" / "results"
 PROMPT_TOKENS = 64
-TARGETS = ["query_key_value"]
-FAILED = "failed"  # error of a row that an error ended
 
 
 class Case(NamedTuple):
@@ -90,8 +84,8 @@ def bench_inference(
             for case in chosen:
                 if make := WEIGHTS.get(case.weights):
                     make(root, root / case.weights)
-                row = measure(root / case.weights, new_tokens, loop_number)
-                result["models"].append({**row, "label": f"{model_name(family, scale)} {case.name}"})
+                found = measure(root / case.weights, new_tokens, loop_number)
+                result["models"].append({**found, "label": f"{model_name(family, scale)} {case.name}"})
                 text = write_report(result, path)
                 if make:
                     shutil.rmtree(root / case.weights)
@@ -99,48 +93,7 @@ def bench_inference(
     finally:
         shutil.rmtree(root, ignore_errors=True)
     print(text)
-    check_rows(result["models"])
-
-
-def choose_cases(cases: Sequence, names: str | None) -> list:
-    """Return the cases that are named, in their own order; all of them without names."""
-    known = {case.name: case for case in cases}
-    wanted = [name.strip() for name in names.split(",")] if names else list(known)
-    for name in wanted:
-        if name not in known:
-            raise UserError(f"--cases: no case {name!r}. {nearest(name, known, 'cases')}")
-    return [case for name, case in known.items() if name in wanted]
-
-
-def check_rows(rows: list[dict]) -> None:
-    """End with an error if a case failed other than by running out of memory."""
-    if failed := [row["label"] for row in rows if row.get("error") == FAILED]:
-        raise UserError(f"failed: {', '.join(failed)}; the log above says why")
-
-
-def model_name(family: Family, scale: str) -> str:
-    """Return a model's name in the table, or its small model's in models/."""
-    return family.title if scale == "6b" else f"{family.name.removesuffix('-6b')}-tiny"
-
-
-def device_name() -> str:
-    """Return the GPU's name for a file name, or cpu."""
-    if not torch.cuda.is_available():
-        return "cpu"
-    return re.sub(r"[^a-z0-9]+", "_", versions()["device"].lower().removeprefix("nvidia ")).strip("_")
-
-
-def run(*command: object) -> str:
-    """Run a Python script of this project; return its stdout, while stderr passes through.
-
-    Raises:
-        UserError: It failed.
-    """
-    words = [sys.executable, *map(str, command)]
-    process = subprocess.run(words, cwd=PROJECT_DIR, stdout=subprocess.PIPE, text=True)
-    if process.returncode:
-        raise UserError(f"{' '.join(words[1:])}: exit code {process.returncode}")
-    return process.stdout
+    check_none_failed(result["models"])
 
 
 # ---- models
@@ -155,33 +108,33 @@ def make_base(root: Path, family: Family, scale: str) -> None:
         scale: 6b or tiny.
     """
     if scale == "6b":
-        run("benchmarks/random_checkpoint.py", "--output_path", root / "base", "--family", family.name)
+        run_python("-m", "benchmarks.random_checkpoint", "--output_path", root / "base", "--family", family.name)
     else:
         shutil.copytree(PROJECT_DIR / "models" / model_name(family, scale), root / "base")
-    random_adapter(root / "base", root / "adapter", TARGETS)
+    write_random_adapter(root / "base", root / "adapter", LORA_TARGETS)
 
 
 def merge(root: Path, output_dir: Path, bits: int) -> None:
     """Merge the adapter with the project's command."""
     flags = ("--lora_path", root / "adapter", "--output_path", output_dir, "--qbits", bits)
-    run("merge_lora_and_quantize.py", *flags)
+    run_python("merge_lora_and_quantize.py", *flags)
 
 
 def quantize_base(root: Path, output_dir: Path, bits: int) -> None:
-    """Quantise the base in a process of its own, which gives its memory back."""
+    """Quantize the base in a process of its own, which gives its memory back."""
     process = multiprocessing.get_context("spawn").Process(target=write_quantized, args=(root, output_dir, bits))
     process.start()
     process.join()
     if process.exitcode:
-        raise UserError(f"quantising to {bits} bits failed; the log above says why")
+        raise UserError(f"quantizing to {bits} bits failed; the log above says why")
 
 
 def write_quantized(root: Path, output_dir: Path, bits: int) -> None:
-    """Load the base, quantise it in place and save it."""
+    """Load the base, quantize it in place and save it."""
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    model = load_base_model(root / "base", dtype="fp16", device_map={"": device})
+    model = load_base_model(open_checkpoint(root / "base"), dtype="fp16", device_map={"": device})
     model.quantize(bits).save_pretrained(output_dir)
-    load_tokenizer(root / "base").save_pretrained(output_dir)
+    open_checkpoint(root / "base").tokenizer.save_pretrained(output_dir)
 
 
 WEIGHTS = {
@@ -195,10 +148,10 @@ WEIGHTS = {
 
 
 def measure(directory: Path, new_tokens: int, loop_number: int) -> dict:
-    """Measure a directory with the project's command; return its row."""
+    """Measure a directory with the project's command; return its column of the table."""
     flags = ["--model_path", directory, "--prompt_tokens", PROMPT_TOKENS, "--new_tokens", new_tokens]
     try:
-        result = json.loads(run("inference_test.py", *flags, "--loop_number", loop_number).splitlines()[-1])
+        result = json.loads(run_python("inference_test.py", *flags, "--loop_number", loop_number).splitlines()[-1])
     except UserError as error:
         logger.error(str(error))
         return {"error": FAILED}

@@ -1,34 +1,26 @@
-"""Measure the products with quantised weights: microseconds for the four Linear modules of a layer, by path and rows.
+"""Measure matmuls with quantized weights: microseconds for the four Linear modules of a layer, by path and rows.
 
-    python benchmarks/bench_kernels.py
-    python benchmarks/bench_kernels.py --family chatglm-6b --rows 1,2,8 --dtype bf16
+    python -m benchmarks.bench_kernels
+    python -m benchmarks.bench_kernels --family chatglm-6b --rows 1,2,8 --dtype bf16
 
 With GemLite installed (`pip install gemlite`, nothing else here needs it) its int4 and int8 kernels are timed too.
 
-Needs a GPU. Each path is first compared with the product in fp64, then timed inside a CUDA graph over several copies
+Needs a GPU. Each path is first compared with the matmul in fp64, then timed inside a CUDA graph over several copies
 of the weight that together exceed the L2 cache, as in a model, where every layer reads weights of its own. Writes
 benchmarks/results/kernels_<family>_<dtype>_<device>.json after each line that it prints, one for each path and number
 of rows.
 """
 
-import functools
 import json
 import statistics
-import sys
 from importlib.util import find_spec
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
-from bench_inference import RESULTS_DIR, device_name
-from random_checkpoint import find_family, layer_shapes
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from benchmarks.harness.published import find_family, layer_shapes, remote_function
+from benchmarks.harness.results import RESULTS_DIR, device_name, provenance, write_result
 from glm_utils.cli import UserError, run_cli
-from glm_utils.family import FAMILIES
-from glm_utils.run_record import git_commit, versions, write_json
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 CACHE_BYTES = 160e6  # more than twice the L2 of an H200
@@ -36,33 +28,27 @@ LAUNCHES = 24  # at least so many in a graph
 REPEATS = 5
 
 
-@functools.cache
-def function(name: str):
-    """Return a function of the remote scripts, module.name, from a file that is the same for both families."""
-    return get_class_from_dynamic_module(name, str(FAMILIES[1].remote_dir))
-
-
 def cublas(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
-    """Multiply by a weight that was decoded before."""
+    """Multiply by a weight that was dequantized before."""
     return F.linear(x, weight)
 
 
-def decoded(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
-    """Decode to memory with the kernel, some rows at a time, and multiply: the path of prompts and training."""
-    return function("quantization.linear_in_parts")(x, weight, scale, bits, None)
+def dequantized(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """Dequantize to memory with the kernel, some rows at a time, and multiply: the path of prompts and training."""
+    return remote_function("quantization.linear_in_parts")(x, weight, scale, bits, None)
 
 
 def triton(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
     """Multiply by the packed weight."""
-    return function("quantization.quantized_matmul")(x, weight, scale, bits)
+    return remote_function("quantization.quantized_matmul")(x, weight, scale, bits)
 
 
 def cuda(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
-    """Multiply in the decode path's kernel, which takes the decoded weight too."""
+    """Multiply in the kernel of the generation graph, which takes the dequantized weight too."""
     rows, kind = weight.shape[0], "float" if bits == 16 else f"int{bits}"
-    stored = function("cuda_kernels.Weight")(kind, weight, (rows, x.shape[1]), scale)
+    stored = remote_function("cuda_kernels.Weight")(kind, weight, (rows, x.shape[1]), scale)
     out = x.new_empty(x.shape[0], rows)
-    function("cuda_kernels.matvec")(x, stored, out)
+    remote_function("cuda_kernels.matvec")(x, stored, out)
     return out
 
 
@@ -72,18 +58,18 @@ def gemlite(x: torch.Tensor, layer, scale: torch.Tensor, bits: int) -> torch.Ten
 
 
 def pack_for_gemlite(weight: torch.Tensor, scale: torch.Tensor, bits: int):
-    """Return a GemLite layer of a stored weight: unsigned codes with one scale and one zero point a row."""
+    """Return a GemLite layer of a stored weight: unsigned codes with one scale and one zero point per row."""
     from gemlite.helper import A16Wn
 
-    codes = (function("quantization.unpack")(weight, bits).int() + 2 ** (bits - 1)).to(torch.uint8)
+    codes = (remote_function("quantization.unpack")(weight, bits).int() + 2 ** (bits - 1)).to(torch.uint8)
     zeros = torch.full_like(scale, 2 ** (bits - 1))[:, None]
     packer = A16Wn(device=str(weight.device), dtype=scale.dtype)
     return packer.from_weights(codes, scale[:, None], zeros, W_nbits=bits, group_size=codes.shape[1])
 
 
-PATHS = {  # name -> function(x, weight, scale, bits), the widths it takes (16: the decoded weight), the most rows
+PATHS = {  # name -> function(x, weight, scale, bits), the widths it takes (16: dequantized), the most rows
     "cublas": (cublas, (16,), None),
-    "decoded": (decoded, (4, 8), None),
+    "decoded": (dequantized, (4, 8), None),
     "triton": (triton, (4, 8), 32),
     "cuda": (cuda, (16, 4, 8), 16),
     **({"gemlite": (gemlite, (4, 8), None)} if find_spec("gemlite") else {}),
@@ -91,21 +77,29 @@ PATHS = {  # name -> function(x, weight, scale, bits), the widths it takes (16: 
 
 
 def make_weights(shape: tuple[int, int], bits: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Return copies of a random stored (16 bits: decoded) weight that together exceed the L2 cache, and its scales."""
+    """Return copies of a random stored weight that together exceed the L2 cache, and its scales.
+
+    Args:
+        shape: (out, in).
+        bits: 4 or 8; 16: a dequantized weight.
+        dtype: Of a dequantized weight.
+    """
     stored_bits = 4 if bits == 16 else bits
     stored_shape = (shape[0], shape[1] * stored_bits // 8)
     weight = torch.randint(-128, 128, stored_shape, dtype=torch.int8, device="cuda")
     scale = (0.01 * torch.rand(shape[0], device="cuda")).half()
     if bits == 16:
-        weight = function("quantization.dequantize_rows")(weight, scale, stored_bits, dtype)
+        weight = remote_function("quantization.dequantize_rows")(weight, scale, stored_bits, dtype)
     num_copies = max(2, -(-int(CACHE_BYTES) // weight.nbytes))
     return [weight.clone() for _ in range(num_copies)], scale
 
 
 def relative_error(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int):
-    """Return the norm of the difference to the product in fp64 over that product's norm."""
+    """Return the norm of the difference to the matmul in fp64 over the norm of that."""
     exact = (
-        weight.double() if bits == 16 else function("quantization.dequantize_rows")(weight, scale, bits, torch.float64)
+        weight.double()
+        if bits == 16
+        else remote_function("quantization.dequantize_rows")(weight, scale, bits, torch.float64)
     )
     expected = F.linear(x.double(), exact)
     return ((found.double() - expected).norm() / expected.norm()).item()
@@ -169,15 +163,14 @@ def bench_kernels(*, family: str = "chatglm2-6b", rows: str = "1,4,16,64", dtype
         raise UserError("found no CUDA device: run this on a machine with a GPU")
     torch.manual_seed(0)
     result_path = RESULTS_DIR / f"kernels_{family}_{dtype}_{device_name()}.json"
-    RESULTS_DIR.mkdir(exist_ok=True)
     record = {"benchmark": "kernels", "family": family, "dtype": dtype, "results": []}
-    record |= {"versions": versions(), "commit": git_commit()}
+    record |= provenance()
     for path, (_, widths, most_rows) in PATHS.items():
         for bits in widths:
             for num_rows in (n for n in map(int, rows.split(",")) if most_rows is None or n <= most_rows):
                 result = measure(path, bits, num_rows, shapes, DTYPES[dtype])
                 record["results"].append(result)
-                write_json(result_path, record)
+                write_result(result_path, record)
                 print(json.dumps(result))
 
 

@@ -1,6 +1,6 @@
 """Measure a merge at 6B size with random weights: peak host memory, and wall time against copying the same files.
 
-    python benchmarks/bench_merge.py --work_dir /data/bench --qbits 0,0,0,4 --device cpu
+    python -m benchmarks.bench_merge --work_dir /data/bench --qbits 0,0,0,4 --device cpu
 
 Each merge is the shipped command in its own process. Copying is a plain read and write of the base's weight files on
 the same disk, just before each merge. Peak memory is the resident set, mapped pages of the read file included, of the
@@ -16,17 +16,15 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
-from random_checkpoint import random_adapter
 
+from benchmarks.harness.cases import run_python
+from benchmarks.harness.checkpoints import LORA_TARGETS, write_random_adapter
+from benchmarks.harness.results import RESULTS_DIR, provenance, write_result
 from glm_utils.checkpoint_files import weight_files
 from glm_utils.cli import UserError, run_cli
 from glm_utils.family import LINEAR_NAMES, PROJECT_DIR
-from glm_utils.run_record import git_commit, versions, write_json
 
-RESULTS_DIR = PROJECT_DIR / "benchmarks" / "results"
 COPY_BYTES = 1 << 24
 
 
@@ -49,15 +47,15 @@ def bench_merge(
         all_linear: Adapt all four Linear modules instead of query_key_value.
         remote_scripts_dir: As for the merge.
     """
-    root = Path(work_dir)
+    root = Path(work_dir).resolve()
     if root.exists():
         raise UserError(f"--work_dir {root}: exists. Give a new directory")
     try:
         base_dir, adapter_dir = root / "base", root / "adapter"
-        maker = str(PROJECT_DIR / "benchmarks" / "random_checkpoint.py")  # apart: its peak is not ours
-        subprocess.run([sys.executable, maker, "--output_path", str(base_dir), "--family", family], check=True)
-        targets = list(LINEAR_NAMES) if all_linear else ["query_key_value"]
-        random_adapter(base_dir, adapter_dir, targets)
+        # a process of its own: its memory would count as a merge's, which starts as a copy of this process
+        run_python("-m", "benchmarks.random_checkpoint", "--output_path", base_dir, "--family", family)
+        targets = list(LINEAR_NAMES) if all_linear else LORA_TARGETS
+        write_random_adapter(base_dir, adapter_dir, targets)
         extra = ["--remote_scripts_dir", remote_scripts_dir] if remote_scripts_dir else []
         num_bytes = sum(path.stat().st_size for path in weight_files(base_dir))
         result = {"benchmark": "merge", "family": family, "targets": targets, "base_bytes": num_bytes, "merges": []}
@@ -72,10 +70,9 @@ def bench_merge(
             result["merges"].append({"qbits": int(bits), **merge})
             print(json.dumps(result["merges"][-1]), file=sys.stderr)
         result |= {"run_on": device, "num_threads": torch.get_num_threads()}
-        result |= {"versions": versions(), "commit": git_commit()}
-        RESULTS_DIR.mkdir(exist_ok=True)
+        result |= provenance()
         name = f"merge_{family}_{device.split(':')[0]}{'_all_linear' if all_linear else ''}.json"
-        write_json(RESULTS_DIR / name, result)
+        write_result(RESULTS_DIR / name, result)
         print(json.dumps(result))
     finally:
         shutil.rmtree(root, ignore_errors=True)

@@ -1,55 +1,46 @@
-"""Measure the int8/int4 quantisers: weight error, what it does to the tiny models' answers, time for a 6B model.
+"""Measure int8 and int4 quantization: weight error, what it does to the tiny models' answers, time for a 6B model.
 
-    python benchmarks/bench_quantization.py --parts weights,models
-    python benchmarks/bench_quantization.py --parts speed --device cuda
+    python -m benchmarks.bench_quantization --parts weights,models
+    python -m benchmarks.bench_quantization --parts speed --device cuda
 
 Each part writes benchmarks/results/quantization_<part>.json and prints it as one JSON line. `weights`: squared
-relative error of rows as long as ChatGLM2-6B's. `models`: KL divergence to the unquantised model and share of tokens
-with the same first choice, on the sample's dev rows. `speed`: all layers of ChatGLM2-6B, random weights on the device.
+relative error of rows as long as ChatGLM2-6B's. `models`: KL divergence to the unquantized model and share of tokens
+with the same first choice, on the sample's dev examples. `speed`: all layers of ChatGLM2-6B, random weights on the
+device.
 """
 
 import json
-import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from random_checkpoint import layer_shapes
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from glm_utils.checkpoint import load_base_model, load_tokenizer
+from benchmarks.harness.published import layer_shapes, remote_function
+from benchmarks.harness.results import RESULTS_DIR, provenance, write_result
+from glm_utils.checkpoint import open_checkpoint
 from glm_utils.cli import UserError, run_cli
 from glm_utils.data import read_rows
-from glm_utils.family import FAMILIES, LINEAR_NAMES, PROJECT_DIR
-from glm_utils.merge_math import nf4_round_trip
-from glm_utils.run_record import git_commit, versions, write_json
+from glm_utils.family import LINEAR_NAMES, PROJECT_DIR
+from glm_utils.load_model import load_base_model
+from glm_utils.merging.arithmetic import nf4_round_trip
 
-RESULTS_DIR = PROJECT_DIR / "benchmarks" / "results"
 NUM_LAYERS = 28
 METHODS = ("int4 absmax", "int4 search", "int8 absmax", "int8 search", "nf4")
 TINY_MODELS = ("models/chatglm-tiny", "models/chatglm2-tiny")
-NUM_ROWS = 64
-
-
-def function(name: str):
-    """Return a function of the remote scripts' quantization.py, the same file for both families."""
-    return get_class_from_dynamic_module(f"quantization.{name}", str(FAMILIES[1].remote_dir))
+NUM_EXAMPLES = 64
 
 
 def round_trip(weight: torch.Tensor, method: str) -> torch.Tensor:
-    """Quantise a weight [out, in] by a method of METHODS and return it decoded, in its dtype."""
+    """Quantize a weight [out, in] by a method of METHODS and return it dequantized, in its dtype."""
     if method == "nf4":
         return nf4_round_trip(weight)
     bits, how = int(method[3]), method.split()[1]
-    stored, scale = function("quantize_rows")(weight, bits, how)
-    return function("dequantize_rows")(stored, scale, bits, weight.dtype)
+    stored, scale = remote_function("quantization.quantize_rows")(weight, bits, how)
+    return remote_function("quantization.dequantize_rows")(stored, scale, bits, weight.dtype)
 
 
-def relative_error(weight: torch.Tensor, decoded: torch.Tensor) -> float:
+def squared_relative_error(weight: torch.Tensor, dequantized: torch.Tensor) -> float:
     """Return the squared error over the squared norm."""
-    return ((weight.float() - decoded.float()).square().sum() / weight.float().square().sum()).item()
+    return ((weight.float() - dequantized.float()).square().sum() / weight.float().square().sum()).item()
 
 
 def measure_weights(device: str) -> dict:
@@ -61,24 +52,28 @@ def measure_weights(device: str) -> dict:
         chi_squared = torch.randn(3, 256, columns, generator=generator).square().sum(0)
         for kind, weight in {"gaussian": normal, "student_t3": normal / (chi_squared / 3).sqrt()}.items():
             weight = (0.02 * weight).half().to(device)
-            errors[f"{kind} {columns}"] = {name: relative_error(weight, round_trip(weight, name)) for name in METHODS}
+            errors[f"{kind} {columns}"] = {
+                name: squared_relative_error(weight, round_trip(weight, name)) for name in METHODS
+            }
     return {"squared_relative_error": errors}
 
 
 @torch.no_grad()
 def measure_models(device: str) -> dict:
-    """Return error, KL divergence (nats a token) and same-top-token share by tiny model and method."""
-    rows = read_rows(PROJECT_DIR / "data" / "dev.jsonl")[:NUM_ROWS]
+    """Return error, KL divergence (nats per token) and same-top-token share by tiny model and method."""
+    examples = read_rows(PROJECT_DIR / "data" / "dev.jsonl")[:NUM_EXAMPLES]
     results = {}
     for name in TINY_MODELS:
         model_dir = PROJECT_DIR / name
-        tokenizer = load_tokenizer(model_dir)
-        texts = [tokenizer.encode_prompt(row.query) + tokenizer.encode_answer(row.answer) for row in rows]
-        model = load_base_model(model_dir).to(device).eval()
+        tokenizer = open_checkpoint(model_dir).tokenizer
+        texts = [
+            tokenizer.encode_prompt(example.query) + tokenizer.encode_answer(example.answer) for example in examples
+        ]
+        model = load_base_model(open_checkpoint(model_dir)).to(device).eval()
         expected = [log_probabilities(model, ids) for ids in texts]
         weights = linear_weights(model)
         originals = [weight.data.clone() for weight in weights]
-        results[name] = {"num_tokens": sum(map(len, texts)), "num_rows": len(rows)}
+        results[name] = {"num_tokens": sum(map(len, texts)), "num_rows": len(examples)}
         for method in METHODS:
             for weight, original in zip(weights, originals, strict=True):
                 weight.data = round_trip(original.half(), method).float()
@@ -98,7 +93,7 @@ def log_probabilities(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
 
 
 def compare(model, texts: list[list[int]], expected: list[torch.Tensor], weights: list, originals: list) -> dict:
-    """Compare a quantised model with its original, token by token."""
+    """Compare a quantized model with its original, token by token."""
     divergence, num_same, num_tokens = 0.0, 0, 0
     for ids, before in zip(texts, expected, strict=True):
         after = log_probabilities(model, ids)
@@ -116,10 +111,10 @@ def compare(model, texts: list[list[int]], expected: list[torch.Tensor], weights
 
 
 def measure_speed(device: str) -> dict:
-    """Return the seconds for quantising every layer of a 6B model whose fp16 weights lie on the device."""
+    """Return the seconds for quantizing every layer of a 6B model whose fp16 weights lie on the device."""
     if device == "cpu":
         raise UserError("--parts speed needs --device cuda")
-    quantize_rows = function("quantize_rows")
+    quantize_rows = remote_function("quantization.quantize_rows")
     weights = [
         0.02 * torch.randn(shape, device=device, dtype=torch.float16)
         for _ in range(NUM_LAYERS)
@@ -156,10 +151,8 @@ def bench_quantization(*, parts: str = "weights,models", device: str = "cpu") ->
         if part not in PARTS:
             raise UserError(f"--parts {part}: expected some of {', '.join(PARTS)}")
     for part in parts.split(","):
-        result = {"benchmark": f"quantization_{part}", **PARTS[part](device), "versions": versions()}
-        result["commit"] = git_commit()
-        RESULTS_DIR.mkdir(exist_ok=True)
-        write_json(RESULTS_DIR / f"quantization_{part}.json", result)
+        result = {"benchmark": f"quantization_{part}", **PARTS[part](device), **provenance()}
+        write_result(RESULTS_DIR / f"quantization_{part}.json", result)
         print(json.dumps(result, ensure_ascii=False))
 
 

@@ -1,59 +1,65 @@
-"""Measure training at 6B size: the original recipe, a plain bf16 Trainer run and this project's, each in a process.
+"""Measure training at 6B size against a plain bf16 Trainer and the recipe of chatGLM-6B-QLoRA, each in a process.
 
-    python benchmarks/random_checkpoint.py --output_path /data/random-6b --bin_files False
-    python benchmarks/bench_train_step.py --model_path /data/random-6b --train_data_path adgen_train.jsonl
+    python -m benchmarks.random_checkpoint --output_path /data/random-6b --bin_files False
+    python -m benchmarks.bench_train_step --model_path /data/random-6b --train_data_path adgen_train.jsonl
 
 Runs named stock-* build transformers' native Glm with peft and bitsandbytes and use its Trainer as it is; runs named
 loop-* are a plain loop over this project's model, profiled; all others are the shipped command, `train_qlora.py`.
-Tokens are those of the rows, without padding. Adds this start's runs to
+Tokens are those of the examples, without padding. Adds this start's runs to
 benchmarks/results/train_<family>_<device>.json after each run; rates compare within a start.
 """
 
 import contextlib
-import fcntl
 import json
 import re
-import runpy
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import peft
 import torch
-from bench_inference import device_name
-from step_profile import DEVICE, WARM_UP_STEPS, profiled, synchronize
-from stock_glm import encode, stock_run
+from filelock import FileLock
 
-from glm_utils.checkpoint import check_checkpoint, load_base_model
-from glm_utils.checkpoint_files import read_json_object
+from benchmarks.harness.checkpoints import LORA_TARGETS
+from benchmarks.harness.results import RESULTS_DIR, device_name, provenance, write_result
+from benchmarks.harness.stock_glm import stock_train
+from benchmarks.harness.train_steps import (
+    DEVICE,
+    WARM_UP_STEPS,
+    encode_examples,
+    profiled,
+    run_train_qlora,
+    synchronize,
+)
+from glm_utils.checkpoint import open_checkpoint
 from glm_utils.cli import UserError, run_cli
 from glm_utils.encoding import PackingCollator
-from glm_utils.family import PROJECT_DIR, detect_family
-from glm_utils.lora_product import use_lean_products
-from glm_utils.qlora import make_lora_config, use_expandable_segments
-from glm_utils.run_record import git_commit, versions, write_json
+from glm_utils.family import PROJECT_DIR
+from glm_utils.files import read_json_object
+from glm_utils.load_model import load_base_model
+from glm_utils.training.lora_matmul import use_lean_products
+from glm_utils.training.lora_model import make_lora_config, use_expandable_segments
 
-GIB, SHIPPED_ROWS = 1 << 30, 32
+MODULE = "benchmarks.bench_train_step"
+GIB, SHIPPED_BATCH = 1 << 30, 32
 RECIPE = {"batch": 4, "parts": 8, "steps": 3, "fp32": True, "checkpointing": True}
-RUNS = {  # batch: rows; parts: gradient accumulation; limit: GiB; flags: of train_qlora.py
-    "shipped": {"batch": SHIPPED_ROWS, "steps": 60},
-    "7.5-gib": {"batch": SHIPPED_ROWS, "steps": 25, "limit": 7.5},
-    "11-gib": {"batch": SHIPPED_ROWS, "steps": 25, "limit": 11.0},
-    "11-gib-half": {"batch": SHIPPED_ROWS // 2, "parts": 2, "steps": 20, "limit": 11.0},
+RUNS = {  # batch: examples; parts: gradient accumulation steps; limit: GiB; flags: of train_qlora.py
+    "shipped": {"batch": SHIPPED_BATCH, "steps": 60},
+    "7.5-gib": {"batch": SHIPPED_BATCH, "steps": 25, "limit": 7.5},
+    "11-gib": {"batch": SHIPPED_BATCH, "steps": 25, "limit": 11.0},
+    "11-gib-half": {"batch": SHIPPED_BATCH // 2, "parts": 2, "steps": 20, "limit": 11.0},
     "largest": {"batch": 128, "steps": 12},
     "recipe-rows": {"batch": 4, "parts": 8, "steps": 12, "checkpointing": True},
     "all-linear": {
-        "batch": SHIPPED_ROWS, "steps": 25, "flags": ["--lora_targets", "all-linear", "--lora_rank", "16"]
+        "batch": SHIPPED_BATCH, "steps": 25, "flags": ["--lora_targets", "all-linear", "--lora_rank", "16"]
     },
-    "padded": {"batch": SHIPPED_ROWS, "steps": 20, "flags": ["--packing", "false"]},
-    "loop-4bit": {"batch": SHIPPED_ROWS, "steps": 25},
-    "loop-unquantised": {"batch": SHIPPED_ROWS, "steps": 25, "unquantised": True},
-    "stock-bf16": {"batch": SHIPPED_ROWS, "steps": 25},
-    "stock-bf16-checkpointing": {"batch": SHIPPED_ROWS, "steps": 25, "checkpointing": True},
+    "padded": {"batch": SHIPPED_BATCH, "steps": 20, "flags": ["--packing", "false"]},
+    "loop-4bit": {"batch": SHIPPED_BATCH, "steps": 25},
+    "loop-unquantised": {"batch": SHIPPED_BATCH, "steps": 25, "unquantised": True},
+    "stock-bf16": {"batch": SHIPPED_BATCH, "steps": 25},
+    "stock-bf16-checkpointing": {"batch": SHIPPED_BATCH, "steps": 25, "checkpointing": True},
     "stock-recipe": RECIPE,
 }  # fmt: skip
 
@@ -64,15 +70,15 @@ def bench_train_step(
     train_data_path: str = "data/train.jsonl",
     runs: list[str] | str = "all",
     run: str | None = None,
-    work_dir: str = "/tmp",
-    results_dir: str = str(PROJECT_DIR / "benchmarks" / "results"),
+    work_dir: str = tempfile.gettempdir(),
+    results_dir: str = str(RESULTS_DIR),
     max_seconds: int = 900,
 ) -> None:
     """Measure each run in its own process.
 
     Args:
-        model_path: A 6B-size base, e.g. of random_checkpoint.py.
-        train_data_path: Rows whose lengths are to be measured.
+        model_path: A 6B-size base, e.g. from benchmarks.random_checkpoint.
+        train_data_path: Data file; the lengths of its examples matter, their text does not.
         runs: Names joined by commas, or all.
         run: Used by the processes: the one run to make now.
         work_dir: For the runs' output directories and logs.
@@ -80,21 +86,19 @@ def bench_train_step(
         max_seconds: For all runs together.
     """
     if run:
-        with open(Path(work_dir) / "bench_train.lock", "w") as lock:  # imports overlap, measurements do not
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with FileLock(Path(work_dir) / "bench_train.lock"):  # imports overlap, measurements do not
             print("RESULT " + json.dumps(measure(run, Path(model_path), train_data_path, Path(work_dir))), flush=True)
         return
     names = list(RUNS) if runs == "all" else [runs] if isinstance(runs, str) else runs
     unknown = [name for name in names if name not in RUNS]
     if unknown:
-        raise UserError(f"--runs {', '.join(unknown)}: expected of {', '.join(RUNS)}")
-    family = detect_family(check_checkpoint(Path(model_path)), model_path)
+        raise UserError(f"--runs {', '.join(unknown)}: expected some of {', '.join(RUNS)}")
+    family = open_checkpoint(model_path).family
     path = Path(results_dir) / f"train_{family.name}_{device_name()}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     result = {"benchmark": "train_step", "family": family.name, "starts": []}
     if path.exists():
         result = read_json_object(path)
-    start = {"versions": versions(), "commit": git_commit(), "runs": {}}
+    start = {**provenance(), "runs": {}}
     result["starts"].append(start)
     deadline = time.monotonic() + max_seconds
     common = ["--model_path", model_path, "--train_data_path", train_data_path, "--work_dir", work_dir]
@@ -103,7 +107,7 @@ def bench_train_step(
         for index, name in enumerate(names):
             for ahead in names[index : index + 4]:  # the next processes import while this one measures
                 if ahead not in processes:
-                    command = [sys.executable, __file__, "--run", ahead, *common]
+                    command = [sys.executable, "-m", MODULE, "--run", ahead, *common]
                     log = (Path(work_dir) / f"bench_train_{ahead}.log").open("w+")
                     processes[ahead] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT), log
             process, log = processes[name]
@@ -114,7 +118,7 @@ def bench_train_step(
             text = log.read()
             found = re.search(r"^RESULT (.*)$", text, re.MULTILINE)
             start["runs"][name] = json.loads(found[1]) if found else {"error": text[-600:]}
-            write_json(path, result)
+            write_result(path, result)
             print(name, json.dumps(start["runs"][name]), flush=True)
     finally:
         for process, _ in processes.values():
@@ -122,12 +126,12 @@ def bench_train_step(
 
 
 def measure(name: str, model_dir: Path, train_data_path: str, work_dir: Path) -> dict:
-    """Make one run; return its settings, tokens a second and peak memory."""
+    """Make one run; return its settings, tokens per second and peak memory."""
     settings = RUNS[name]
     if "limit" in settings:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(settings["limit"] * GIB / total)
-    kind = {"stock": stock_run, "loop": loop_run}.get(name.partition("-")[0], shipped_run)
+    kind = {"stock": stock_train, "loop": loop_run}.get(name.partition("-")[0], shipped_run)
     result = kind(settings, model_dir, train_data_path, Path(tempfile.mkdtemp(dir=work_dir)))
     peaks = {
         "peak_gib": torch.cuda.max_memory_allocated() / GIB,
@@ -138,7 +142,7 @@ def measure(name: str, model_dir: Path, train_data_path: str, work_dir: Path) ->
 
 def shipped_run(settings: dict, model_dir: Path, train_data_path: str, work_dir: Path) -> dict:
     """Run train_qlora.py in this process, with the family's JSON file and LoRA of rank 8."""
-    family = detect_family(check_checkpoint(model_dir), model_dir)
+    family = open_checkpoint(model_dir).family
     values = json.loads((PROJECT_DIR / family.train_args_json).read_text())
     values |= {"output_dir": str(work_dir / "out"), "max_steps": settings["steps"], "logging_steps": 10}
     values |= {"eval_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
@@ -151,19 +155,18 @@ def shipped_run(settings: dict, model_dir: Path, train_data_path: str, work_dir:
     (work_dir / "args.json").write_text(json.dumps(values))
     flags = ["--train_args_json", str(work_dir / "args.json"), "--model_name_or_path", str(model_dir)]
     flags += ["--train_data_path", train_data_path, "--lora_rank", "8", *settings.get("flags", [])]
-    sys.argv = ["train_qlora.py", *flags]
-    runpy.run_path(str(PROJECT_DIR / "train_qlora.py"), run_name="__main__")
+    run_train_qlora(flags)
     results = json.loads((work_dir / "out" / "train_results.json").read_text())
     return {"tokens_per_second": results["train_tokens_per_second"], "train_loss": results["train_loss"]}
 
 
 def loop_run(settings: dict, model_dir: Path, train_data_path: str, work_dir: Path) -> dict:
     """Run steps of this project's model without a Trainer, on batches made beforehand, and profile two."""
-    dataset, _ = encode(model_dir, train_data_path)
+    dataset, _ = encode_examples(model_dir, train_data_path)
     four_bit = not settings.get("unquantised")
     use_expandable_segments()
-    base = load_base_model(model_dir, four_bit, "bf16", {"": DEVICE})
-    model = peft.get_peft_model(base, make_lora_config(8, 32, 0.05, ["query_key_value"])).train()
+    base = load_base_model(open_checkpoint(model_dir), four_bit, "bf16", {"": DEVICE})
+    model = peft.get_peft_model(base, make_lora_config(8, 32, 0.05, LORA_TARGETS)).train()
     use_lean_products(model)
     size = settings["batch"]
     batches = [

@@ -4,9 +4,11 @@ import json
 
 import pytest
 
+from benchmarks import bench_compute_dtype as bench
+from benchmarks.harness.published import published_model, resized_model
+from benchmarks.random_checkpoint import random_checkpoint
 from glm_utils.checkpoint import open_checkpoint
 from glm_utils.cli import UserError
-from tests.conftest import PROJECT_DIR
 
 SMALL_CONFIG = {
     "hidden_size": 64,
@@ -18,40 +20,25 @@ SMALL_CONFIG = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _importable_benchmarks(monkeypatch):
-    """Let the benchmarks be imported as they import each other."""
-    monkeypatch.syspath_prepend(str(PROJECT_DIR / "benchmarks"))
-
-
 def test_shapes_of_the_model_class_are_the_published_ones(family_name):
-    from random_checkpoint import published_model, resized_model
-
     assert resized_model(family_name, {}) == published_model(family_name)
 
 
 def test_the_1b_configuration_has_that_many_weights():
-    from bench_compute_dtype import RANDOM_CONFIG
-    from random_checkpoint import resized_model
-
-    resized = resized_model("chatglm2-6b", RANDOM_CONFIG)
+    resized = resized_model("chatglm2-6b", bench.RANDOM_CONFIG)
     assert 1.05e9 < resized["n_params"] < 1.15e9
     assert resized["shapes"]["transformer.output_layer.weight"] == [65024, 2048]
-    with pytest.raises(UserError, match="layers is no key of chatglm2-6b. Did you mean num_layers?"):
+    with pytest.raises(UserError, match="layers is not a key of chatglm2-6b. Did you mean num_layers?"):
         resized_model("chatglm2-6b", {"layers": 2})
 
 
 def test_differences_are_relative_to_fp32():
-    from bench_compute_dtype import relative_differences
-
-    found = relative_differences({"fp32": {0: 4.0, 5: 2.0}, "bf16": {0: 4.0, 5: 1.5}})
+    found = bench.relative_differences({"fp32": {0: 4.0, 5: 2.0}, "bf16": {0: 4.0, 5: 1.5}})
     assert found == {"bf16": {0: 0.0, 5: -0.25}}
 
 
 @pytest.mark.slow
 def test_the_benchmark_trains_a_random_model(tmp_path, monkeypatch, capfd):
-    import bench_compute_dtype as bench
-
     monkeypatch.setattr(bench, "RANDOM_CONFIG", SMALL_CONFIG)
     monkeypatch.setattr(bench, "RUNS", {run: bench.RUNS[run] for run in list(bench.RUNS)[:-1]})  # the rest is as fp32
     paths = {"train_data_path": "data/dev.jsonl", "eval_data_path": "data/dev.jsonl"}
@@ -72,8 +59,6 @@ def test_the_benchmark_trains_a_random_model(tmp_path, monkeypatch, capfd):
 
 
 def test_a_resized_checkpoint_has_its_configuration(tmp_path):
-    from random_checkpoint import random_checkpoint
-
     random_checkpoint(output_path=str(tmp_path / "base"), config_overrides=json.dumps(SMALL_CONFIG))
     config = open_checkpoint(tmp_path / "base").model_config
     assert {key: getattr(config, key) for key in SMALL_CONFIG} == SMALL_CONFIG

@@ -7,6 +7,10 @@ import weakref
 import pytest
 import torch
 
+from benchmarks import bench_decode as bench
+from benchmarks.harness.checkpoints import write_random_adapter
+from benchmarks.harness.published import published_model
+from benchmarks.harness.random_models import quantize_to_nf4
 from glm_utils.checkpoint import open_checkpoint
 from glm_utils.cli import UserError
 from glm_utils.family import PROJECT_DIR
@@ -17,26 +21,12 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def benchmark_modules(monkeypatch):
-    """Let the benchmarks be imported as they import each other."""
-    monkeypatch.syspath_prepend(str(PROJECT_DIR / "benchmarks"))
-
-
-@pytest.fixture
-def bench(benchmark_modules):
-    """The benchmark's module."""
-    import bench_decode
-
-    return bench_decode
-
-
-@pytest.fixture
-def make(bench, family):
+def make(family):
     """Make the model of a case by its name, at the size of a family's small model, in fp32."""
 
     def make_case(name, dtype=torch.float32):
         (case,) = bench.choose_cases(bench.CASES, name)
-        return bench.make_model(bench.find_base(family, "tiny"), case, dtype, CPU)
+        return bench.make_model(bench.base_for(family, "tiny"), case, dtype, CPU)
 
     return make_case
 
@@ -70,19 +60,17 @@ def test_random_weights(make, small_dir):
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
-def test_quantised_models_are_those_of_a_directory(make, name, small_dir, tmp_path):
+def test_quantized_models_are_those_of_a_directory(make, name, small_dir, tmp_path):
     load_base_model(open_checkpoint(small_dir)).quantize(int(name[3:])).save_pretrained(tmp_path)
     open_checkpoint(small_dir).tokenizer.save_pretrained(tmp_path)
     assert layout(make(name)) == layout(load_base_model(open_checkpoint(tmp_path)))
 
 
-def test_nf4_is_that_of_loading(benchmark_modules, make, small_dir):
+def test_nf4_is_that_of_loading(make, small_dir):
     """The same weights give the same logits as with load_in_4bit, and as many bytes."""
-    from random_model import replace_linears
-
     loaded = load_base_model(open_checkpoint(small_dir), load_in_4bit=True).eval()
     model = load_base_model(open_checkpoint(small_dir)).eval()
-    replace_linears(model, torch.float32)
+    quantize_to_nf4(model, torch.float32)
     ids = torch.tensor([open_checkpoint(small_dir).tokenizer.encode_prompt("类型#裙*颜色#白色")])
     with torch.no_grad():
         assert torch.equal(model(ids).logits, loaded(ids).logits)
@@ -90,9 +78,7 @@ def test_nf4_is_that_of_loading(benchmark_modules, make, small_dir):
 
 
 def test_adapter_is_laid_as_a_loaded_one(make, small_dir, tmp_path):
-    from random_checkpoint import random_adapter
-
-    random_adapter(small_dir, tmp_path / "adapter", ["query_key_value"])
+    write_random_adapter(small_dir, tmp_path / "adapter", ["query_key_value"])
     base = load_base_model(open_checkpoint(small_dir), load_in_4bit=True, dtype="fp16")
     loaded = load_adapter(base, tmp_path / "adapter").get_base_model()
     model = make("nf4 + adapter", torch.float16)
@@ -103,7 +89,7 @@ def test_adapter_is_laid_as_a_loaded_one(make, small_dir, tmp_path):
     assert all(weight.count_nonzero() for weight in lora.values())
 
 
-def test_native_model_has_our_size(bench, family, make):
+def test_native_model_has_our_size(family, make):
     if family.native_class is None:
         with pytest.raises(UserError, match="only ChatGLM2"):
             make("native")
@@ -112,7 +98,7 @@ def test_native_model_has_our_size(bench, family, make):
         assert weight_bytes(make("native")) == pytest.approx(ours, rel=1e-4)  # but for the table of frequencies
 
 
-def test_peak_is_looked_for_after_quantising(bench, make, monkeypatch):
+def test_peak_is_looked_for_after_quantizing(make, monkeypatch):
     seen = []
     monkeypatch.setattr(bench, "reset_peak_memory", lambda device: seen.append(device))
     moved = bench.compacted
@@ -123,11 +109,9 @@ def test_peak_is_looked_for_after_quantising(bench, make, monkeypatch):
     assert seen == ["moved", CPU, CPU]
 
 
-def test_sizes_are_the_published_ones(bench, family):
+def test_sizes_are_the_published_ones(family):
     """Without making the model: its parameters on no device are as many as those of the checkpoint."""
-    from random_checkpoint import published_model
-
-    base = bench.find_base(family, "6b")
+    base = bench.base_for(family, "6b")
     classes = bench.load_classes(family)
     with torch.device("meta"):
         model = classes.model(classes.config.from_dict(base.config))
@@ -137,7 +121,7 @@ def test_sizes_are_the_published_ones(bench, family):
     assert tokenizer.eos_token_id == model.config.eos_token_id
 
 
-def test_lengths_of_the_cases(bench):
+def test_lengths_of_the_cases():
     lengths = {case.name: case.num_tokens(32, 512) for case in bench.CASES}
     slow = {"fp16 eager", "native", "native batch 8", "nf4 eager", "int4 eager"}
     assert {name for name, found in lengths.items() if found == (32, 64)} == slow
@@ -146,7 +130,7 @@ def test_lengths_of_the_cases(bench):
     assert bench.CASES[1].num_tokens(32, 3) == (32, 2)
 
 
-def test_every_row_says_what_it_is(bench, tmp_path, capsys):
+def test_every_row_says_what_it_is(tmp_path, capsys):
     """Both families; transformers' own model is of one of them only."""
     path, names = tmp_path / "result.json", "fp16,native batch 8,nf4 + adapter,int8,int4 eager,int4 batch 16"
     flags = {"scale": "tiny", "prompt_tokens": 9, "new_tokens": 24, "loop_number": 1}
@@ -169,7 +153,7 @@ def test_every_row_says_what_it_is(bench, tmp_path, capsys):
     assert {"torch", "device"} <= result["versions"].keys()
 
 
-def test_an_error_ends_its_case_only(bench, tmp_path, monkeypatch, log_lines):
+def test_an_error_ends_its_case_only(tmp_path, monkeypatch, log_lines):
     """Each case finds the rows of those before it in the file, and their models gone; no memory is no failure."""
     path, seen, made, alive = tmp_path / "result.json", [], [], []
     make_model = bench.make_model
@@ -210,14 +194,14 @@ def test_an_error_ends_its_case_only(bench, tmp_path, monkeypatch, log_lines):
         ({"new_tokens": 2040}, "--new_tokens 2040: expected less than 2032"),
     ],
 )
-def test_refusals(bench, flags, message, tmp_path):
+def test_refusals(flags, message, tmp_path):
     with pytest.raises(UserError, match=message):
         bench.bench_decode(**{"scale": "tiny", "output_json": str(tmp_path / "x.json"), **flags})
 
 
 @pytest.mark.gpu
-def test_peak_of_a_case_is_its_own(bench, tmp_path):
-    """At 6B size int4 runs in less memory than its unquantised weights take."""
+def test_peak_of_a_case_is_its_own(tmp_path):
+    """At 6B size int4 runs in less memory than its unquantized weights take."""
     path = tmp_path / "result.json"
     flags = {"families": "chatglm2-6b", "new_tokens": 8, "loop_number": 1, "output_json": str(path)}
     bench.bench_decode(cases="nf4,int4", **flags)

@@ -1,6 +1,5 @@
-"""--export_format glm and tools/to_glm.py: the same logits in transformers' own class, merged and unmerged."""
+"""--export_format glm and tools.to_glm: the same logits in transformers' own class, merged and unmerged."""
 
-import importlib.util
 import json
 import shutil
 
@@ -18,6 +17,7 @@ from glm_utils.family import FAMILIES, PROJECT_DIR
 from glm_utils.load_model import load_adapter, load_base_model
 from glm_utils.merging import reload_check
 from tests.test_merge import VARIED
+from tools.to_glm import to_glm
 
 FIXTURES_DIR = PROJECT_DIR / "tests" / "fixtures"
 PLAIN = {"r": 4, "lora_alpha": 32, "target_modules": ["query_key_value"]}
@@ -31,16 +31,6 @@ SHAPES = {  # other heads, groups and biases than the golden model's
 FILES = {"README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors"}
 FILES |= {"run_config.json", "tokenizer.json", "tokenizer_config.json"}
 HISTORY = [("你好</s>", "好 sop")]
-
-
-def _load_tool():
-    spec = importlib.util.spec_from_file_location("to_glm", PROJECT_DIR / "tools" / "to_glm.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-TOOL = _load_tool()
 
 
 def _edit(path, **changes):
@@ -98,7 +88,7 @@ def adapter(tmp_path):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Run the merge, or with convert=True tools/to_glm.py, without the check in a fresh process."""
+    """Run the merge, or with convert=True tools.to_glm, without the check in a fresh process."""
 
     def run_stage(name, convert=False, verify=False, **arguments):
         if not verify:
@@ -106,7 +96,7 @@ def run(tmp_path, monkeypatch):
                 monkeypatch.setattr(module, "verify", lambda job, directory, reference: None)
         arguments = {key: str(value) if key.endswith("path") else value for key, value in arguments.items()}
         if convert:
-            TOOL.to_glm(output_path=str(tmp_path / name), **arguments)
+            to_glm(output_path=str(tmp_path / name), **arguments)
         else:
             arguments = {"qbits": 0, "device": "cpu", "export_format": "glm", **arguments}
             stage.merge_lora_and_quantize(output_path=str(tmp_path / name), **arguments)
@@ -315,5 +305,5 @@ def test_arguments_of_the_tool(base_dir, run, tmp_path, capsys):
     with pytest.raises(UserError, match="overlaps the input"):
         run("base/native", convert=True, model_name_or_path=base_dir)
     with pytest.raises(SystemExit):
-        run_cli(TOOL.to_glm, ["--lora_pth=a", f"--output_path={tmp_path}"])
+        run_cli(to_glm, ["--lora_pth=a", f"--output_path={tmp_path}"])
     assert "Did you mean --lora_path?" in capsys.readouterr().err

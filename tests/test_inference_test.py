@@ -1,6 +1,5 @@
 """inference_test.py: the arithmetic on a clock that is moved by hand, what is counted, every refusal, real runs."""
 
-import dataclasses
 import gc
 import json
 import weakref
@@ -10,6 +9,8 @@ import torch
 from torch import nn
 
 import inference_test as stage
+from benchmarks import bench_inference as bench
+from benchmarks.harness.checkpoints import write_random_adapter
 from glm_utils import load_model
 from glm_utils.checkpoint import open_checkpoint
 from glm_utils.cli import UserError, run_cli
@@ -81,17 +82,9 @@ def int4_dir(model_dir, tmp_path):
 
 
 @pytest.fixture
-def benchmark_modules(monkeypatch):
-    """Let the benchmarks be imported as they import each other."""
-    monkeypatch.syspath_prepend(str(PROJECT_DIR / "benchmarks"))
-
-
-@pytest.fixture
-def adapter_dir(model_dir, tmp_path, benchmark_modules):
+def adapter_dir(model_dir, tmp_path):
     """A random adapter for the golden model."""
-    from random_checkpoint import random_adapter
-
-    random_adapter(model_dir, tmp_path / "adapter", ["query_key_value"])
+    write_random_adapter(model_dir, tmp_path / "adapter", ["query_key_value"])
     return tmp_path / "adapter"
 
 
@@ -302,10 +295,8 @@ def test_table_and_json_agree(measure, model_dir, int4_dir, adapter_dir, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["chatglm-tiny", "chatglm2-tiny"])
-def test_nf4_with_adapter(measure, name, tmp_path, benchmark_modules):
-    from random_checkpoint import random_adapter
-
-    random_adapter(PROJECT_DIR / "models" / name, tmp_path / "adapter", ["query_key_value", "dense"])
+def test_nf4_with_adapter(measure, name, tmp_path):
+    write_random_adapter(PROJECT_DIR / "models" / name, tmp_path / "adapter", ["query_key_value", "dense"])
     _, result = measure(lora_path=str(tmp_path / "adapter"), load_in_4bit=True, batch_size=2, prompt_tokens=11)
     (row,) = result["models"]
     assert (row["label"], row["weight_format"]) == (f"{name} + adapter", "nf4")
@@ -469,13 +460,11 @@ def test_bad_directories_are_refused(model_dir, int4_dir, tmp_path, no_loading):
 
 
 def test_unknown_dtype_of_a_checkpoint(model_dir):
-    def with_config(config):
-        return dataclasses.replace(open_checkpoint(model_dir), config=config)
-
+    path = model_dir / "config.json"
     with pytest.raises(UserError, match="'float8'.*--dtype"):
-        request.auto_dtype(with_config({"torch_dtype": "float8"}), torch.device("cuda"))
-    assert request.auto_dtype(with_config({"dtype": "bfloat16"}), torch.device("cuda")) is torch.bfloat16
-    assert request.auto_dtype(with_config({"torch_dtype": "float16"}), CPU) is torch.float32
+        request.auto_dtype({"torch_dtype": "float8"}, path, torch.device("cuda"))
+    assert request.auto_dtype({"dtype": "bfloat16"}, path, torch.device("cuda")) is torch.bfloat16
+    assert request.auto_dtype({"torch_dtype": "float16"}, path, CPU) is torch.float32
 
 
 def test_command_line(model_dir, capsys, monkeypatch):
@@ -491,9 +480,7 @@ def test_command_line(model_dir, capsys, monkeypatch):
 # ---- the benchmark
 
 
-def test_cases_of_the_benchmark(benchmark_modules):
-    import bench_inference as bench
-
+def test_cases_of_the_benchmark():
     assert {case.weights for case in bench.CASES} == {"base", *bench.WEIGHTS}
     assert bench.choose_cases(bench.CASES, None) == list(bench.CASES)
     assert [case.name for case in bench.choose_cases(bench.CASES, "QLoRA int4, fp16")] == ["fp16", "QLoRA int4"]
@@ -502,10 +489,8 @@ def test_cases_of_the_benchmark(benchmark_modules):
 
 
 @pytest.mark.slow
-def test_benchmark_measures_base_and_merged_models(tmp_path, benchmark_modules, capsys):
+def test_benchmark_measures_base_and_merged_models(tmp_path, capsys):
     """The real command's steps, each script in a process of its own, on a small model."""
-    import bench_inference as bench
-
     path, flags = tmp_path / "result.json", {"scale": "tiny", "new_tokens": 3, "loop_number": 1}
     bench.bench_inference(work_dir=str(tmp_path / "w"), families="chatglm-6b", output_json=str(path), **flags)
     result = json.loads(path.read_text("utf-8"))
@@ -517,9 +502,7 @@ def test_benchmark_measures_base_and_merged_models(tmp_path, benchmark_modules, 
     assert str(tmp_path) not in path.read_text("utf-8")
 
 
-def test_benchmark_goes_on_after_a_failed_case(tmp_path, benchmark_modules, monkeypatch):
-    import bench_inference as bench
-
+def test_benchmark_goes_on_after_a_failed_case(tmp_path, monkeypatch):
     def run(script, *flags):
         flags = dict(zip(flags[::2], flags[1::2], strict=True))
         if "--output_path" in flags:
@@ -528,7 +511,7 @@ def test_benchmark_goes_on_after_a_failed_case(tmp_path, benchmark_modules, monk
             raise UserError("exit code 1")
         return 'text\n{"models": [{"label": "x", "tokens_per_second": 1.0}], "copy_bytes_per_second": 2.0}\n'
 
-    monkeypatch.setattr(bench, "run", run)
+    monkeypatch.setattr(bench, "run_python", run)
     path, flags = tmp_path / "result.json", {"scale": "tiny", "cases": "fp16,QLoRA fp16,QLoRA int4"}
     with pytest.raises(UserError, match="failed: chatglm2-tiny QLoRA fp16, chatglm2-tiny QLoRA int4"):
         bench.bench_inference(work_dir=str(tmp_path / "w"), families="chatglm2-6b", output_json=str(path), **flags)

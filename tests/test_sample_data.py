@@ -19,7 +19,7 @@ def rows_of(name):
 
 def test_script_reproduces_the_committed_files(tmp_path):
     """A second run gives the same bytes."""
-    subprocess.run([sys.executable, "tools/make_data.py", "--out", str(tmp_path)], check=True, cwd=PROJECT_DIR)
+    subprocess.run([sys.executable, "-m", "tools.make_data", "--out", str(tmp_path)], check=True, cwd=PROJECT_DIR)
     for name in ("train.jsonl", "dev.jsonl"):
         assert (tmp_path / name).read_bytes() == (DATA_DIR / name).read_bytes()
 

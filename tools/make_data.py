@@ -1,6 +1,6 @@
-"""Make data/train.jsonl and data/dev.jsonl: rows in the ADGEN schema, drawn from the project's own grammar.
+"""Make data/train.jsonl and data/dev.jsonl: examples in the ADGEN schema, drawn from the project's own grammar.
 
-python tools/make_data.py --out data
+python -m tools.make_data --out data
 """
 
 import argparse
@@ -8,29 +8,29 @@ import json
 import random
 from pathlib import Path
 
-from sample_grammar import draw_attributes, write_attributes, write_copy
+from tools.sample_grammar import draw_attributes, write_attributes, write_copy
 
 NUM_TRAIN, NUM_DEV, SEED = 6000, 300, 20231124
 
 
-def make_rows(num_rows: int, seed: int) -> list[dict[str, str]]:
-    """Draw rows whose attributes and copies are all different.
+def make_examples(num_examples: int, seed: int) -> list[dict[str, str]]:
+    """Draw examples whose attributes and copies are all different.
 
     Args:
-        num_rows: How many.
-        seed: The same seed gives the same rows.
+        num_examples: How many.
+        seed: The same seed gives the same examples.
 
     Returns:
-        Rows with the keys content and summary.
+        Examples with the keys content and summary.
     """
-    rng, seen, rows = random.Random(seed), set(), []
-    while len(rows) < num_rows:
+    rng, seen, examples = random.Random(seed), set(), []
+    while len(examples) < num_examples:
         attributes = draw_attributes(rng)
         content, summary = write_attributes(attributes), write_copy(attributes, rng)
         if content not in seen and summary not in seen:
             seen |= {content, summary}
-            rows.append({"content": content, "summary": summary})
-    return rows
+            examples.append({"content": content, "summary": summary})
+    return examples
 
 
 def main() -> None:
@@ -39,9 +39,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent.parent / "data")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
-    rows = make_rows(NUM_TRAIN + NUM_DEV, SEED)
-    for name, part in (("train", rows[:NUM_TRAIN]), ("dev", rows[NUM_TRAIN:])):
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in part)
+    examples = make_examples(NUM_TRAIN + NUM_DEV, SEED)
+    for name, part in (("train", examples[:NUM_TRAIN]), ("dev", examples[NUM_TRAIN:])):
+        lines = (json.dumps(example, ensure_ascii=False) + "\n" for example in part)
         (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 

@@ -1,6 +1,6 @@
 """Copy the golden vectors of both families to tests/fixtures in a form that may be committed.
 
-    python tools/make_fixtures.py GOLDEN_DIR ADGEN_JSONL [--out tests/fixtures]
+    python -m tools.make_fixtures GOLDEN_DIR ADGEN_JSONL [--out tests/fixtures]
 
 File names stay; what changes is listed in the README.md that this tool writes beside them. The result is a few
 megabytes and holds no sentence of the ADGEN data set.
@@ -19,14 +19,14 @@ from safetensors.torch import load_file, save_file
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 FAMILIES = ("chatglm-6b", "chatglm2-6b")
-PROJECT_TEXT = "类型#上衣*材质#牛仔布*颜色#白色"  # the golden vectors' own P1, which happens to open an ADGEN row
+PROJECT_TEXT = "类型#上衣*材质#牛仔布*颜色#白色"  # the golden vectors' own P1, which happens to open an ADGEN example
 WINDOW = 15  # characters shared with an ADGEN text that make a string count as copied from it
 MAX_BYTES = 6_000_000
 LOGITS_STRIDE = 4  # train_single.npz: every 4th position is enough beside its loss and gradients
 
 README = """# Golden vectors
 
-Made by `tools/make_fixtures.py` from reference numbers (CPU, fp32) of tiny random-weight models. Do not edit.
+Made by `python -m tools.make_fixtures` from reference numbers (CPU, fp32) of tiny random-weight models. Do not edit.
 
 * `model/model.safetensors`: fp16, which holds every weight exactly (a tensor that fp16 cannot hold stays fp32).
 * `model/model_int8.safetensors`, `model_int4.safetensors`: only the tensors that differ from `model.safetensors`.
@@ -39,7 +39,7 @@ Made by `tools/make_fixtures.py` from reference numbers (CPU, fp32) of tiny rand
 
 
 def fold(text: str) -> str:
-    """Fold compatibility forms, so that a decoded (normalised) sentence is compared like its original."""
+    """Fold compatibility forms, so that a decoded (normalized) sentence is compared like its original."""
     return unicodedata.normalize("NFKC", text)
 
 
@@ -47,13 +47,13 @@ class AdgenFilter:
     """Tell strings that come from the ADGEN data set."""
 
     def __init__(self, path: Path):
-        """Read the rows.
+        """Read the examples.
 
         Args:
             path: JSON lines with instruction and output.
         """
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        texts = {fold(row[key]) for row in rows for key in ("instruction", "output")}
+        examples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        texts = {fold(example[key]) for example in examples for key in ("instruction", "output")}
         self.texts = texts
         self.windows = {text[i : i + WINDOW] for text in texts for i in range(len(text) - WINDOW + 1)}
 
@@ -144,7 +144,7 @@ def main() -> None:
     """Make the fixtures and print their size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("golden_dir", type=Path, help="directory with one golden directory per family")
-    parser.add_argument("adgen_jsonl", type=Path, help="ADGEN rows whose text must not be copied")
+    parser.add_argument("adgen_jsonl", type=Path, help="ADGEN examples whose text must not be copied")
     parser.add_argument("--out", type=Path, default=Path("tests/fixtures"), help="replaced family by family")
     args = parser.parse_args()
     adgen = AdgenFilter(args.adgen_jsonl)

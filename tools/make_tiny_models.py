@@ -1,8 +1,8 @@
 """Make models/chatglm-tiny and models/chatglm2-tiny: tokenizers first, then pretraining.
 
-python tools/make_tiny_models.py --stage tokenizer
-python tools/make_tiny_models.py --stage pretrain --family chatglm2-6b --steps 2500
-python tools/make_tiny_models.py --stage continue --family chatglm2-6b --steps 400 --batch_size 32 --learning_rate 5e-4
+python -m tools.make_tiny_models --stage tokenizer
+python -m tools.make_tiny_models --stage pretrain --family chatglm2-6b --steps 2500
+python -m tools.make_tiny_models --stage continue --family chatglm2-6b --steps 400 --batch_size 32 --learning_rate 5e-4
 """
 
 import argparse
@@ -17,12 +17,10 @@ import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
-from tiny_corpus import dialogue, document, plain_text
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from glm_utils.checkpoint import load_classes  # noqa: E402
-from glm_utils.family import FAMILIES, PROJECT_DIR  # noqa: E402
+from glm_utils.checkpoint import load_classes
+from glm_utils.family import FAMILIES, PROJECT_DIR
+from tools.tiny_corpus import dialogue, document, plain_text
 
 SEED, NUM_TOKENIZER_LINES = 20231124, 40_000
 MODEL_DIRS = {"chatglm-6b": PROJECT_DIR / "models/chatglm-tiny", "chatglm2-6b": PROJECT_DIR / "models/chatglm2-tiny"}
@@ -179,7 +177,7 @@ def write_tokenizers() -> None:
 
 
 def encode_example(rng: random.Random, tokenizer) -> tuple[list[int], list[int]]:
-    """Draw an example: token ids, and labels that cover a document whole and a conversation's last answer."""
+    """Draw an example: token ids, and labels that cover all of a document, or a conversation's last answer."""
     if rng.random() < 0.4:
         ids = tokenizer.build_inputs_with_special_tokens([])
         text = document(rng)
@@ -211,7 +209,7 @@ def pretrain(
         go_on: Start from the weights in out, not from random ones.
         out: The model's directory; configuration and tokenizer files are copied there.
         steps: Optimizer steps.
-        batch_size: Sequences a step.
+        batch_size: Examples per step.
         learning_rate: Peak of the cosine schedule.
         device: cpu or cuda.
     """

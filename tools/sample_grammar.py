@@ -1,7 +1,7 @@
 """The grammar of the sample data: Chinese clothing attributes and the sentences that sell them.
 
-Everything here was written for this project. A row is drawn in two steps: attributes for a garment, then a copy whose
-every sentence carries one of them.
+Everything here was written for this project. An example is drawn in two steps: attributes for a garment, then a copy
+whose every sentence carries one of them.
 """
 
 import random

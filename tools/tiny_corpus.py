@@ -10,7 +10,7 @@ one grammar.
 
 import random
 
-from sample_grammar import GENERAL, draw_attributes, effect_of, name_of, sentences, write_attributes, write_copy
+from tools.sample_grammar import GENERAL, draw_attributes, effect_of, name_of, sentences, write_attributes, write_copy
 
 SMALL_TALK = [
     ("你好", "你好！有什么可以帮你的吗？"),

@@ -1,29 +1,26 @@
 """Write a ChatGLM2-6B base model, or a LoRA adapter of one, for transformers' own GlmForCausalLM.
 
-python tools/to_glm.py --model_name_or_path THUDM/chatglm2-6b --output_path saved_files/glm_base
-python tools/to_glm.py --lora_path saved_files/chatGLM2_6B_QLoRA_t32 --output_path saved_files/glm_adapter
+python -m tools.to_glm --model_name_or_path THUDM/chatglm2-6b --output_path saved_files/glm_base
+python -m tools.to_glm --lora_path saved_files/chatGLM2_6B_QLoRA_t32 --output_path saved_files/glm_adapter
 
 So an engine serves adapters unmerged beside one base. For a merged model see merge_lora_and_quantize.py.
 """
 
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from loguru import logger
 
-from loguru import logger  # noqa: E402
-
-from glm_utils.adapter import Adapter, find_base, read_adapter  # noqa: E402
-from glm_utils.checkpoint import open_checkpoint  # noqa: E402
-from glm_utils.cli import UserError, run_cli  # noqa: E402
-from glm_utils.device import resolve_device  # noqa: E402
-from glm_utils.export import glm  # noqa: E402
-from glm_utils.export.glm_names import check_native, write_native_adapter  # noqa: E402
-from glm_utils.files import atomic_directory, check_free_space, write_json  # noqa: E402
-from glm_utils.merging.job import make_job  # noqa: E402
-from glm_utils.merging.merge import MergeJob  # noqa: E402
-from glm_utils.merging.write import empty_merged  # noqa: E402
-from glm_utils.run_record import RUN_CONFIG_NAME, check_replaceable, git_commit, versions  # noqa: E402
+from glm_utils.adapter import Adapter, find_base, read_adapter
+from glm_utils.checkpoint import open_checkpoint
+from glm_utils.cli import UserError, run_cli
+from glm_utils.device import resolve_device
+from glm_utils.export import glm
+from glm_utils.export.glm_names import check_native, write_native_adapter
+from glm_utils.files import atomic_directory, check_free_space, write_json
+from glm_utils.merging.job import make_job
+from glm_utils.merging.merge import MergeJob
+from glm_utils.merging.write import empty_merged
+from glm_utils.run_record import RUN_CONFIG_NAME, check_replaceable, git_commit, versions
 
 STAGE = "to_glm"
 

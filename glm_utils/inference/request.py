@@ -5,11 +5,11 @@ Nothing here reads a weight of a base model.
 
 import os
 from collections import Counter
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizer
 
-from glm_utils.checkpoint import Checkpoint
 from glm_utils.cli import UserError
 from glm_utils.device import DTYPES
 from glm_utils.load_model import ModelSource, find_model
@@ -39,7 +39,7 @@ def resolve_sources(
     for path, checkpoint, adapter in found:
         name = short_name(path) if names[short_name(path)] == 1 else path
         label = f"{short_name(adapter.base_name)} + {name}" if adapter else name
-        model_dtype = DTYPES.get(dtype) or auto_dtype(checkpoint, device)
+        model_dtype = DTYPES.get(dtype) or auto_dtype(checkpoint.config, checkpoint.config_path, device)
         sources.append(ModelSource(label, checkpoint, adapter, load_in_4bit, model_dtype, device))
     return sources
 
@@ -49,18 +49,23 @@ def short_name(path: str) -> str:
     return os.path.basename(os.path.abspath(path))
 
 
-def auto_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+def auto_dtype(config: dict, config_path: Path, device: torch.device) -> torch.dtype:
     """Return the dtype of a checkpoint, or fp32 on the CPU, where half precision is slow.
+
+    Args:
+        config: Parsed config.json.
+        config_path: Its path, named in the error.
+        device: Where the model runs.
 
     Raises:
         UserError: config.json names an unknown dtype.
     """
     if device.type == "cpu":
         return torch.float32
-    found = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float16"
+    found = config.get("dtype") or config.get("torch_dtype") or "float16"
     dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
     if found not in dtypes:
-        raise UserError(f"{checkpoint.config_path}: dtype {found!r}. Give --dtype fp16, bf16 or fp32")
+        raise UserError(f"{config_path}: dtype {found!r}. Give --dtype fp16, bf16 or fp32")
     return dtypes[found]
 
 

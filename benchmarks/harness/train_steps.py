@@ -1,15 +1,25 @@
-"""Where a training step's time goes on a GPU, by kind of kernel."""
+"""Encode data for a training measurement, run the shipped command in this process, and profile steps on a GPU."""
 
 import re
+import runpy
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+import datasets
 import torch
 from torch.profiler import ProfilerActivity, profile
+from transformers import PreTrainedTokenizer
+
+from glm_utils.checkpoint import open_checkpoint
+from glm_utils.data import read_rows
+from glm_utils.encoding import EncodingLimits, encode_rows
+from glm_utils.family import PROJECT_DIR
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WARM_UP_STEPS = 5  # before a rate is taken: shapes differ from batch to batch, and the allocator learns them
-KINDS = {  # kernels by name, first match
+KINDS = {  # key in the result file -> names of kernels; the first match counts
     "matrix products": r"nvjet|gemm|cutlass_\d|sm90_xmma|cublas",
     "dequantisation": r"kDequantize|_decode_kernel",
     "attention": r"flash|fmha|attention",
@@ -20,14 +30,35 @@ KINDS = {  # kernels by name, first match
 }
 
 
+def encode_examples(model_dir: Path, train_data_path: str) -> tuple[datasets.Dataset, PreTrainedTokenizer]:
+    """Return the encoded examples of a data file, and the tokenizer."""
+    tokenizer = open_checkpoint(model_dir).tokenizer
+    examples = read_rows(Path(train_data_path))
+    return encode_rows(examples, tokenizer, EncodingLimits(512, 1536)).dataset, tokenizer
+
+
+def run_train_qlora(flags: list[str]) -> None:
+    """Run train_qlora.py in this process, as its command line does."""
+    sys.argv = ["train_qlora.py", *flags]
+    runpy.run_path(str(PROJECT_DIR / "train_qlora.py"), run_name="__main__")
+
+
 def synchronize() -> None:
-    """Wait for the GPU."""
+    """Wait for the GPU, if there is one."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
 
 
 def profiled(step: Callable[[dict], None], batches: list[dict]) -> dict:
-    """Return the milliseconds of a step by kind of kernel, and those in which the GPU has nothing to do."""
+    """Profile a training step.
+
+    Args:
+        step: Runs one step on a batch.
+        batches: The first one is also the warm-up.
+
+    Returns:
+        Milliseconds per step: wall_ms and, on a GPU, those of each of KINDS, of other kernels, and idle.
+    """
     step(batches[0])
     synchronize()
     start = time.perf_counter()

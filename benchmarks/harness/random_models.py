@@ -6,13 +6,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from glm_utils.checkpoint import keep_4bit_layout
+from glm_utils.load_model import keep_4bit_layout
 
 
 def random_model(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """Make a frozen model in evaluation mode: weights and buffers are those of its class' own initialisation.
+    """Make a frozen model in evaluation mode, with the weights and buffers of its class' own initialization.
 
     Args:
         model_class: The class.
@@ -29,31 +29,31 @@ def random_model(
         torch.set_default_dtype(default_dtype)
 
 
-def replace_linears(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
-    """Quantise all Linear modules but the output layer to NF4 with double quantisation, as bitsandbytes loads them.
+def quantize_to_nf4(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
+    """Quantize all Linear modules but lm_head to NF4 with double quantization, as bitsandbytes loads them.
 
     Args:
         model: Any causal language model; changed in place, one Linear at a time.
-        compute_dtype: Of the products.
+        compute_dtype: Of the matmuls.
     """
-    output_layer = model.get_output_embeddings()
+    lm_head = model.get_output_embeddings()
     for parent in list(model.modules()):
         for name, linear in list(parent.named_children()):
-            if type(linear) is nn.Linear and linear is not output_layer:
+            if type(linear) is nn.Linear and linear is not lm_head:
                 setattr(parent, name, nf4_linear(linear, compute_dtype))
     keep_4bit_layout(model)
     model.is_loaded_in_4bit = True  # peft chooses its LoRA layers by this
 
 
 def nf4_linear(linear: nn.Linear, compute_dtype: torch.dtype) -> bitsandbytes.nn.Linear4bit:
-    """Return a Linear4bit with the quantised weight and the bias of a Linear, on its device."""
+    """Return a Linear4bit with the quantized weight and the bias of a Linear, on its device."""
     weight = linear.weight
     packed = bitsandbytes.nn.Linear4bit(
         linear.in_features, linear.out_features, False, compute_dtype, True, "nf4", device="meta"
     )
     packed.weight = bitsandbytes.nn.Params4bit(
         weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=packed
-    ).to(weight.device)  # quantises
+    ).to(weight.device)  # quantizes
     packed.bias = linear.bias
     return packed.train(linear.training)
 
@@ -73,14 +73,10 @@ def add_random_lora(model: PreTrainedModel, targets: list[str], rank: int = 8) -
 
 
 def compacted(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """Move a model away and back.
+    """Move a model to the CPU and back to its device, so that the freed memory goes back to the driver.
 
-    The allocator cannot return a block in which a quantised weight took the place of a larger one: without this, the
-    memory reserved while running would be that of the unquantised weights.
-
-    Args:
-        model: The model, on the device.
-        device: The device.
+    The allocator cannot return a block in which a quantized weight took the place of a larger one: without this, the
+    memory reserved while running would be that of the unquantized weights.
     """
     model.to("cpu")
     if device.type == "cuda":
