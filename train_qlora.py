@@ -18,7 +18,7 @@ from loguru import logger
 from transformers import Trainer
 
 from glm_utils.cli import run_cli
-from glm_utils.encoding import EncodedRows, encode_rows, show_sample
+from glm_utils.encoding import EncodedExamples, encode_examples, show_sample
 from glm_utils.files import atomic_files
 from glm_utils.training.lora_model import make_lora_model
 from glm_utils.training.preflight import plan_run
@@ -84,11 +84,11 @@ def train_qlora(
     trainer.end_processes()
 
 
-def encode_data(settings: TrainingSettings) -> dict[str, EncodedRows]:
+def encode_data(settings: TrainingSettings) -> dict[str, EncodedExamples]:
     """Encode all examples; show the first one as tokens, with its trained part in double brackets, and the counts."""
     tokenizer, max_length = settings.base.tokenizer, settings.base.context_length
     encoded = {
-        name: encode_rows(part, tokenizer, settings.limits, max_length) for name, part in settings.examples.items()
+        name: encode_examples(part, tokenizer, settings.limits, max_length) for name, part in settings.examples.items()
     }
     logger.info(f"sample 0, trained in [[ ]]: {show_sample(encoded['train'].dataset[0], tokenizer)}")
     for name, part in encoded.items():

@@ -18,7 +18,7 @@ from benchmarks.harness.published import layer_shapes, remote_function
 from benchmarks.harness.results import RESULTS_DIR, provenance, write_result
 from glm_utils.checkpoint import open_checkpoint
 from glm_utils.cli import UserError, run_cli
-from glm_utils.data import read_rows
+from glm_utils.data import read_examples
 from glm_utils.family import LINEAR_NAMES, PROJECT_DIR
 from glm_utils.load_model import load_base_model
 from glm_utils.merging.arithmetic import nf4_round_trip
@@ -61,7 +61,7 @@ def measure_weights(device: str) -> dict:
 @torch.no_grad()
 def measure_models(device: str) -> dict:
     """Return error, KL divergence (nats per token) and same-top-token share by tiny model and method."""
-    examples = read_rows(PROJECT_DIR / "data" / "dev.jsonl")[:NUM_EXAMPLES]
+    examples = read_examples(PROJECT_DIR / "data" / "dev.jsonl")[:NUM_EXAMPLES]
     results = {}
     for name in TINY_MODELS:
         model_dir = PROJECT_DIR / name

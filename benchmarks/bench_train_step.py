@@ -28,7 +28,7 @@ from benchmarks.harness.stock_glm import stock_train
 from benchmarks.harness.train_steps import (
     DEVICE,
     WARM_UP_STEPS,
-    encode_examples,
+    encode_file,
     profiled,
     run_train_qlora,
     synchronize,
@@ -39,7 +39,7 @@ from glm_utils.encoding import PackingCollator
 from glm_utils.family import PROJECT_DIR
 from glm_utils.files import read_json_object
 from glm_utils.load_model import load_base_model
-from glm_utils.training.lora_matmul import use_lean_products
+from glm_utils.training.lora_matmul import use_lean_matmuls
 from glm_utils.training.lora_model import make_lora_config, use_expandable_segments
 
 MODULE = "benchmarks.bench_train_step"
@@ -162,12 +162,12 @@ def shipped_run(settings: dict, model_dir: Path, train_data_path: str, work_dir:
 
 def loop_run(settings: dict, model_dir: Path, train_data_path: str, work_dir: Path) -> dict:
     """Run steps of this project's model without a Trainer, on batches made beforehand, and profile two."""
-    dataset, _ = encode_examples(model_dir, train_data_path)
+    dataset, _ = encode_file(model_dir, train_data_path)
     four_bit = not settings.get("unquantised")
     use_expandable_segments()
     base = load_base_model(open_checkpoint(model_dir), four_bit, "bf16", {"": DEVICE})
     model = peft.get_peft_model(base, make_lora_config(8, 32, 0.05, LORA_TARGETS)).train()
-    use_lean_products(model)
+    use_lean_matmuls(model)
     size = settings["batch"]
     batches = [
         {

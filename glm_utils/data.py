@@ -24,7 +24,7 @@ SCHEMAS = (
 
 
 @dataclass(frozen=True)
-class Row:
+class Example:
     """One training example: a question with its earlier turns, and the answer that is trained.
 
     Attributes:
@@ -40,7 +40,7 @@ class Row:
     where: str
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_examples(path: Path) -> list[Example]:
     """Read and check a data file.
 
     Args:
@@ -97,8 +97,8 @@ def _iter_list(path: Path, text: str) -> Iterator[tuple[object, str]]:
         raise UserError(f"{path}:{line}: text behind the end of the list. Expected one list, or one object a line")
 
 
-def _parse_row(value: object, where: str) -> Row:
-    """Turn one JSON value into a Row."""
+def _parse_row(value: object, where: str) -> Example:
+    """Turn one JSON value into a Example."""
     if not isinstance(value, dict):
         raise UserError(f"{where}: a row is {type(value).__name__}, expected an object with {SCHEMAS}")
     if "messages" in value:
@@ -120,13 +120,13 @@ def _text(value: dict, key: str, where: str) -> str:
     return value[key]
 
 
-def _make_row(query: str, answer: str, history: tuple[tuple[str, str], ...], where: str) -> Row:
+def _make_row(query: str, answer: str, history: tuple[tuple[str, str], ...], where: str) -> Example:
     """Build a row, refusing one without question or answer."""
     if not query.strip():
         raise UserError(f"{where}: the instruction is empty. Fill it or delete the row")
     if not answer.strip():
         raise UserError(f"{where}: the output is empty. Fill it or delete the row")
-    return Row(query, answer, history, where)
+    return Example(query, answer, history, where)
 
 
 def _parse_history(history: object, where: str) -> tuple[tuple[str, str], ...]:
@@ -139,7 +139,7 @@ def _parse_history(history: object, where: str) -> tuple[tuple[str, str], ...]:
     return tuple((question, answer) for question, answer in pairs)
 
 
-def _parse_messages(messages: object, where: str) -> Row:
+def _parse_messages(messages: object, where: str) -> Example:
     """Turn chat messages into a row: the last answer is trained, a system text leads the first question."""
     if not isinstance(messages, list) or not all(
         isinstance(message, dict) and isinstance(message.get("content"), str) for message in messages

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizer
 
 from glm_utils.cli import UserError
-from glm_utils.data import Row
+from glm_utils.data import Example
 
 IGNORED_LABEL = -100  # no loss at this position
 MAX_SHOWN_TOKENS = 400
@@ -45,7 +45,7 @@ class EncodingLimits:
 
 
 @dataclass(frozen=True)
-class EncodedRows:
+class EncodedExamples:
     """Encoded rows and their counts.
 
     Attributes:
@@ -58,13 +58,13 @@ class EncodedRows:
     counts: dict[str, int]
 
 
-def encode_rows(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizer, limits: EncodingLimits, max_length: int | None = None
-) -> EncodedRows:
+def encode_examples(
+    rows: Sequence[Example], tokenizer: PreTrainedTokenizer, limits: EncodingLimits, max_length: int | None = None
+) -> EncodedExamples:
     """Encode rows for training.
 
     Args:
-        rows: Rows from read_rows.
+        rows: Rows from read_examples.
         tokenizer: The base model's tokenizer.
         limits: Longest prompt and answer, text in front of each question.
         max_length: Longest sequence of the model, in tokens; None: no limit.
@@ -95,10 +95,10 @@ def encode_rows(
         "num_cut_answers": sum(answer_cut for _, answer_cut in cuts),
     }
     columns = {"input_ids": all_ids, "labels": all_labels, "length": lengths}
-    return EncodedRows(datasets.Dataset.from_dict(columns), counts)
+    return EncodedExamples(datasets.Dataset.from_dict(columns), counts)
 
 
-def fit_prompt(row: Row, tokenizer: PreTrainedTokenizer, limits: EncodingLimits) -> tuple[list[int], bool]:
+def fit_prompt(row: Example, tokenizer: PreTrainedTokenizer, limits: EncodingLimits) -> tuple[list[int], bool]:
     """Encode the prompt, cut to max_input_length with template and special tokens whole.
 
     The oldest turns of the history go first, then the right end of the question.
@@ -140,7 +140,7 @@ def fit_prompt(row: Row, tokenizer: PreTrainedTokenizer, limits: EncodingLimits)
     return ids, True
 
 
-def fit_answer(row: Row, tokenizer: PreTrainedTokenizer, limits: EncodingLimits) -> tuple[list[int], bool]:
+def fit_answer(row: Example, tokenizer: PreTrainedTokenizer, limits: EncodingLimits) -> tuple[list[int], bool]:
     """Encode the answer, cut to max_output_length with the end token kept.
 
     Args:
@@ -222,7 +222,7 @@ def show_sample(sample: dict, tokenizer: PreTrainedTokenizer) -> str:
     """Show one encoded row as tokens, the trained part in double brackets, the middle of long parts left out.
 
     Args:
-        sample: A row of EncodedRows.dataset.
+        sample: A row of EncodedExamples.dataset.
         tokenizer: The base model's tokenizer.
     """
     tokens = tokenizer.convert_ids_to_tokens(list(sample["input_ids"]))

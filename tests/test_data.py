@@ -5,7 +5,7 @@ import json
 import pytest
 
 from glm_utils.cli import UserError
-from glm_utils.data import read_rows
+from glm_utils.data import read_examples
 
 ROW = {"instruction": "颜色#白", "output": "白色上衣"}
 CHAT = [
@@ -39,26 +39,26 @@ def lines(*rows):
 )
 def test_schemas(write, row, query, answer, history):
     for name, text in (("a.jsonl", lines(row)), ("a.json", json.dumps([row], indent=1))):
-        (found,) = read_rows(write(name, text))
+        (found,) = read_examples(write(name, text))
         assert (found.query, found.answer, found.history) == (query, answer, history)
 
 
 def test_rows_know_their_lines(write):
     path = write("a.jsonl", lines(ROW) + "\n  \n" + lines(ROW))
-    assert [row.where for row in read_rows(path)] == [f"{path}:1", f"{path}:4"]
+    assert [row.where for row in read_examples(path)] == [f"{path}:1", f"{path}:4"]
     path = write("a.json", json.dumps([ROW, ROW], indent=2))
-    assert [row.where for row in read_rows(path)] == [f"{path}:2", f"{path}:6"]
+    assert [row.where for row in read_examples(path)] == [f"{path}:2", f"{path}:6"]
 
 
 def test_byte_order_mark_and_windows_line_ends(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + lines(ROW, ROW).replace("\n", "\r\n").encode())
-    assert len(read_rows(path)) == 2
+    assert len(read_examples(path)) == 2
 
 
 def test_line_separators_inside_a_text_split_no_row(write):
     row = {"instruction": "a\u2028b\u0085c", "output": "d"}
-    (found,) = read_rows(write("a.jsonl", lines(row)))
+    (found,) = read_examples(write("a.jsonl", lines(row)))
     assert found.query == "a\u2028b\u0085c"
 
 
@@ -101,7 +101,7 @@ def test_line_separators_inside_a_text_split_no_row(write):
 def test_faults_name_file_line_and_remedy(write, text, line, message):
     path = write("data.json", text)
     with pytest.raises(UserError) as error_info:
-        read_rows(path)
+        read_examples(path)
     assert str(error_info.value).startswith(f"{path}:{line}: " if line else f"{path}: ")
     assert message in str(error_info.value)
 
@@ -110,9 +110,9 @@ def test_wrong_encoding_names_its_line(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(ROW).encode() + lines(ROW).encode("gb18030"))
     with pytest.raises(UserError, match=r"a.jsonl:2: not UTF-8.*iconv"):
-        read_rows(path)
+        read_examples(path)
 
 
 def test_missing_file(tmp_path):
     with pytest.raises(UserError, match="no such file"):
-        read_rows(tmp_path / "none.jsonl")
+        read_examples(tmp_path / "none.jsonl")

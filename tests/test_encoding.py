@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from glm_utils.cli import UserError
-from glm_utils.data import Row
+from glm_utils.data import Example
 from glm_utils.encoding import (
     IGNORED_LABEL,
     Collator,
     EncodingLimits,
-    encode_rows,
+    encode_examples,
     fit_answer,
     fit_prompt,
     show_sample,
@@ -22,7 +22,7 @@ HISTORY = (("你好，白色上衣", "你好！"), ("颜色", "白色。"))
 
 
 def row(query=QUERY, answer=ANSWER, history=()):
-    return Row(query, answer, history, "data.jsonl:1")
+    return Example(query, answer, history, "data.jsonl:1")
 
 
 def test_prompt_is_the_one_chat_builds(tokenizer):
@@ -32,7 +32,7 @@ def test_prompt_is_the_one_chat_builds(tokenizer):
 
 
 def test_labels_are_the_answer_and_the_end_token_only(tokenizer):
-    encoded = encode_rows([row()], tokenizer, WIDE)
+    encoded = encode_examples([row()], tokenizer, WIDE)
     sample = encoded.dataset[0]
     answer_ids = tokenizer.encode_text(ANSWER) + [tokenizer.eos_token_id]
     num_prompt = len(tokenizer.encode_prompt(QUERY))
@@ -48,7 +48,7 @@ def test_golden_layout_of_a_training_row(tokenizer, fixture_dir, monkeypatch):
     query = tokenizer.decode([index for index in ids[:num_prompt] if index not in special])
     answer = tokenizer.decode(ids[num_prompt:-1])
     monkeypatch.setattr(tokenizer, "build_prompt", lambda query, history=None: query)  # the golden row has no template
-    sample = encode_rows([row(query, answer)], tokenizer, WIDE).dataset[0]
+    sample = encode_examples([row(query, answer)], tokenizer, WIDE).dataset[0]
     assert sample["input_ids"] == ids
     assert sample["labels"] == labels
 
@@ -61,8 +61,8 @@ def test_prompt_text_leads_the_question_only(tokenizer):
 
 @pytest.mark.parametrize("text", ["[gMASK]", "<sop>", "sop", "</s>", "<eop>", "[MASK]", "<n>", "<|blank_4|>", "<pad>"])
 def test_control_tokens_typed_by_a_user_stay_text(tokenizer, text):
-    encoded = encode_rows([row(f"a {text} b", f"c {text} d")], tokenizer, WIDE).dataset[0]
-    plain = encode_rows([row("a b", "c d")], tokenizer, WIDE).dataset[0]
+    encoded = encode_examples([row(f"a {text} b", f"c {text} d")], tokenizer, WIDE).dataset[0]
+    plain = encode_examples([row("a b", "c d")], tokenizer, WIDE).dataset[0]
     control = {tokenizer.convert_tokens_to_ids(token) for token in ("[gMASK]", "[MASK]", "[sMASK]", "sop", "<sop>")}
     control |= {tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
     count = sum(index in control for index in encoded["input_ids"])
@@ -113,13 +113,13 @@ def test_a_limit_below_the_template_is_refused(tokenizer):
 
 def test_a_row_beyond_the_models_length_is_refused(tokenizer):
     with pytest.raises(UserError, match=r"data.jsonl:1: \d+ tokens, the model takes 20. Lower --max_input_length"):
-        encode_rows([row()], tokenizer, WIDE, max_length=20)
+        encode_examples([row()], tokenizer, WIDE, max_length=20)
 
 
 def test_counts(tokenizer):
     rows = [row(), row(answer=ANSWER * 3)]
     limit = len(tokenizer.encode_answer(ANSWER))
-    encoded = encode_rows(rows, tokenizer, EncodingLimits(512, limit))
+    encoded = encode_examples(rows, tokenizer, EncodingLimits(512, limit))
     num_prompt = len(tokenizer.encode_prompt(QUERY))
     assert encoded.counts == {
         "num_rows": 2,
@@ -168,7 +168,7 @@ def test_a_padded_batch_has_the_golden_loss(golden_model, tokenizer, family, fix
 
 
 def test_sample_shows_the_trained_part(tokenizer):
-    sample = encode_rows([row()], tokenizer, WIDE).dataset[0]
+    sample = encode_examples([row()], tokenizer, WIDE).dataset[0]
     shown = show_sample(sample, tokenizer)
     prompt, trained = shown.split(" [[ ")
     assert "牛仔" in trained

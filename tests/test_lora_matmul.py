@@ -10,7 +10,7 @@ import torch
 
 from glm_utils.checkpoint import open_checkpoint
 from glm_utils.training import lora_matmul, nf4_kernel
-from glm_utils.training.lora_matmul import LoraProduct, use_lean_products
+from glm_utils.training.lora_matmul import LoraMatmul, use_lean_matmuls
 from glm_utils.training.lora_model import make_lora_config, make_lora_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -90,7 +90,7 @@ def test_gradients_with_dropout(four_bit):
 
     def product(x, a, b):
         torch.manual_seed(1)
-        return LoraProduct.apply(x, a, b, linear, 2.0, 0.3)
+        return LoraMatmul.apply(x, a, b, linear, 2.0, 0.3)
 
     assert torch.autograd.gradcheck(product, inputs)
     x, a, b = inputs
@@ -111,7 +111,7 @@ def test_evaluation_and_disabled_adapters(make_model, batch):
         assert torch.equal(found, model(**batch).logits)  # no dropout
         expected = as_peft(model)(**batch).logits
         assert torch.allclose(found, expected, atol=1e-5)
-        use_lean_products(model)
+        use_lean_matmuls(model)
         with model.disable_adapter():
             assert torch.allclose(model(**batch).logits, model.get_base_model()(**batch).logits, atol=1e-6)
             assert not torch.allclose(model(**batch).logits, found, atol=1e-3)
@@ -123,14 +123,14 @@ def test_it_keeps_the_input_and_little_else(make_model, batch):
     linear.requires_grad_(False)
     x, a, b = (torch.randn(shape, requires_grad=True) for shape in ((10, 64), (2, 64), (512, 2)))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t.detach(), lambda t: t):
-        LoraProduct.apply(x, a, b, linear, 1.0, 0.1)
+        LoraMatmul.apply(x, a, b, linear, 1.0, 0.1)
     assert sorted(saved) == sorted([10 * 64, 10 * 64, 10 * 2, 2 * 64, 512 * 2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16])
 def test_a_frozen_layer_without_lora(monkeypatch, dtype, input_dtype):
-    """Result and gradient of x are bitsandbytes', through `FrozenProduct`; nothing is kept for the backward pass."""
+    """Result and gradient of x are bitsandbytes', through `FrozenMatmul`; nothing is kept for the backward pass."""
     torch.manual_seed(0)
     layer = bitsandbytes.nn.Linear4bit(128, 96, compute_dtype=dtype, quant_type="nf4", compress_statistics=True)
     model = torch.nn.Sequential(layer).requires_grad_(False).to(DEVICE)
@@ -138,14 +138,16 @@ def test_a_frozen_layer_without_lora(monkeypatch, dtype, input_dtype):
     expected = model(x)
     grad = torch.randn_like(expected)
     (expected_grad,) = torch.autograd.grad(expected, x, grad)
-    use_lean_products(model)
-    saved, decoded = [], []
-    monkeypatch.setattr(lora_matmul, "decode_nf4", lambda *args: decoded.append(1) or nf4_kernel.decode_nf4(*args))
+    use_lean_matmuls(model)
+    saved, dequantized = [], []
+    monkeypatch.setattr(
+        lora_matmul, "dequantize_nf4", lambda *args: dequantized.append(1) or nf4_kernel.dequantize_nf4(*args)
+    )
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         found = model(x)
     assert not saved
     (found_grad,) = torch.autograd.grad(found, x, grad)
-    assert len(decoded) == 2
+    assert len(dequantized) == 2
     weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).double()
     eps = max(torch.finfo(dtype).eps, torch.finfo(input_dtype).eps)
     for one, other, size in (
@@ -155,7 +157,7 @@ def test_a_frozen_layer_without_lora(monkeypatch, dtype, input_dtype):
         assert one.dtype == input_dtype
         assert ((one - other).abs() <= 4 * eps * (size + 1)).all()
     model(x.detach())
-    assert len(decoded) == 2  # without gradients bitsandbytes computes
+    assert len(dequantized) == 2  # without gradients bitsandbytes computes
 
 
 def test_a_frozen_layer_is_left_to_bitsandbytes_where_that_knows_more(monkeypatch):
@@ -168,7 +170,7 @@ def test_a_frozen_layer_is_left_to_bitsandbytes_where_that_knows_more(monkeypatc
     for layer in (chooses, trains):
         expected = layer(x)
         layer.compute_dtype, layer.compute_type_is_set = (None, False) if layer is chooses else (torch.float32, True)
-        use_lean_products(torch.nn.Sequential(layer))
+        use_lean_matmuls(torch.nn.Sequential(layer))
         assert torch.equal(layer(x), expected)
     trains(x).sum().backward()
     assert torch.equal(trains.bias.grad, torch.full_like(trains.bias, 5.0))
@@ -190,7 +192,7 @@ def test_nf4_is_decoded_as_bitsandbytes_does(monkeypatch, dtype, nested, shape):
     calls = []
     monkeypatch.setattr(nf4_kernel, "has_triton", lambda tensor: calls.append(1) or True)
     monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", None)
-    found = nf4_kernel.decode_nf4(packed, state)
+    found = nf4_kernel.dequantize_nf4(packed, state)
     assert calls
     assert found.dtype == expected.dtype == dtype
     assert found.shape == expected.shape == shape
@@ -211,4 +213,4 @@ def test_other_layouts_go_to_bitsandbytes(monkeypatch):
             torch.randn(64, 128, device=DEVICE), quant_type=quant_type, blocksize=block_size
         )
         expected = bitsandbytes.functional.dequantize_4bit(packed, state)
-        assert torch.equal(nf4_kernel.decode_nf4(packed, state), expected)
+        assert torch.equal(nf4_kernel.dequantize_nf4(packed, state), expected)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from glm_utils.data import read_rows
+from glm_utils.data import read_examples
 from tests.conftest import PROJECT_DIR
 
 DATA_DIR = PROJECT_DIR / "data"
@@ -44,5 +44,5 @@ def test_copies_use_their_attributes(name):
 
 def test_training_reads_the_files():
     """The reader of train_qlora.py takes both files whole."""
-    assert len(read_rows(DATA_DIR / "train.jsonl")) == 6000
-    assert len(read_rows(DATA_DIR / "dev.jsonl")) == 300
+    assert len(read_examples(DATA_DIR / "train.jsonl")) == 6000
+    assert len(read_examples(DATA_DIR / "dev.jsonl")) == 300

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from benchmarks.harness.random_models import quantize_to_nf4, random_model
-from benchmarks.harness.train_steps import DEVICE, WARM_UP_STEPS, encode_examples, profiled, synchronize
+from benchmarks.harness.train_steps import DEVICE, WARM_UP_STEPS, encode_file, profiled, synchronize
 from glm_utils.checkpoint import load_classes, open_checkpoint
 from glm_utils.cli import UserError
 from glm_utils.encoding import Collator
@@ -84,7 +84,7 @@ def stock_generate(model: PreTrainedModel, workload: Workload) -> Generate:
 
 def stock_train(settings: dict, model_dir: Path, train_data_path: str, work_dir: Path) -> dict:
     """Train with padded batches and full logits; return tokens per second and the profile of two steps."""
-    dataset, tokenizer = encode_examples(model_dir, train_data_path)
+    dataset, tokenizer = encode_file(model_dir, train_data_path)
     model = trainable_model(model_dir, torch.float32 if settings.get("fp32") else torch.bfloat16)
     collator, counts, times = Collator(tokenizer.pad_token_id, "right"), [], []
 

@@ -13,8 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedTokenizer
 
 from glm_utils.checkpoint import open_checkpoint
-from glm_utils.data import read_rows
-from glm_utils.encoding import EncodingLimits, encode_rows
+from glm_utils.data import read_examples
+from glm_utils.encoding import EncodingLimits, encode_examples
 from glm_utils.family import PROJECT_DIR
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -30,11 +30,11 @@ KINDS = {  # key in the result file -> names of kernels; the first match counts
 }
 
 
-def encode_examples(model_dir: Path, train_data_path: str) -> tuple[datasets.Dataset, PreTrainedTokenizer]:
+def encode_file(model_dir: Path, train_data_path: str) -> tuple[datasets.Dataset, PreTrainedTokenizer]:
     """Return the encoded examples of a data file, and the tokenizer."""
     tokenizer = open_checkpoint(model_dir).tokenizer
-    examples = read_rows(Path(train_data_path))
-    return encode_rows(examples, tokenizer, EncodingLimits(512, 1536)).dataset, tokenizer
+    examples = read_examples(Path(train_data_path))
+    return encode_examples(examples, tokenizer, EncodingLimits(512, 1536)).dataset, tokenizer
 
 
 def run_train_qlora(flags: list[str]) -> None:

@@ -47,8 +47,8 @@ class MergeReport:
         Args:
             merge_base: "original" or "nf4".
         """
-        lines = [f"update |scale B A| / |W|: {summary}" for summary in summarise(self.updates)]
-        lines += [f"NF4 error |W - NF4(W)| / |W|: {summary}" for summary in summarise(self.nf4_errors)]
+        lines = [f"update |scale B A| / |W|: {summary}" for summary in summarize_by_module(self.updates)]
+        lines += [f"NF4 error |W - NF4(W)| / |W|: {summary}" for summary in summarize_by_module(self.nf4_errors)]
         if self.nf4_errors and self.updates:
             error, update = median(self.nf4_errors.values()), median(self.updates.values())
             used = "the NF4 weights, as trained on" if merge_base == "nf4" else "the original weights"
@@ -59,7 +59,7 @@ class MergeReport:
             )
         errors = self.quantization_errors["search"]
         squared = {path: error / max(norm, 1e-30) for path, (error, norm) in errors.items()}
-        lines += [f"squared relative weight error: {summary}" for summary in summarise(squared)]
+        lines += [f"squared relative weight error: {summary}" for summary in summarize_by_module(squared)]
         if errors:
             searched, absmax = self.relative_weight_error(), self.relative_weight_error("absmax")
             lines.append(f"squared relative weight error of the whole model: {searched:.3g} (absmax {absmax:.3g})")
@@ -75,7 +75,7 @@ class MergeReport:
         }
 
 
-def summarise(values: dict[str, float]) -> list[str]:
+def summarize_by_module(values: dict[str, float]) -> list[str]:
     """Return one line "name: lowest, median and highest over n layers" for each kind of Linear."""
     kinds: dict[str, list[float]] = {}
     for path, value in values.items():

@@ -16,10 +16,10 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from glm_utils.training.nf4_kernel import decode_nf4
+from glm_utils.training.nf4_kernel import dequantize_nf4
 
 
-class LoraProduct(torch.autograd.Function):
+class LoraMatmul(torch.autograd.Function):
     """Compute y = x W^T + b + s drop(x) A^T B^T with a frozen W."""
 
     @staticmethod
@@ -38,7 +38,7 @@ class LoraProduct(torch.autograd.Function):
         dropped, mask = torch.native_dropout(x, drop, True) if drop else (x, None)
         ctx.dtype, a, b = a.dtype, a.to(x.dtype), b.to(x.dtype)
         product = dropped @ a.T  # (T, r)
-        y = frozen_product(x, linear)
+        y = frozen_matmul(x, linear)
         ctx.save_for_backward(x, mask, product, a, b)
         ctx.linear, ctx.scale, ctx.keep = linear, scale, 1 - drop
         return y.addmm_(product, b.T, alpha=scale)
@@ -61,7 +61,7 @@ class LoraProduct(torch.autograd.Function):
         return grad_x, grad_a, grad_b, None, None, None
 
 
-class FrozenProduct(torch.autograd.Function):
+class FrozenMatmul(torch.autograd.Function):
     """Compute y = x W^T + b with a frozen W, keeping nothing."""
 
     @staticmethod
@@ -74,7 +74,7 @@ class FrozenProduct(torch.autograd.Function):
             linear: The frozen layer.
         """
         ctx.linear = linear
-        return frozen_product(x, linear)
+        return frozen_matmul(x, linear)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple:
@@ -89,11 +89,11 @@ def frozen_weight(linear: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     must lie as it was quantised, see checkpoint.keep_4bit_layout.
     """
     state = getattr(linear.weight, "quant_state", None)
-    weight = linear.weight if state is None else decode_nf4(linear.weight.data, state)
+    weight = linear.weight if state is None else dequantize_nf4(linear.weight.data, state)
     return weight.to(dtype)
 
 
-def frozen_product(x: torch.Tensor, linear: nn.Module) -> torch.Tensor:
+def frozen_matmul(x: torch.Tensor, linear: nn.Module) -> torch.Tensor:
     """Return x W^T + b, (T, K) -> (T, N), in the dtype of x."""
     bias = None if linear.bias is None else linear.bias.to(x.dtype)
     return nn.functional.linear(x, frozen_weight(linear, x.dtype), bias)
@@ -114,7 +114,7 @@ def lean_forward(self: LoraLayer, x: torch.Tensor, *args: object, **kwargs: obje
     dtype = getattr(linear, "compute_dtype", None) or linear.weight.dtype
     drop = getattr(self.lora_dropout[name], "p", 0.0) if self.training else 0.0
     weights = self.lora_A[name].weight, self.lora_B[name].weight
-    return by_rows(LoraProduct, x, dtype, *weights, linear, self.scaling[name], drop)
+    return by_rows(LoraMatmul, x, dtype, *weights, linear, self.scaling[name], drop)
 
 
 def frozen_forward(self: bitsandbytes.nn.Linear4bit, x: torch.Tensor) -> torch.Tensor:
@@ -125,10 +125,10 @@ def frozen_forward(self: bitsandbytes.nn.Linear4bit, x: torch.Tensor) -> torch.T
     trains_bias = self.bias is not None and self.bias.requires_grad
     if not x.requires_grad or self.compute_dtype is None or trains_bias:
         return type(self).forward(self, x)
-    return by_rows(FrozenProduct, x, self.compute_dtype, self)
+    return by_rows(FrozenMatmul, x, self.compute_dtype, self)
 
 
-def use_lean_products(model: peft.PeftModel) -> None:
+def use_lean_matmuls(model: peft.PeftModel) -> None:
     """Compute all LoRA layers and 4-bit layers of a model through the products above; changed in place.
 
     Args:

@@ -9,7 +9,7 @@ from transformers import TrainingArguments, set_seed
 from glm_utils.checkpoint import Checkpoint
 from glm_utils.cli import UserError
 from glm_utils.load_model import load_base_model
-from glm_utils.training.lora_matmul import use_lean_products
+from glm_utils.training.lora_matmul import use_lean_matmuls
 
 
 def check_lora_settings(rank: int, alpha: int, dropout: float) -> None:
@@ -71,5 +71,5 @@ def make_lora_model(
     model.name_or_path = base.name  # peft writes it into adapter_config.json
     set_seed(training_args.seed)
     peft_model = peft.get_peft_model(model, lora_config)
-    use_lean_products(peft_model)
+    use_lean_matmuls(peft_model)
     return peft_model

@@ -48,7 +48,7 @@ def has_triton(packed: torch.Tensor) -> bool:
     return triton is not None and packed.is_cuda
 
 
-def decode_nf4(packed: torch.Tensor, state: bitsandbytes.functional.QuantState) -> torch.Tensor:
+def dequantize_nf4(packed: torch.Tensor, state: bitsandbytes.functional.QuantState) -> torch.Tensor:
     """Return a weight (N, K) in the dtype that its state names.
 
     Args:

@@ -13,7 +13,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from glm_utils.cli import UserError
 from glm_utils.device import is_out_of_memory
-from glm_utils.encoding import EncodedRows
+from glm_utils.encoding import EncodedExamples
 from glm_utils.training.memory_plan import MemoryPlan, make_plan
 from glm_utils.training.settings import TrainingSettings, examples_per_step, num_steps
 
@@ -21,7 +21,7 @@ GIB = 1 << 30
 NUM_PLAN_EXAMPLES = 4  # whose memory is measured
 
 
-def plan_run(settings: TrainingSettings, model: peft.PeftModel, encoded: EncodedRows) -> MemoryPlan:
+def plan_run(settings: TrainingSettings, model: peft.PeftModel, encoded: EncodedExamples) -> MemoryPlan:
     """Measure what a batch needs, and log it with the weights, tokens and steps of the run.
 
     Args:

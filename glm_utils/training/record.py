@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from glm_utils.encoding import EncodedRows
+from glm_utils.encoding import EncodedExamples
 from glm_utils.files import write_json
 from glm_utils.model_card import adapter_card
 from glm_utils.run_record import RUN_CONFIG_NAME, git_commit, versions
@@ -49,7 +49,7 @@ class TrainingRecord:
         return adapter_card(asdict(self), results, settings)
 
 
-def make_record(settings: TrainingSettings, encoded: dict[str, EncodedRows]) -> TrainingRecord:
+def make_record(settings: TrainingSettings, encoded: dict[str, EncodedExamples]) -> TrainingRecord:
     """Record a run.
 
     Args:

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from glm_utils.checkpoint import Checkpoint, open_checkpoint, project_path
 from glm_utils.cli import UserError
-from glm_utils.data import Row, read_rows
+from glm_utils.data import Example, read_examples
 from glm_utils.encoding import Collator, EncodingLimits, PackingCollator
 from glm_utils.family import resolve_lora_targets
 from glm_utils.run_record import sha256
@@ -47,7 +47,7 @@ class TrainingSettings:
     arguments: dict
     base: Checkpoint
     data_paths: dict[str, Path]
-    examples: dict[str, list[Row]]
+    examples: dict[str, list[Example]]
     limits: EncodingLimits
     lora_config: peft.LoraConfig
     compute_dtype: str
@@ -102,7 +102,7 @@ def resolve_settings(arguments: dict) -> TrainingSettings:
     flags = SimpleNamespace(**arguments)
     limits = EncodingLimits(flags.max_input_length, flags.max_output_length, flags.prompt_text)
     data_paths = find_data(flags.train_data_path, flags.eval_data_path)
-    examples = {name: read_rows(path) for name, path in data_paths.items()}
+    examples = {name: read_examples(path) for name, path in data_paths.items()}
     check_lora_settings(flags.lora_rank, flags.lora_alpha, flags.lora_dropout)
     args_file = read_train_args(project_path(flags.train_args_json)) if flags.train_args_json else None
     base = open_checkpoint(flags.model_name_or_path)

@@ -10,7 +10,7 @@ from accelerate import PartialState
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from glm_utils.encoding import EncodedRows
+from glm_utils.encoding import EncodedExamples
 from glm_utils.training.memory_plan import MemoryPlan
 from glm_utils.training.preflight import memory_advice, memory_explained
 from glm_utils.training.run_log import QuietProgress, RunCallback, check_trained_weights
@@ -124,7 +124,7 @@ def make_trainer(
     settings: TrainingSettings,
     model: peft.PeftModel,
     plan: MemoryPlan,
-    encoded: dict[str, EncodedRows],
+    encoded: dict[str, EncodedExamples],
     begin: Callable[[], None],
 ) -> LoraTrainer:
     """Build the Trainer.
