@@ -1,0 +1,197 @@
+"""Resolve the arguments of an evaluation (two models, data, probe, output) and refuse what cannot be judged.
+
+Nothing here reads a weight of a base model.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from glm_utils.cli import UserError
+from glm_utils.data import Example
+from glm_utils.encoding import EncodingLimits
+from glm_utils.evaluation.attributes import AttributeVocabulary, read_vocabulary
+from glm_utils.evaluation.probe import ProbeQuestion, read_probe, thin_out
+from glm_utils.files import check_apart, check_writable
+from glm_utils.inference.batch import GenerationSettings
+from glm_utils.inference.request import auto_dtype, short_name
+from glm_utils.load_model import ModelSource, find_model
+from glm_utils.run_record import RUN_CONFIG_NAME, read_run_config
+
+STAGE = "evaluate_adapter"
+DEFAULT_LIMITS = {"max_input_length": 512, "max_output_length": 1536, "prompt_text": ""}  # those of train_qlora.py
+REMEDY = "an int4 model, --load_in_4bit, or a smaller --batch_size"
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two models that are compared.
+
+    Attributes:
+        label: Its name in the report.
+        source: What is loaded.
+        use_adapter: Whether the source's adapter is on.
+    """
+
+    label: str
+    source: ModelSource
+    use_adapter: bool
+
+
+@dataclass(frozen=True)
+class EvaluationJob:
+    """A checked evaluation.
+
+    Attributes:
+        before: The first model: the base, or the first of two paths.
+        after: The second one: the base with its adapter, or the second of two paths.
+        examples: What is judged, in the order of the file; an answer is empty where the data has none.
+        vocabulary: Attribute values of the data file; None: its prompts do not list attributes.
+        probe: General questions.
+        limits: Longest prompt and answer, text in front of each question of the data.
+        generation: How answers are generated.
+        batch_size: Answers at once; None: what fits.
+        output_dir: Where the report goes.
+        arguments: The flags as given.
+    """
+
+    before: Side
+    after: Side
+    examples: list[Example]
+    vocabulary: AttributeVocabulary | None
+    probe: list[ProbeQuestion]
+    limits: EncodingLimits
+    generation: GenerationSettings
+    batch_size: int | None
+    output_dir: Path
+    arguments: dict
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether one model is compared without and with its adapter."""
+        return self.before.source is self.after.source
+
+    @property
+    def has_same_tokens(self) -> bool:
+        """Whether losses per token can be compared: both models read the same vocabulary."""
+        paths = [side.source.checkpoint.vocabulary_path for side in (self.before, self.after)]
+        return self.is_adapter or paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def find_sides(
+    model_path: str | Sequence[str] | None, lora_path: str | None, load_in_4bit: bool, device: torch.device
+) -> tuple[Side, Side]:
+    """Open an adapter with its base, or two models.
+
+    Args:
+        model_path: Two directories or hub ids of base or merged models.
+        lora_path: Directory of an adapter, instead.
+        load_in_4bit: Quantize the layers to NF4 while loading.
+        device: Where they run.
+
+    Raises:
+        UserError: Neither or both are given, a number of models other than two, or one cannot be opened.
+    """
+    if bool(model_path) == bool(lora_path):
+        found = "both are given" if model_path else "neither is given"
+        raise UserError(f"{found}: give --lora_path DIR (its base without and with it), or --model_path DIR1,DIR2")
+    paths = [model_path] if isinstance(model_path, str) else list(model_path or [])
+    if paths and len(paths) != 2:
+        raise UserError(
+            f"--model_path {','.join(paths)}: {len(paths)} model{'s' * (len(paths) > 1)}, expected two joined by a "
+            "comma, the one to compare with first. An adapter goes into --lora_path"
+        )
+    sources = []
+    for path in paths or [None]:
+        checkpoint, adapter = find_model(path, lora_path)
+        dtype = auto_dtype(checkpoint.config, checkpoint.config_path, device)
+        label = short_name(path) if path else short_name(adapter.base_name)
+        sources.append(ModelSource(label, checkpoint, adapter, load_in_4bit, dtype, device))
+    if lora_path:
+        label = f"{sources[0].label} + {short_name(lora_path)}"
+        return Side(sources[0].label, sources[0], False), Side(label, sources[0], True)
+    labels = paths if sources[0].label == sources[1].label else [source.label for source in sources]
+    before, after = (Side(label, source, True) for label, source in zip(labels, sources, strict=True))
+    return before, after
+
+
+def find_limits(side: Side, prompt_text: str | None) -> EncodingLimits:
+    """Return the limits of a training, recorded beside the adapter; its defaults for models without an adapter.
+
+    Args:
+        side: The model after training.
+        prompt_text: Text in front of every question; None: that of the training.
+    """
+    adapter = side.source.adapter
+    recorded = adapter.run_config.get("arguments", {}) if adapter else {}
+    values = {key: recorded.get(key, default) for key, default in DEFAULT_LIMITS.items()}
+    return EncodingLimits(**(values if prompt_text is None else {**values, "prompt_text": prompt_text}))
+
+
+def choose_examples(examples: list[Example], num_samples: int, seed: int) -> list[Example]:
+    """Draw the examples that are judged, in the order of the file.
+
+    Args:
+        examples: All of the data file.
+        num_samples: How many; the file's own number or more: all.
+        seed: Seed of the draw.
+    """
+    if num_samples >= len(examples):
+        return examples
+    return [examples[index] for index in sorted(random.Random(seed).sample(range(len(examples)), num_samples))]
+
+
+def choose_probe(probe: bool | int) -> list[ProbeQuestion]:
+    """Return the probe, a part of it, or nothing.
+
+    Args:
+        probe: True: all; False: none; or how many questions.
+
+    Raises:
+        UserError: A negative number.
+    """
+    if probe is False or probe == 0:
+        return []
+    questions = read_probe()
+    if probe is True:
+        return questions
+    if probe < 0:
+        raise UserError(f"--probe {probe}: expected true, false or a number of questions, at most {len(questions)}")
+    return thin_out(questions, probe)
+
+
+def check_output_dir(output_dir: Path, sides: Sequence[Side]) -> None:
+    """Refuse, before any work, an output directory that holds or lies in something else.
+
+    Raises:
+        UserError: It overlaps a model, cannot be written to, or is the output of another stage.
+    """
+    inputs = [side.source.checkpoint.directory for side in sides]
+    inputs += [side.source.adapter.directory for side in sides if side.source.adapter]
+    check_apart(output_dir, inputs, "--output_dir")
+    check_writable(output_dir, "--output_dir")
+    if output_dir.is_dir() and any(output_dir.iterdir()) and read_run_config(output_dir).get("stage") != STAGE:
+        raise UserError(
+            f"--output_dir {output_dir}: not empty, and no {RUN_CONFIG_NAME} in it says that it holds an earlier "
+            "evaluation. Give another directory"
+        )
+
+
+def check_fit(job: EvaluationJob) -> None:
+    """Refuse a model that the free memory does not hold, before anything is loaded.
+
+    Raises:
+        UserError: The estimate exceeds what is free.
+    """
+    num_tokens = job.limits.max_input_length + job.generation.max_new_tokens
+    for side in {id(side.source): side for side in (job.before, job.after)}.values():
+        context = side.source.checkpoint.context_length or num_tokens
+        side.source.check_fits(job.batch_size or 1, min(num_tokens, context), REMEDY)
+
+
+def read_attributes(examples: Sequence[Example]) -> AttributeVocabulary | None:
+    """Return the attribute values of a data file; None where its prompts do not list attributes."""
+    return read_vocabulary([example.query for example in examples])
