@@ -183,7 +183,7 @@ DAMAGES = {
     ),
     "empty index": (
         lambda d, f: (to_shards(d), (d / "pytorch_model.bin.index.json").write_text("{}")),
-        "no weight_map",
+        "weight_map is missing or empty",
     ),
 }
 
