@@ -229,12 +229,7 @@ def atomic_directory(output_dir: Path) -> Iterator[Path]:
 
 
 def remove_leftover(path: Path, prefix: str) -> None:
-    """Remove the hidden directory of a killed run, unless its process is alive.
-
-    Args:
-        path: The directory.
-        prefix: Its name without the process id.
-    """
+    """Remove the hidden directory of a killed run, named prefix + process id, unless that process is alive."""
     pid = path.name.removeprefix(prefix)
     if pid.isdecimal() and int(pid) != os.getpid():
         try:

@@ -45,7 +45,7 @@ class ModelSource:
 
     def __post_init__(self) -> None:
         if self.load_in_4bit:
-            self.checkpoint.require_unquantized("--load_in_4bit quantizes fp16 weights: omit the flag")
+            self.checkpoint.require_unquantized("--load_in_4bit quantizes fp16 weights: leave it out to use these")
 
     @property
     def weight_format(self) -> str:

@@ -634,7 +634,7 @@ def test_bad_input_as_a_command(write, tmp_path):
     command = [sys.executable, "train_qlora.py", "--train_data_path", str(data)]
     result = subprocess.run(command, cwd=PROJECT_DIR, capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert f"{data}:2: no 'output' in the row" in result.stderr
+    assert f"{data}:2: the example has no 'output'" in result.stderr
     assert "Traceback" not in result.stderr
 
 
