@@ -119,8 +119,8 @@ def truncate_prompt(
     def fits(num_dropped: int) -> bool:
         return len(tokenizer.encode_prompt(query, history[num_dropped:])) <= limits.max_input_length
 
-    # Prompts grow with the turns and characters that they keep, so the most that fits is found by bisection. Whole
-    # prompts are encoded each time: tokens may span the borders of turns and template.
+    # Prompts grow with the turns and characters that they keep, so the most that fits is found by bisection. The
+    # complete prompt is encoded each time: tokens may span the borders of turns and template.
     history = history[bisect.bisect_left(range(len(history)), True, key=fits) :]  # no turn stays if none fits
     ids = tokenizer.encode_prompt(query, history)
     if len(ids) > limits.max_input_length:
