@@ -9,6 +9,7 @@
 encoding.py turns examples into token ids.
 """
 
+import difflib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,11 +41,12 @@ class Example:
     where: str
 
 
-def read_examples(path: Path) -> list[Example]:
+def read_examples(path: Path, needs_answer: bool = True) -> list[Example]:
     """Read and check a data file.
 
     Args:
         path: JSONL (one object per line) or JSON (one list of objects), UTF-8.
+        needs_answer: False accepts examples without an answer too; their answer is then empty.
 
     Raises:
         UserError: A missing or empty file, broken JSON, or an example that fits none of the schemas.
@@ -52,7 +54,7 @@ def read_examples(path: Path) -> list[Example]:
     remedy = "Give a JSONL or JSON file; data/README.md describes the schema"
     text = read_text(path, remedy, encoding_remedy="Convert it, e.g. iconv -f gb18030 -t utf-8")
     values = _iter_list(path, text) if text.lstrip().startswith("[") else _iter_lines(path, text)
-    examples = [_parse_example(value, where) for value, where in values]
+    examples = [_parse_example(value, where, needs_answer) for value, where in values]
     if not examples:
         raise UserError(
             f"{path}: no examples in it. Expected one JSON object per line, or a JSON list of objects: {SCHEMAS}"
@@ -98,21 +100,22 @@ def _iter_list(path: Path, text: str) -> Iterator[tuple[object, str]]:
         raise UserError(f"{path}:{line}: text after the end of the list. Expected one list, or one object per line")
 
 
-def _parse_example(value: object, where: str) -> Example:
+def _parse_example(value: object, where: str, needs_answer: bool) -> Example:
     """Turn one JSON value into an example."""
     if not isinstance(value, dict):
         raise UserError(f"{where}: the example is {type(value).__name__}, expected an object with {SCHEMAS}")
     if "messages" in value:
-        return _parse_messages(value["messages"], where)
+        return _parse_messages(value["messages"], where, needs_answer)
     keys = ("content", "summary") if "content" in value and "instruction" not in value else ("instruction", "output")
     for key in keys:
-        if key not in value:
-            found = ", ".join(value) or "none"
-            raise UserError(f"{where}: the example has no {key!r} (its keys: {found}). Expected {SCHEMAS}")
-    query, answer = _text(value, keys[0], where), _text(value, keys[1], where)
+        close = difflib.get_close_matches(key, value, n=1)
+        if key not in value and (needs_answer or key == keys[0] or close):
+            found, hint = ", ".join(value) or "none", f" Is {close[0]!r} meant?" if close else ""
+            raise UserError(f"{where}: the example has no {key!r} (its keys: {found}).{hint} Expected {SCHEMAS}")
+    query, answer = _text(value, keys[0], where), _text({keys[1]: "", **value}, keys[1], where)
     extra = _text(value, "input", where) if value.get("input") is not None and keys[0] == "instruction" else ""
     query = "\n".join(part for part in (query, extra) if part)
-    return _make_example(query, answer, _parse_history(value.get("history"), where), where)
+    return _make_example(query, answer, _parse_history(value.get("history"), where), where, needs_answer)
 
 
 def _text(value: dict, key: str, where: str) -> str:
@@ -122,13 +125,15 @@ def _text(value: dict, key: str, where: str) -> str:
     return value[key]
 
 
-def _make_example(query: str, answer: str, history: tuple[tuple[str, str], ...], where: str) -> Example:
-    """Build an example; refuse one without a question or an answer."""
+def _make_example(
+    query: str, answer: str, history: tuple[tuple[str, str], ...], where: str, needs_answer: bool
+) -> Example:
+    """Build an example; refuse one without a question or, where it is needed, an answer."""
     if not query.strip():
         raise UserError(f"{where}: the instruction is empty. Fill it or delete the example")
-    if not answer.strip():
+    if not answer.strip() and needs_answer:
         raise UserError(f"{where}: the output is empty. Fill it or delete the example")
-    return Example(query, answer, history, where)
+    return Example(query, answer if answer.strip() else "", history, where)
 
 
 def _parse_history(history: object, where: str) -> tuple[tuple[str, str], ...]:
@@ -141,7 +146,7 @@ def _parse_history(history: object, where: str) -> tuple[tuple[str, str], ...]:
     return tuple((question, answer) for question, answer in pairs)
 
 
-def _parse_messages(messages: object, where: str) -> Example:
+def _parse_messages(messages: object, where: str, needs_answer: bool) -> Example:
     """Turn chat messages into an example: the last answer is trained, a system text precedes the first question."""
     if not isinstance(messages, list) or not all(
         isinstance(message, dict) and isinstance(message.get("content"), str) for message in messages
@@ -152,10 +157,12 @@ def _parse_messages(messages: object, where: str) -> Example:
     if roles[:1] == ["system"]:
         system, roles, contents = contents[0], roles[1:], contents[1:]
         contents[:1] = [f"{system}\n{first}" if system else first for first in contents[:1]]
+    if roles[-1:] == ["user"] and not needs_answer:
+        roles, contents = [*roles, "assistant"], [*contents, ""]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise UserError(
             f"{where}: roles are {', '.join(map(str, roles)) or 'none'}; expected user and assistant alternately, "
             "ending with assistant, after at most one system message"
         )
     turns = list(zip(contents[::2], contents[1::2], strict=True))
-    return _make_example(*turns[-1], tuple(turns[:-1]), where)
+    return _make_example(*turns[-1], tuple(turns[:-1]), where, needs_answer)
