@@ -69,6 +69,17 @@ FIGURES = {
     )
 }
 
+GROUPS = {  # of the report's table
+    "Against the references": (
+        "loss", "perplexity", "bleu-4", "rouge-1", "rouge-2", "rouge-l", "sacrebleu", "length-ratio",
+    ),
+    "Attributes of the prompts": ("coverage", "unasked"),
+    "The answers themselves": ("distinct-1", "distinct-2", "repetition", "longest-repeat", "ended", "broken"),
+    "General questions (forgetting)": (
+        "probe-loss", "probe-perplexity", "probe-advertising", "probe-repetition", "probe-ended",
+    ),
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -87,9 +98,10 @@ class Comparison:
 
 def compare(job: EvaluationJob, before: SideResult, after: SideResult) -> Comparison:
     """Compute every figure of both models and their differences."""
-    seed, scored = job.generation.seed, [
-        score_side(job, side, result) for side, result in ((job.before, before), (job.after, after))
-    ]
+    seed, scored = (
+        job.generation.seed,
+        [score_side(job, side, result) for side, result in ((job.before, before), (job.after, after))],
+    )
     figures = {}
     for key in scored[0]:
         if isinstance(scored[0][key], tuple):

@@ -79,7 +79,9 @@ def score_sacrebleu(answers: Sequence[str], references: Sequence[str]) -> np.nda
         A row per example: matching n-grams and n-grams of orders 1 to 4, length of answer and reference.
     """
     metric = importlib.import_module("sacrebleu").BLEU(tokenize="zh", effective_order=True)
-    scores = [metric.sentence_score(answer, [reference]) for answer, reference in zip(answers, references, strict=True)]
+    scores = [
+        metric.sentence_score(answer, [reference]) for answer, reference in zip(answers, references, strict=True)
+    ]
     return np.array([[*score.counts, *score.totals, score.sys_len, score.ref_len] for score in scores], dtype=float)
 
 

@@ -27,6 +27,11 @@ KINDS = (
 )
 LANGUAGES = ("zh", "en")
 KEYS = ("kind", "language", "instruction", "output")
+SUBJECTS_OF_2023 = (  # those of the questions in the README of the 2023 project
+    "我打算去黄山玩三天，请帮我安排一下行程。",
+    "大众汽车有哪些车型，各有什么特点？",
+    "下雨天骑电动车要注意什么？",
+)
 REMEDY = "data/README.md describes the probe; restore the file, e.g. git checkout data/probe.jsonl"
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizer
 from glm_utils.cli import UserError
 from glm_utils.data import Example
 from glm_utils.device import is_out_of_memory
-from glm_utils.encoding import EncodingLimits, fit_prompt
+from glm_utils.encoding import EncodingLimits, truncate_prompt
 from glm_utils.evaluation.job import REMEDY, EvaluationJob, Side
 from glm_utils.evaluation.losses import example_losses
 from glm_utils.inference.batch import Answer, generate_answers
@@ -72,7 +72,7 @@ def run_side(job: EvaluationJob, side: Side, model: PreTrainedModel | PeftModel)
         return example_losses(model, tokenizer, examples, limits, max_length) if examples else np.zeros((0, 2))
 
     def answer(examples: Sequence[Example], limits: EncodingLimits, name: str) -> list[Answer]:
-        prompts = [fit_prompt(example, tokenizer, limits)[0] for example in examples]
+        prompts = [truncate_prompt(example, tokenizer, limits)[0] for example in examples]
         return collect_answers(job, model, tokenizer, prompts, f"{side.label}: {name}")
 
     return SideResult(

@@ -1,0 +1,109 @@
+"""Judge what a training did: an adapter + data -> answers and losses without and with it, one report with a verdict.
+
+    python evaluate_adapter.py --lora_path saved_files/chatGLM2_6B_QLoRA_t32 --data_path data/dev.jsonl \
+        --output_dir saved_files/evaluation
+
+Two models instead, as fp16 and int4 of one merge: --model_path saved_files/merged_fp16,saved_files/merged_int4. The
+output directory gets report.html, report.md, report.json, plots, generated_predictions.jsonl and run_config.json.
+"""
+
+from pathlib import Path
+
+import glm_utils  # noqa: F401  isort: skip  # before what it silences
+from loguru import logger
+
+from glm_utils.cli import UserError, run_cli
+from glm_utils.data import read_examples
+from glm_utils.device import resolve_device
+from glm_utils.evaluation.figures import compare
+from glm_utils.evaluation.job import (
+    EvaluationJob,
+    check_fit,
+    check_output_dir,
+    choose_examples,
+    choose_probe,
+    find_limits,
+    find_sides,
+    read_attributes,
+)
+from glm_utils.evaluation.markdown_page import figure_table
+from glm_utils.evaluation.metrics import check_packages
+from glm_utils.evaluation.report import make_report
+from glm_utils.evaluation.sides import run_sides
+from glm_utils.evaluation.write import write_evaluation
+from glm_utils.inference.batch import GenerationSettings
+from glm_utils.inference.chat import check_sampling
+
+LEAST = {"num_samples": 1, "max_new_tokens": 1, "batch_size": 1, "seed": 0}
+
+
+def evaluate_adapter(
+    *,
+    lora_path: str | None = None,
+    model_path: str | list[str] | None = None,
+    data_path: str = "data/dev.jsonl",
+    output_dir: str = "saved_files/evaluation",
+    num_samples: int = 100,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 42,
+    batch_size: int | None = None,
+    load_in_4bit: bool = False,
+    prompt_text: str | None = None,
+    probe: bool | int = True,
+    device: str = "auto",
+) -> None:
+    """Compare a base model without and with its adapter, or two models, and write a report.
+
+    Args:
+        lora_path: Directory of an adapter; its base is found from it, and is what it is compared with.
+        model_path: Two base or merged models joined by a comma, instead; the first one is what is compared with.
+        data_path: JSONL or JSON file of examples that were not trained on. Without reference answers, the figures
+            that need them are left out.
+        output_dir: Where the report goes; an earlier one there is replaced.
+        num_samples: Examples to judge, drawn from the file.
+        max_new_tokens: Most tokens of an answer.
+        temperature: Divides the logits; 0: always the most probable token.
+        seed: Seed of the draw of examples, of the sampling and of the intervals.
+        batch_size: Answers at once. Default: what fits.
+        load_in_4bit: Quantize the layers to NF4 while loading, as in training.
+        prompt_text: Text in front of every question. Default: that of the training.
+        probe: Ask the general questions of data/probe.jsonl too: true, false or how many of them.
+        device: Where to work: auto (a GPU when there is one), cpu or cuda:N.
+    """
+    arguments = dict(locals())
+    check_numbers(arguments)
+    check_packages()
+    before, after = find_sides(model_path, lora_path, load_in_4bit, resolve_device(device))
+    check_output_dir(Path(output_dir).expanduser(), (before, after))
+    examples = read_examples(Path(data_path).expanduser(), needs_answer=False)
+    job = EvaluationJob(
+        before=before,
+        after=after,
+        examples=choose_examples(examples, num_samples, seed),
+        vocabulary=read_attributes(examples),
+        probe=choose_probe(probe),
+        limits=find_limits(after, prompt_text),
+        generation=GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed),
+        batch_size=batch_size,
+        output_dir=Path(output_dir).expanduser(),
+        arguments=arguments,
+    )
+    check_fit(job)
+    results = run_sides(job)
+    report = make_report(job, *results, compare(job, *results))
+    path = write_evaluation(report)
+    print("\n".join(figure_table(report)), f"\n\n{report.verdict}")
+    logger.success(f"report written to {path}")
+
+
+def check_numbers(arguments: dict) -> None:
+    """Refuse a number out of range."""
+    for name, least in LEAST.items():
+        if arguments[name] is not None and arguments[name] < least:
+            raise UserError(f"--{name} {arguments[name]}: expected {least} or more")
+    check_sampling(arguments["temperature"], None)
+
+
+if __name__ == "__main__":
+    run_cli(evaluate_adapter)

@@ -1,0 +1,45 @@
+"""Write an evaluation: report.json, report.md, report.html, plots and predictions, atomically."""
+
+from pathlib import Path
+
+from glm_utils.cli import UserError
+from glm_utils.evaluation.html_page import html_page
+from glm_utils.evaluation.markdown_page import markdown_page
+from glm_utils.evaluation.plots import write_plots
+from glm_utils.evaluation.predictions import AFTER_NAME, BEFORE_NAME, PROBE_NAME, write_predictions, write_probe
+from glm_utils.evaluation.report import Report, report_values, run_values
+from glm_utils.files import DISK_FULL_ERRORS, atomic_files, write_json
+from glm_utils.run_record import RUN_CONFIG_NAME
+
+
+def write_evaluation(report: Report) -> Path:
+    """Write all files into the output directory, run_config.json last.
+
+    Returns:
+        Path of report.html.
+
+    Raises:
+        UserError: The disk is full, or the directory cannot be written to.
+    """
+    output_dir = report.job.output_dir
+    try:
+        with atomic_files(output_dir, last=RUN_CONFIG_NAME) as directory:
+            write_files(report, directory)
+    except OSError as error:
+        fault = "the disk is full" if error.errno in DISK_FULL_ERRORS else f"cannot be written ({error.strerror})"
+        raise UserError(f"--output_dir {output_dir}: {fault}. Free some space, or give another directory") from error
+    return output_dir / "report.html"
+
+
+def write_files(report: Report, directory: Path) -> None:
+    """Write all files into a directory."""
+    job = report.job
+    plots = write_plots(directory, report.before, report.after, report.comparison)
+    write_predictions(directory / BEFORE_NAME, job.examples, report.before.answers)
+    write_predictions(directory / AFTER_NAME, job.examples, report.after.answers)
+    if job.probe:
+        write_probe(directory / PROBE_NAME, job.probe, report.before.probe_answers, report.after.probe_answers)
+    write_json(directory / "report.json", report_values(report))
+    (directory / "report.md").write_text(markdown_page(report, [path.name for path in plots]), encoding="utf-8")
+    (directory / "report.html").write_text(html_page(report, plots), encoding="utf-8")
+    write_json(directory / RUN_CONFIG_NAME, run_values(job))
