@@ -20,7 +20,7 @@ class Difference:
     Attributes:
         before: The first model's.
         after: The second model's.
-        low: Lower end of the 95 % interval of after - before.
+        low: Lower end of the 95 % interval of after - before; NaN with a single example, as nothing can be resampled.
         high: Its upper end.
         num_examples: How many examples had a part in it.
     """
@@ -60,14 +60,15 @@ def compare_sums(
         changes.append(reduce(after[drawn].sum(axis=1)) - reduce(before[drawn].sum(axis=1)))
     found = np.concatenate(changes)
     found = found[~np.isnan(found)]  # a resample may hold no example that counts
-    low, high = np.percentile(found, PERCENTILES) if len(found) else (np.nan, np.nan)
+    num_examples = num_counted(before, after)
+    low, high = np.percentile(found, PERCENTILES) if num_examples > 1 else (np.nan, np.nan)
     values = (float(reduce(rows.sum(axis=0))) for rows in (before, after))
-    return Difference(*values, float(low), float(high), num_counted(before))
+    return Difference(*values, float(low), float(high), num_examples)
 
 
-def num_counted(rows: np.ndarray) -> int:
+def num_counted(before: np.ndarray, after: np.ndarray) -> int:
     """Return how many examples have a part in a figure: those with a row other than 0."""
-    return int((rows != 0).any(axis=1).sum())
+    return int((np.hstack((before, after)) != 0).any(axis=1).sum())
 
 
 def compare_left_out(before: tuple[float, np.ndarray], after: tuple[float, np.ndarray]) -> Difference:

@@ -48,7 +48,7 @@ td svg { display: block; }
 .plots { display: grid; grid-template-columns: 1fr 1fr; gap: 18px; align-items: start; }
 figure { margin: 0; background: var(--paper); border: 1px solid var(--line); border-radius: 8px; padding: 14px; }
 figure.wide { grid-column: 1 / -1; }
-figure img { width: 100%; height: auto; display: block; max-width: 640px; margin: 0 auto; }
+figure img { width: 100%; height: auto; display: block; max-width: 780px; margin: 0 auto; }
 figcaption { font-size: 13px; color: var(--soft); margin-bottom: 8px; }
 article { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; padding: 16px 20px;
   margin: 0 0 14px; }

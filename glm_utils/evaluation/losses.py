@@ -11,6 +11,7 @@ from glm_utils.data import Example
 from glm_utils.encoding import IGNORED_LABEL, Collator, EncodingLimits, encode_examples
 
 MAX_LOGITS = 2**26  # of a batch, before they are widened to fp32 example by example
+MAX_TOKENS = 8192  # of a batch, for models with a small vocabulary
 
 
 @torch.no_grad()
@@ -36,8 +37,9 @@ def example_losses(
     dataset = encode_examples(examples, tokenizer, limits, max_length).dataset
     collate = Collator(tokenizer.pad_token_id, padding_side="right")
     rows = np.zeros((len(examples), 2))
+    max_tokens = min(MAX_TOKENS, MAX_LOGITS // model.config.vocab_size)
     with tqdm(total=len(examples), desc="loss", unit="example", leave=False) as progress:
-        for indices in batches_of_similar_length(dataset["length"], MAX_LOGITS // model.config.vocab_size):
+        for indices in batches_of_similar_length(dataset["length"], max_tokens):
             batch = collate([dataset[index] for index in indices])
             labels = batch["labels"][:, 1:]
             first = int((labels != IGNORED_LABEL).any(dim=0).nonzero()[0])  # no logits of what is prompt everywhere

@@ -16,7 +16,7 @@ INK, GRID = "#33404d", "#e3e7eb"
 COLORS = {1: "#2c7a5b", 0: "#7b8794", -1: "#b5483a"}  # for the better, not sure, for the worse
 SCORES = ("bleu-4", "rouge-1", "rouge-2", "rouge-l", "sacrebleu", "coverage")
 LANGUAGE_TITLES = {"zh": "all in Chinese", "en": "all in English"}
-DPI = 160
+DPI, SQUARE, WIDE = 160, (5.0, 4.4), (8.0, 4.6)
 
 
 def write_plots(directory: Path, before: SideResult, after: SideResult, comparison: Comparison) -> list[Path]:
@@ -29,7 +29,7 @@ def write_plots(directory: Path, before: SideResult, after: SideResult, comparis
     scores = {key: comparison.figures[key] for key in SCORES if key in comparison.figures}
     if scores:
         rows = [(FIGURES[key].title, change, direction(key, change)) for key, change in scores.items()]
-        paths.append(plot_changes(directory / "scores.png", rows, "change of the scores, points"))
+        paths.append(plot_changes(directory / "scores.png", rows, "change of the scores, points", SQUARE))
     if "loss" in comparison.figures:
         paths.append(plot_losses(directory / "example_losses.png", before.losses, after.losses))
     if comparison.probe_losses:
@@ -43,15 +43,18 @@ def write_plots(directory: Path, before: SideResult, after: SideResult, comparis
     return paths
 
 
-def plot_changes(path: Path, rows: Sequence[tuple[str, Difference, int]], title: str) -> Path:
+def plot_changes(
+    path: Path, rows: Sequence[tuple[str, Difference, int]], title: str, size: tuple[float, float] = WIDE
+) -> Path:
     """Plot differences as dots with their intervals.
 
     Args:
         path: The file.
         rows: (name, difference, 1 for the better, -1 for the worse, else 0), from the top.
         title: What the axis shows.
+        size: Width and height in inches.
     """
-    figure, axes = new_figure(1.1 + 0.34 * len(rows))
+    figure, axes = new_figure(size)
     axes.axvline(0, color=INK, linewidth=0.8)
     for place, (_, change, better) in enumerate(rows):
         axes.plot([change.low, change.high], [place, place], color=COLORS[better], linewidth=2.2, alpha=0.55)
@@ -72,7 +75,7 @@ def plot_losses(path: Path, before: np.ndarray, after: np.ndarray) -> Path:
         before: A row per example of (summed loss, tokens).
         after: The same of the second model.
     """
-    figure, axes = new_figure(4.2, width=4.8)
+    figure, axes = new_figure(SQUARE)
     old, new = before[:, 0] / before[:, 1], after[:, 0] / after[:, 1]
     limits = [0, 1.05 * max(old.max(), new.max())]
     axes.plot(limits, limits, color=INK, linewidth=0.8)
@@ -85,14 +88,13 @@ def plot_losses(path: Path, before: np.ndarray, after: np.ndarray) -> Path:
     return path
 
 
-def new_figure(height: float, width: float = 7.0):
+def new_figure(size: tuple[float, float]):
     """Return a figure and its axes, without a window system and without state of pyplot.
 
     Args:
-        height: In inches.
-        width: In inches.
+        size: Width and height in inches.
     """
-    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
+    figure = importlib.import_module("matplotlib.figure").Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):
