@@ -107,16 +107,16 @@ def test_units_are_characters_marks_and_words():
 
 def test_distinct_without_each_answer():
     texts = ["白色白色", "白裙", "红裙，好"]
-    value, left_out = metrics.score_distinct(texts, 1)
-    assert value == pytest.approx(100 * 6 / 10)
-    for index, found in enumerate(left_out):
+    scored = metrics.score_distinct(texts, 1)
+    assert scored.value == pytest.approx(100 * 6 / 10)
+    for index, found in enumerate(scored.left_out):
         others = texts[:index] + texts[index + 1 :]
-        assert found == pytest.approx(metrics.score_distinct(others, 1)[0])
+        assert found == pytest.approx(metrics.score_distinct(others, 1).value)
 
 
 def test_distinct_of_nothing():
-    value, left_out = metrics.score_distinct(["", ""], 2)
-    assert (value, left_out.tolist()) == (0, [0, 0])
+    scored = metrics.score_distinct(["", ""], 2)
+    assert (scored.value, scored.left_out.tolist()) == (0, [0, 0])
 
 
 def test_longest_repeat_equals_a_search():
@@ -159,7 +159,7 @@ def test_interval_of_a_mean_is_that_of_its_standard_error():
     assert (found.high - found.low) / 2 == pytest.approx(1.96 * error, rel=0.1)
     assert found == bootstrap.compare_sums(*rows, metrics.ratio, seed=0)
     jackknife = bootstrap.compare_left_out(
-        *((values.mean(), (values.sum() - values) / 399) for values in (before, after))
+        *(bootstrap.LeftOut(values.mean(), (values.sum() - values) / 399) for values in (before, after))
     )
     assert (jackknife.high - jackknife.low) / 2 == pytest.approx(1.96 * error, rel=0.01)
 

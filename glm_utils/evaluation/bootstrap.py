@@ -11,6 +11,7 @@ import numpy as np
 NUM_RESAMPLES = 2000
 CHUNK = 100  # resamples at once, which bounds the memory
 PERCENTILES = (2.5, 97.5)
+NORMAL_QUANTILE = 1.96  # of the same probability
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,19 @@ class Difference:
         return int(self.low > 0) - int(self.high < 0)
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """A figure of all answers together.
+
+    Attributes:
+        value: The figure.
+        left_out: Its values without each of the answers, [N].
+    """
+
+    value: float
+    left_out: np.ndarray
+
+
 def compare_sums(
     before: np.ndarray, after: np.ndarray, reduce: Callable[[np.ndarray], np.ndarray], seed: int
 ) -> Difference:
@@ -62,8 +76,8 @@ def compare_sums(
     found = found[~np.isnan(found)]  # a resample may hold no example that counts
     num_examples = num_counted(before, after)
     low, high = np.percentile(found, PERCENTILES) if num_examples > 1 else (np.nan, np.nan)
-    values = (float(reduce(rows.sum(axis=0))) for rows in (before, after))
-    return Difference(*values, float(low), float(high), num_examples)
+    old, new = (float(reduce(rows.sum(axis=0))) for rows in (before, after))
+    return Difference(old, new, float(low), float(high), num_examples)
 
 
 def num_counted(before: np.ndarray, after: np.ndarray) -> int:
@@ -71,7 +85,7 @@ def num_counted(before: np.ndarray, after: np.ndarray) -> int:
     return int((np.hstack((before, after)) != 0).any(axis=1).sum())
 
 
-def compare_left_out(before: tuple[float, np.ndarray], after: tuple[float, np.ndarray]) -> Difference:
+def compare_left_out(before: LeftOut, after: LeftOut) -> Difference:
     """Compare a figure that is no function of sums, with the jackknife's interval.
 
     A resample holds examples twice, which makes any count of different things too small.
@@ -79,11 +93,11 @@ def compare_left_out(before: tuple[float, np.ndarray], after: tuple[float, np.nd
     Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 11.
 
     Args:
-        before: The figure, and its values without each of the examples, [N].
-        after: The same of the second model.
+        before: The first model's figure.
+        after: The second model's.
     """
-    left_out = after[1] - before[1]
+    left_out = after.left_out - before.left_out
     num_examples = len(left_out)
     variance = (num_examples - 1) / num_examples * ((left_out - left_out.mean()) ** 2).sum()
-    change, margin = after[0] - before[0], 1.96 * float(np.sqrt(variance))
-    return Difference(before[0], after[0], change - margin, change + margin, num_examples)
+    change, margin = after.value - before.value, NORMAL_QUANTILE * float(np.sqrt(variance))
+    return Difference(before.value, after.value, change - margin, change + margin, num_examples)

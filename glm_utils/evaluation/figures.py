@@ -7,12 +7,12 @@ import numpy as np
 
 from glm_utils.data import Example
 from glm_utils.evaluation import attributes, metrics
-from glm_utils.evaluation.bootstrap import Difference, compare_left_out, compare_sums
+from glm_utils.evaluation.bootstrap import Difference, LeftOut, compare_left_out, compare_sums
 from glm_utils.evaluation.job import EvaluationJob, Side
 from glm_utils.evaluation.sides import SideResult
 from glm_utils.inference.batch import Answer
 
-Scores = np.ndarray | tuple[float, np.ndarray]  # a row per example, or a figure and its values without each example
+Scores = np.ndarray | LeftOut  # a row per example, or a figure of all answers together
 
 
 def perplexity(sums: np.ndarray) -> np.ndarray:
@@ -103,16 +103,18 @@ def compare(job: EvaluationJob, before: SideResult, after: SideResult) -> Compar
         [score_side(job, side, result) for side, result in ((job.before, before), (job.after, after))],
     )
     figures = {}
-    for key in scored[0]:
-        if isinstance(scored[0][key], tuple):
-            figures[key] = compare_left_out(scored[0][key], scored[1][key])
-        else:
-            figures[key] = compare_sums(scored[0][key], scored[1][key], FIGURES[key].reduce, seed)
+    for key, old in scored[0].items():
+        new = scored[1][key]
+        if isinstance(old, LeftOut) and isinstance(new, LeftOut):
+            figures[key] = compare_left_out(old, new)
+        elif isinstance(old, np.ndarray) and isinstance(new, np.ndarray):
+            figures[key] = compare_sums(old, new, FIGURES[key].reduce, seed)
     probe_losses = {}
     if job.probe and job.has_same_tokens:
         for name, chosen in probe_parts(job).items():
-            rows = [result.probe_losses[chosen] for result in (before, after)]
-            probe_losses[name] = compare_sums(*rows, metrics.ratio, seed)
+            probe_losses[name] = compare_sums(
+                before.probe_losses[chosen], after.probe_losses[chosen], metrics.ratio, seed
+            )
     return Comparison(figures, probe_losses, missing_figures(job))
 
 

@@ -104,15 +104,17 @@ def find_sides(
             f"--model_path {','.join(paths)}: {len(paths)} model{'s' * (len(paths) > 1)}, expected two joined by a "
             "comma, the one to compare with first. An adapter goes into --lora_path"
         )
-    sources = []
-    for path in paths or [None]:
+
+    def open_source(path: str | None) -> ModelSource:
         checkpoint, adapter = find_model(path, lora_path)
         dtype = auto_dtype(checkpoint.config, checkpoint.config_path, device)
-        label = short_name(path) if path else short_name(adapter.base_name)
-        sources.append(ModelSource(label, checkpoint, adapter, load_in_4bit, dtype, device))
+        label = short_name(adapter.base_name if adapter else path or "")
+        return ModelSource(label, checkpoint, adapter, load_in_4bit, dtype, device)
+
     if lora_path:
-        label = f"{sources[0].label} + {short_name(lora_path)}"
-        return Side(sources[0].label, sources[0], False), Side(label, sources[0], True)
+        source = open_source(None)
+        return Side(source.label, source, False), Side(f"{source.label} + {short_name(lora_path)}", source, True)
+    sources = [open_source(path) for path in paths]
     labels = paths if sources[0].label == sources[1].label else [source.label for source in sources]
     before, after = (Side(label, source, True) for label, source in zip(labels, sources, strict=True))
     return before, after

@@ -4,8 +4,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from peft import PeftModel
 from tqdm import tqdm
-from transformers import PreTrainedTokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizer
 
 from glm_utils.data import Example
 from glm_utils.encoding import IGNORED_LABEL, Collator, EncodingLimits, encode_examples
@@ -16,7 +17,7 @@ MAX_TOKENS = 8192  # of a batch, for models with a small vocabulary
 
 @torch.no_grad()
 def example_losses(
-    model: torch.nn.Module,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizer,
     examples: Sequence[Example],
     limits: EncodingLimits,

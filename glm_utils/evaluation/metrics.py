@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from glm_utils.cli import UserError
+from glm_utils.evaluation.bootstrap import LeftOut
 
 PACKAGES = ("rouge_chinese", "jieba", "nltk", "sacrebleu", "matplotlib")  # of the extra "eval"
 ROUGE_KINDS = ("rouge-1", "rouge-2", "rouge-l")
@@ -123,13 +124,13 @@ def ngrams(text: str, order: int) -> list[tuple[str, ...]]:
     return list(zip(*(parts[start:] for start in range(order)), strict=False))
 
 
-def score_distinct(answers: Sequence[str], order: int) -> tuple[float, np.ndarray]:
+def score_distinct(answers: Sequence[str], order: int) -> LeftOut:
     """Compute distinct-n: different n-grams over n-grams, of all answers together.
 
     Source: Li et al. 2016, https://arxiv.org/abs/1510.03055
 
     Returns:
-        The share in percent, and the shares without each of the answers in turn, [N].
+        The share in percent.
     """
     counters = [Counter(ngrams(answer, order)) for answer in answers]
     total: Counter = sum(counters, Counter())
@@ -138,7 +139,7 @@ def score_distinct(answers: Sequence[str], order: int) -> tuple[float, np.ndarra
     for counter in counters:
         num_only_here = sum(total[ngram] == count for ngram, count in counter.items())
         left_out.append(100 * (num_distinct - num_only_here) / max(num_ngrams - counter.total(), 1))
-    return 100 * num_distinct / max(num_ngrams, 1), np.array(left_out)
+    return LeftOut(100 * num_distinct / max(num_ngrams, 1), np.array(left_out))
 
 
 def score_repetition(answers: Sequence[str]) -> np.ndarray:

@@ -88,15 +88,10 @@ def report_values(report: Report) -> dict:
 
 def difference_values(difference: Difference) -> dict:
     """Return a difference for JSON, which has no NaN."""
-    values = {
-        "before": difference.before,
-        "after": difference.after,
-        "change": difference.change,
-        "low": difference.low,
-        "high": difference.high,
-    }
-    values = {key: None if math.isnan(value) else value for key, value in values.items()}
-    return {**values, "num_examples": difference.num_examples}
+    names = ("before", "after", "change", "low", "high")
+    values = {name: getattr(difference, name) for name in names}
+    known = {name: None if math.isnan(value) else value for name, value in values.items()}
+    return {**known, "num_examples": difference.num_examples}
 
 
 def run_values(job: EvaluationJob) -> dict:
