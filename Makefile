@@ -1,5 +1,6 @@
 # make demo         train on the embedded default and see the answer change (a few minutes on two CPU cores)
 # make test         the test suite with the pinned versions; make test TESTS=tests/test_cli.py: one file
+# make self-test MODEL=THUDM/chatglm2-6b   check a model with its published weights, report in saved_files/self_test
 # make lint         ruff check, ruff format --check, the copies in remote_scripts, mypy
 # make types        mypy alone
 # make test-oldest  the test suite with the oldest supported transformers and peft (.venv-oldest)
@@ -10,13 +11,17 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 JOBS ?= 2
 TESTS ?=
+MODEL ?= models/chatglm2-tiny
 PIP_INSTALL := -m pip install --disable-pip-version-check -q
 PYTEST := -m pytest -n $(JOBS) --dist loadfile -q $(TESTS)
 
-.PHONY: demo test test-oldest test-newest lint types clean
+.PHONY: demo self-test test test-oldest test-newest lint types clean
 
 demo: $(STAMP)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" tools/demo.sh
+
+self-test: $(STAMP)
+	$(VENV)/bin/python -m tools.self_test --model_path $(MODEL)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python $(PYTEST)
@@ -33,7 +38,7 @@ lint: $(STAMP) types
 	$(VENV)/bin/python tools/check_copies.py
 
 types: $(STAMP)
-	$(VENV)/bin/mypy glm_utils train_qlora.py merge_lora_and_quantize.py inference_test.py chat_demo.py
+	$(VENV)/bin/mypy glm_utils train_qlora.py merge_lora_and_quantize.py inference_test.py chat_demo.py evaluate_adapter.py
 
 # torch comes first and alone: pip then takes the CPU build where an index offers one
 $(STAMP): pyproject.toml constraints.txt

@@ -294,7 +294,7 @@ class AdapterJob:
         ),
         (
             {"coverage": (-5.0, -9.0, -1.0), "ended": (-50, -60, -40), "probe_loss": (0.3, 0.2, 0.4)},
-            "made it worse: values used, % -5.0 [-9.0, -1.0]; look at the answers: ended by itself, % -50.0 [-60.0, "
+            "made it worse: values used -5.0 [-9.0, -1.0]; look at the answers: ended by itself -50.0 [-60.0, "
             "-40.0]; signs of forgetting: probe loss +0.300 [0.200, 0.400]",
         ),
     ],

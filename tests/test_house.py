@@ -12,7 +12,13 @@ from packaging.version import Version
 
 from tests.conftest import PROJECT_DIR
 
-ROOMS = {"training": set(), "merging": set(), "export": {"merging"}, "inference": set()}  # what each may stand on
+ROOMS = {  # what each may stand on
+    "training": set(),
+    "merging": set(),
+    "export": {"merging"},
+    "inference": set(),
+    "evaluation": {"inference"},
+}
 MAX_SCRIPT_LINES, MAX_UTILS_LINES, MAX_REMOTE_LINES, MAX_FUNCTION_LINES = 150, 260, 800, 60
 MAX_README_CHARACTERS = 12_000
 SCRIPTS = sorted(PROJECT_DIR.glob("*.py"))

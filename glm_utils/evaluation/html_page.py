@@ -32,7 +32,8 @@ p { margin: 0 0 10px; }
 .verdict { background: var(--paper); border: 1px solid var(--line); border-left: 5px solid var(--even);
   border-radius: 8px; padding: 24px 28px; }
 .verdict.good { border-left-color: var(--good); } .verdict.bad { border-left-color: var(--bad); }
-.verdict p.line { font-size: 21px; line-height: 1.45; font-weight: 500; margin: 0 0 4px; }
+.verdict p.line { font-size: 17px; line-height: 1.5; margin: 0 0 4px; }
+.verdict p.line:first-child { font-size: 22px; font-weight: 500; }
 .verdict p.line:first-letter { text-transform: uppercase; }
 .verdict p.soft { margin: 14px 0 0; }
 ul.notes { padding-left: 20px; color: var(--soft); margin: 18px 0 0; } ul.notes li { margin: 4px 0; }

@@ -19,7 +19,7 @@ TINY_HIDDEN_SIZE = 1024
 
 def describe(comparison: Comparison, keys: Sequence[str]) -> str:
     """Return the changes of figures with their intervals: "ROUGE-L +12.1 [9.8, 14.0], loss ..."."""
-    parts = (f"{FIGURES[key].title} {show_change(key, comparison.figures[key])}" for key in keys)
+    parts = (f"{FIGURES[key].title.removesuffix(', %')} {show_change(key, comparison.figures[key])}" for key in keys)
     return ", ".join(part.replace("probe: ", "probe ") for part in parts)
 
 
