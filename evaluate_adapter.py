@@ -3,8 +3,9 @@
     python evaluate_adapter.py --lora_path saved_files/chatGLM2_6B_QLoRA_t32 --data_path data/dev.jsonl \
         --output_dir saved_files/evaluation
 
-Two models instead, as fp16 and int4 of one merge: --model_path saved_files/merged_fp16,saved_files/merged_int4. The
-output directory gets report.html, report.md, report.json, plots, generated_predictions.jsonl and run_config.json.
+Two models instead, as fp16 and int4 of one merge: --model_path saved_files/merged_fp16,saved_files/merged_int4. With
+--lora_path and one model the adapter on its base is compared with what it was merged to. The output directory gets
+report.html, report.md, report.json, plots, generated_predictions.jsonl and run_config.json.
 """
 
 from pathlib import Path
@@ -13,24 +14,10 @@ import glm_utils  # noqa: F401  isort: skip  # before what it silences
 from loguru import logger
 
 from glm_utils.cli import UserError, run_cli
-from glm_utils.data import read_examples
 from glm_utils.device import resolve_device
-from glm_utils.evaluation.figures import compare
-from glm_utils.evaluation.job import (
-    EvaluationJob,
-    check_fit,
-    check_output_dir,
-    choose_examples,
-    choose_probe,
-    find_limits,
-    find_sides,
-    read_attributes,
-)
+from glm_utils.evaluation.job import find_sides, make_job
 from glm_utils.evaluation.markdown_page import figure_table
-from glm_utils.evaluation.metrics import check_packages
-from glm_utils.evaluation.report import make_report
-from glm_utils.evaluation.sides import run_sides
-from glm_utils.evaluation.write import write_evaluation
+from glm_utils.evaluation.write import evaluate
 from glm_utils.inference.batch import GenerationSettings
 from glm_utils.inference.chat import check_sampling
 
@@ -57,7 +44,8 @@ def evaluate_adapter(
 
     Args:
         lora_path: Directory of an adapter; its base is found from it, and is what it is compared with.
-        model_path: Two base or merged models joined by a comma, instead; the first one is what is compared with.
+        model_path: Two base or merged models joined by a comma, instead; the first one is what is compared with. Or,
+            beside lora_path, the model that the adapter was merged to: what did merging and quantizing change?
         data_path: JSONL or JSON file of examples that were not trained on. Without reference answers, the figures
             that need them are left out.
         output_dir: Where the report goes; an earlier one there is replaced.
@@ -73,28 +61,21 @@ def evaluate_adapter(
     """
     arguments = dict(locals())
     check_numbers(arguments)
-    check_packages()
-    before, after = find_sides(model_path, lora_path, load_in_4bit, resolve_device(device))
-    check_output_dir(Path(output_dir).expanduser(), (before, after))
-    examples = read_examples(Path(data_path).expanduser(), needs_answer=False)
-    job = EvaluationJob(
-        before=before,
-        after=after,
-        examples=choose_examples(examples, num_samples, seed),
-        vocabulary=read_attributes(examples),
-        probe=choose_probe(probe),
-        limits=find_limits(after, prompt_text),
-        generation=GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed),
-        batch_size=batch_size,
+    sides = find_sides(model_path, lora_path, load_in_4bit, resolve_device(device))
+    job = make_job(
+        sides,
+        data_path=Path(data_path).expanduser(),
         output_dir=Path(output_dir).expanduser(),
+        generation=GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed),
+        num_samples=num_samples,
+        prompt_text=prompt_text,
+        probe=probe,
+        batch_size=batch_size,
         arguments=arguments,
     )
-    check_fit(job)
-    results = run_sides(job)
-    report = make_report(job, *results, compare(job, *results))
-    path = write_evaluation(report)
+    report = evaluate(job)
     print("\n".join(figure_table(report)), f"\n\n{report.verdict}")
-    logger.success(f"report written to {path}")
+    logger.success(f"report written to {job.output_dir}")
 
 
 def check_numbers(arguments: dict) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import evaluate_adapter as stage
+import merge_lora_and_quantize as merge_stage
 from glm_utils.checkpoint import open_checkpoint
 from glm_utils.cli import UserError, run_cli
 from glm_utils.data import read_examples
@@ -142,7 +143,7 @@ def test_repetition_and_broken_text():
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr(metrics, "PACKAGES", ("jieba", "no_such_package"))
     with pytest.raises(UserError, match=r'no_such_package: not installed.*pip install -e "\.\[eval\]"'):
-        stage.evaluate_adapter(lora_path="anything")
+        metrics.check_packages()
 
 
 # ---- intervals
@@ -465,17 +466,35 @@ def test_training_settings_are_those_of_the_adapter(tmp_path):
     adapter_dir = make_adapter(PROJECT_DIR / "models/chatglm2-tiny", tmp_path / "adapter")
     arguments = {"prompt_text": "写：", "max_input_length": 64, "max_output_length": 99}
     (adapter_dir / "run_config.json").write_text(json.dumps({"arguments": arguments}), "utf-8")
-    _, after = job.find_sides(None, str(adapter_dir), False, torch.device("cpu"))
-    assert job.find_limits(after, None) == EncodingLimits(64, 99, "写：")
-    assert job.find_limits(after, "") == EncodingLimits(64, 99, "")
+    sides = job.find_sides(None, str(adapter_dir), False, torch.device("cpu"))
+    assert job.find_limits(sides, None) == EncodingLimits(64, 99, "写：")
+    assert job.find_limits(sides, "") == EncodingLimits(64, 99, "")
+
+
+def test_an_adapter_equals_its_merged_model(tiny_dir, tmp_path):
+    """--lora_path with --model_path compares the unmerged adapter with what it was merged to."""
+    adapter_dir = make_adapter(tiny_dir, tmp_path / "adapter")
+    merge_stage.merge_lora_and_quantize(lora_path=str(adapter_dir), output_path=str(tmp_path / "merged"), qbits=4)
+    stage.evaluate_adapter(
+        lora_path=str(adapter_dir),
+        model_path=str(tmp_path / "merged"),
+        output_dir=str(tmp_path / "report"),
+        num_samples=3,
+        max_new_tokens=6,
+        probe=False,
+        device="cpu",
+    )
+    values = json.loads((tmp_path / "report/report.json").read_text("utf-8"))
+    assert (values["before"]["weights"], values["after"]["weights"]) == ("fp32", "int4")
+    assert 0 < abs(values["figures"]["loss"]["change"]) < 0.5
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "neither is given: give --lora_path DIR"),
-        ({"lora_path": "a", "model_path": "b,c"}, "both are given"),
-        ({"model_path": "models/chatglm2-tiny"}, "1 model, expected two joined by a comma"),
+        ({}, "expected an adapter .* or two models joined by a comma"),
+        ({"lora_path": "a", "model_path": ["b", "c"]}, "--lora_path a, --model_path b,c: expected an adapter"),
+        ({"model_path": "models/chatglm2-tiny"}, "--lora_path None, --model_path models/chatglm2-tiny: expected"),
         ({"lora_path": "no/such/dir"}, "no such directory"),
         ({"lora_path": "models/chatglm2-tiny"}, "adapter_config.json"),
         ({"model_path": ["models/chatglm2-tiny"] * 2, "num_samples": 0}, "--num_samples 0: expected 1 or more"),

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from glm_utils.cli import UserError
-from glm_utils.data import Example
+from glm_utils.data import Example, read_examples
 from glm_utils.encoding import EncodingLimits
 from glm_utils.evaluation.attributes import AttributeVocabulary, read_vocabulary
+from glm_utils.evaluation.metrics import check_packages
 from glm_utils.evaluation.probe import ProbeQuestion, read_probe, thin_out
 from glm_utils.files import check_apart, check_writable
 from glm_utils.inference.batch import GenerationSettings
@@ -84,51 +85,52 @@ class EvaluationJob:
 def find_sides(
     model_path: str | Sequence[str] | None, lora_path: str | None, load_in_4bit: bool, device: torch.device
 ) -> tuple[Side, Side]:
-    """Open an adapter with its base, or two models.
+    """Open an adapter with its base, two models, or an adapter on its base and the model it was merged to.
 
     Args:
-        model_path: Two directories or hub ids of base or merged models.
-        lora_path: Directory of an adapter, instead.
+        model_path: Two directories or hub ids of base or merged models; with an adapter, one or none.
+        lora_path: Directory of an adapter.
         load_in_4bit: Quantize the layers to NF4 while loading.
         device: Where they run.
 
     Raises:
-        UserError: Neither or both are given, a number of models other than two, or one cannot be opened.
+        UserError: A number of models other than two in all, or one cannot be opened.
     """
-    if bool(model_path) == bool(lora_path):
-        found = "both are given" if model_path else "neither is given"
-        raise UserError(f"{found}: give --lora_path DIR (its base without and with it), or --model_path DIR1,DIR2")
     paths = [model_path] if isinstance(model_path, str) else list(model_path or [])
-    if paths and len(paths) != 2:
+    if len(paths) not in ((0, 1) if lora_path else (2,)):
         raise UserError(
-            f"--model_path {','.join(paths)}: {len(paths)} model{'s' * (len(paths) > 1)}, expected two joined by a "
-            "comma, the one to compare with first. An adapter goes into --lora_path"
+            f"--lora_path {lora_path}, --model_path {','.join(paths) or None}: expected an adapter (its base without "
+            "and with it), an adapter and the model it was merged to, or two models joined by a comma"
         )
 
-    def open_source(path: str | None) -> ModelSource:
-        checkpoint, adapter = find_model(path, lora_path)
+    def open_source(path: str | None, adapter_dir: str | None, in_4bit: bool) -> ModelSource:
+        checkpoint, adapter = find_model(path, adapter_dir)
         dtype = auto_dtype(checkpoint.config, checkpoint.config_path, device)
         label = short_name(adapter.base_name if adapter else path or "")
-        return ModelSource(label, checkpoint, adapter, load_in_4bit, dtype, device)
+        return ModelSource(label, checkpoint, adapter, in_4bit, dtype, device)
 
     if lora_path:
-        source = open_source(None)
-        return Side(source.label, source, False), Side(f"{source.label} + {short_name(lora_path)}", source, True)
-    sources = [open_source(path) for path in paths]
+        source = open_source(None, lora_path, load_in_4bit)
+        adapted = Side(f"{source.label} + {short_name(lora_path)}", source, True)
+        if not paths:
+            return Side(source.label, source, False), adapted
+        merged = open_source(paths[0], None, False)
+        return adapted, Side(merged.label, merged, True)
+    sources = [open_source(path, None, load_in_4bit) for path in paths]
     labels = paths if sources[0].label == sources[1].label else [source.label for source in sources]
     before, after = (Side(label, source, True) for label, source in zip(labels, sources, strict=True))
     return before, after
 
 
-def find_limits(side: Side, prompt_text: str | None) -> EncodingLimits:
+def find_limits(sides: Sequence[Side], prompt_text: str | None) -> EncodingLimits:
     """Return the limits of a training, recorded beside the adapter; its defaults for models without an adapter.
 
     Args:
-        side: The model after training.
+        sides: The models.
         prompt_text: Text in front of every question; None: that of the training.
     """
-    adapter = side.source.adapter
-    recorded = adapter.run_config.get("arguments", {}) if adapter else {}
+    adapters = [side.source.adapter for side in sides if side.source.adapter]
+    recorded = adapters[0].run_config.get("arguments", {}) if adapters else {}
     values = {key: recorded.get(key, default) for key, default in DEFAULT_LIMITS.items()}
     return EncodingLimits(**(values if prompt_text is None else {**values, "prompt_text": prompt_text}))
 
@@ -182,6 +184,53 @@ def check_output_dir(output_dir: Path, sides: Sequence[Side]) -> None:
         )
 
 
+def make_job(
+    sides: tuple[Side, Side],
+    data_path: Path,
+    output_dir: Path,
+    generation: GenerationSettings,
+    num_samples: int,
+    prompt_text: str | None = None,
+    probe: bool | int = True,
+    batch_size: int | None = None,
+    arguments: dict | None = None,
+) -> EvaluationJob:
+    """Check and put together an evaluation.
+
+    Args:
+        sides: The two models.
+        data_path: Data file; its examples may lack answers.
+        output_dir: Where the report goes.
+        generation: How answers are generated; its seed also draws the examples.
+        num_samples: Examples to judge.
+        prompt_text: Text in front of every question; None: that of the training.
+        probe: All, none, or how many of the general questions.
+        batch_size: Answers at once; None: what fits.
+        arguments: The flags, for run_config.json.
+
+    Raises:
+        UserError: Packages are missing, data that cannot be read, a directory that cannot be written to, or models
+            that do not fit into the free memory.
+    """
+    check_packages()
+    check_output_dir(output_dir, sides)
+    examples = read_examples(data_path, needs_answer=False)
+    job = EvaluationJob(
+        before=sides[0],
+        after=sides[1],
+        examples=choose_examples(examples, num_samples, generation.seed),
+        vocabulary=read_vocabulary([example.query for example in examples]),
+        probe=choose_probe(probe),
+        limits=find_limits(sides, prompt_text),
+        generation=generation,
+        batch_size=batch_size,
+        output_dir=output_dir,
+        arguments=arguments or {},
+    )
+    check_fit(job)
+    return job
+
+
 def check_fit(job: EvaluationJob) -> None:
     """Refuse a model that the free memory does not hold, before anything is loaded.
 
@@ -192,8 +241,3 @@ def check_fit(job: EvaluationJob) -> None:
     for side in {id(side.source): side for side in (job.before, job.after)}.values():
         context = side.source.checkpoint.context_length or num_tokens
         side.source.check_fits(job.batch_size or 1, min(num_tokens, context), REMEDY)
-
-
-def read_attributes(examples: Sequence[Example]) -> AttributeVocabulary | None:
-    """Return the attribute values of a data file; None where its prompts do not list attributes."""
-    return read_vocabulary([example.query for example in examples])

@@ -1,22 +1,34 @@
-"""Write an evaluation: report.json, report.md, report.html, plots and predictions, atomically."""
+"""Run an evaluation and write it: report.json, report.md, report.html, plots and predictions, atomically."""
 
 from pathlib import Path
 
 from glm_utils.cli import UserError
+from glm_utils.evaluation.figures import compare
 from glm_utils.evaluation.html_page import html_page
+from glm_utils.evaluation.job import EvaluationJob
 from glm_utils.evaluation.markdown_page import markdown_page
 from glm_utils.evaluation.plots import write_plots
 from glm_utils.evaluation.predictions import AFTER_NAME, BEFORE_NAME, PROBE_NAME, write_predictions, write_probe
-from glm_utils.evaluation.report import Report, report_values, run_values
+from glm_utils.evaluation.report import Report, make_report, report_values, run_values
+from glm_utils.evaluation.sides import run_sides
 from glm_utils.files import DISK_FULL_ERRORS, atomic_files, write_json
 from glm_utils.run_record import RUN_CONFIG_NAME
 
 
-def write_evaluation(report: Report) -> Path:
-    """Write all files into the output directory, run_config.json last.
+def evaluate(job: EvaluationJob) -> Report:
+    """Run both models, compare them and write the report.
 
-    Returns:
-        Path of report.html.
+    Raises:
+        UserError: A model computes NaN, memory runs out, or the report cannot be written.
+    """
+    before, after = run_sides(job)
+    report = make_report(job, before, after, compare(job, before, after))
+    write_evaluation(report)
+    return report
+
+
+def write_evaluation(report: Report) -> None:
+    """Write all files into the output directory, run_config.json last.
 
     Raises:
         UserError: The disk is full, or the directory cannot be written to.
@@ -28,7 +40,6 @@ def write_evaluation(report: Report) -> Path:
     except OSError as error:
         fault = "the disk is full" if error.errno in DISK_FULL_ERRORS else f"cannot be written ({error.strerror})"
         raise UserError(f"--output_dir {output_dir}: {fault}. Free some space, or give another directory") from error
-    return output_dir / "report.html"
 
 
 def write_files(report: Report, directory: Path) -> None:
