@@ -12,7 +12,7 @@ import functools
 from pathlib import Path
 from typing import Literal
 
-import glm_utils  # noqa: F401  isort: skip  # before what it silences
+import glm_utils  # noqa: F401  isort: skip  # before the libraries that it silences
 import torch
 from loguru import logger
 from transformers import Trainer
@@ -53,20 +53,20 @@ def train_qlora(
         train_args_json: JSON file of transformers' TrainingArguments, today's keys or those of transformers 4.30.
             Default: the file shipped for the base model's family.
         model_name_or_path: Directory of the base model, or its hub id.
-        train_data_path: JSONL or JSON file of training rows. Default: the project's sample, data/train.jsonl.
+        train_data_path: JSONL or JSON file of training examples. Default: the project's sample, data/train.jsonl.
         eval_data_path: The same for evaluation. Default: data/dev.jsonl with the sample, else no evaluation.
         seed: Seed of LoRA weights, data order and dropout. Default: the JSON file's, else 42.
-        max_input_length: Longest prompt in tokens; longer ones lose old turns, then the end of the question.
-        max_output_length: Longest answer in tokens; longer ones are cut, the end token is kept.
+        max_input_length: Longest prompt in tokens; a longer one loses its oldest turns, then the end of the question.
+        max_output_length: Longest answer in tokens; a longer one is truncated and keeps its end token.
         lora_rank: Rank of the LoRA matrices.
-        lora_alpha: LoRA scale: the product is multiplied by lora_alpha / lora_rank.
-        lora_dropout: Dropout before the LoRA matrices, 0 to below 1.
+        lora_alpha: LoRA scale; the update is multiplied by lora_alpha / lora_rank.
+        lora_dropout: Dropout before the LoRA matrices, from 0 to below 1.
         resume_from_checkpoint: A checkpoint-N directory, or latest for the newest one of output_dir.
-        prompt_text: Text put in front of every question.
-        compute_dtype: Number format of the products: fp32, fp16, bf16, or auto (bf16 on a GPU that has it, else fp32).
+        prompt_text: Text put before every question.
+        compute_dtype: Dtype of the matmuls: fp32, fp16, bf16, or auto (bf16 on a GPU that supports it, else fp32).
         lora_targets: Modules that get LoRA: query_key_value, all-linear, or names joined by commas.
-        packing: Lay the rows of a batch end to end instead of padding them; the gradients are the same.
-        dry_run: Stop before training, once weights, steps and memory have been reported.
+        packing: Pack the examples of a batch into one sequence instead of padding them; the gradients are the same.
+        dry_run: Report trained weights, steps and memory, then stop before training.
     """
     settings = resolve_settings(dict(locals()))
     checkpoint = choose_checkpoint(settings)
@@ -85,7 +85,7 @@ def train_qlora(
 
 
 def encode_data(settings: TrainingSettings) -> dict[str, EncodedExamples]:
-    """Encode all examples; show the first one as tokens, with its trained part in double brackets, and the counts."""
+    """Encode all examples; log the counts, and the first example as tokens with its trained part in brackets."""
     tokenizer, max_length = settings.base.tokenizer, settings.base.context_length
     encoded = {
         name: encode_examples(part, tokenizer, settings.limits, max_length) for name, part in settings.examples.items()
@@ -112,7 +112,7 @@ def run_trainer(trainer: LoraTrainer, checkpoint: Path | None) -> dict:
 
 
 def last_evaluation(trainer: Trainer) -> dict:
-    """Return the metrics of an evaluation made at the very last step, of the weights that are kept; else nothing."""
+    """Return the metrics of an evaluation at the last step, if that evaluated the weights that are saved."""
     reports = [report for report in trainer.state.log_history if "eval_loss" in report]
     if trainer.args.load_best_model_at_end or not reports or reports[-1]["step"] != trainer.state.global_step:
         return {}
@@ -120,7 +120,7 @@ def last_evaluation(trainer: Trainer) -> dict:
 
 
 def save_adapter(trainer: Trainer, record: TrainingRecord, results: dict) -> None:
-    """Write adapter, tokenizer files and model card into the output directory, adapter_config.json last."""
+    """Write adapter, tokenizer files and model card to the output directory, adapter_config.json last."""
     if not trainer.is_world_process_zero():
         return
     output_dir = Path(trainer.args.output_dir)

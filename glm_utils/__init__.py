@@ -1,4 +1,4 @@
-"""Shared parts of the scripts. Imported first, it keeps from the log what libraries say and no user can act on."""
+"""Shared parts of the scripts. Importing it first silences messages of libraries that users cannot act on."""
 
 import logging
 import warnings

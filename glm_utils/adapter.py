@@ -1,4 +1,4 @@
-"""Read a LoRA adapter, W' = W + scale * B @ A for every adapted weight, and open the base that it names.
+"""Read a LoRA adapter, W' = W + scale * B @ A for each adapted weight, and open the base that it names.
 
 Source: peft 0.21, LoraConfig and lora/layer.py (scale = alpha / r, rsLoRA alpha / sqrt(r), patterns by module name).
 """
@@ -36,7 +36,7 @@ UNSUPPORTED = (  # settings under which the update is not scale * B @ A on Linea
     "megatron_config",
     "fan_in_fan_out",
 )
-CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that rewrite the base weights
+CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initializations that rewrite the base weights
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Adapter:
     """A LoRA adapter that can be merged.
 
     Attributes:
-        directory: Where it was read.
-        base_name: Directory or hub id of the base it was trained on.
+        directory: Directory that it was read from.
+        base_name: Directory or hub id of the base that it was trained on.
         pairs: The updates by module path in the base model, e.g. "transformer.layers.0.attention.dense".
         run_config: What train_qlora.py recorded beside it; empty for adapters of other tools.
     """
@@ -77,16 +77,13 @@ class Adapter:
 
 
 def read_adapter(adapter_dir: Path) -> Adapter:
-    """Read an adapter directory written by peft, also by peft 0.4 (adapter_model.bin).
-
-    Args:
-        adapter_dir: The directory.
+    """Read an adapter directory written by peft, including peft 0.4 (adapter_model.bin).
 
     Raises:
-        UserError: No adapter, one with settings that are no plain LoRA, or incomplete or misshapen weights.
+        UserError: Not an adapter, settings beyond plain LoRA, or weights that are incomplete or of the wrong shape.
     """
     if not adapter_dir.is_dir():
-        raise UserError(f"--lora_path {adapter_dir}: no such directory. Give the output_dir of a training")
+        raise UserError(f"--lora_path {adapter_dir}: no such directory. Give the output_dir of a training run")
     config = check_adapter_files(adapter_dir)
     config_path = adapter_dir / "adapter_config.json"
     check_plain_lora(config, config_path)
@@ -103,10 +100,10 @@ def read_adapter(adapter_dir: Path) -> Adapter:
 
 
 def find_base(adapter: Adapter) -> Checkpoint:
-    """Open the base model that an adapter names, and check that it is the one it was trained on.
+    """Open the base model that an adapter names, and check that the adapter was trained on it.
 
     Raises:
-        UserError: The base cannot be found, is broken, quantized, or another revision.
+        UserError: The base cannot be found, is broken or quantized, or is another revision.
     """
     try:
         base = open_checkpoint(adapter.base_name)
@@ -121,13 +118,13 @@ def find_base(adapter: Adapter) -> Checkpoint:
     trained_on = adapter.run_config.get("identity", {}).get("base_fingerprint")
     if trained_on and trained_on != base.fingerprint:
         raise UserError(
-            f"{base.directory} is not what {adapter.directory} was trained on: its fingerprint is "
+            f"{base.directory} is not the base that {adapter.directory} was trained on: its fingerprint is "
             f"{base.fingerprint}, run_config.json recorded {trained_on}. Restore that revision of the base, or train "
             "on this one"
         )
     if not trained_on:
         logger.warning(
-            f"{adapter.directory} has no run_config.json: its base is taken to be {base.directory} unchanged"
+            f"{adapter.directory} has no run_config.json: assuming that its base is {base.directory}, unchanged"
         )
     return base
 
@@ -137,10 +134,10 @@ def check_plain_lora(config: dict, config_path: Path) -> None:
 
     Args:
         config: Parsed adapter_config.json.
-        config_path: Named in the error.
+        config_path: Its path, for messages.
 
     Raises:
-        UserError: The setting, and what to do.
+        UserError: The adapter has such settings.
     """
     found = [f"{key} {config[key]!r}" for key in UNSUPPORTED if config.get(key)]
     if config.get("bias", "none") != "none":
@@ -166,20 +163,21 @@ def read_pairs(adapter_dir: Path, config: dict) -> dict[str, LoraPair]:
         The pairs by module path.
 
     Raises:
-        UserError: A key that is no LoRA matrix of a Linear, half a pair, or a rank other than the config's.
+        UserError: A key that is not a LoRA matrix of a Linear, A without B, a rank other than the config's, or numbers
+            that are not finite.
     """
     sides: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in load_peft_weights(str(adapter_dir), device="cpu").items():
         match = LORA_KEY.fullmatch(key)
         if not match:
-            raise UserError(f"{adapter_dir}: weight {key!r} is no LoRA matrix of a Linear. {MERGE_ELSEWHERE}")
+            raise UserError(f"{adapter_dir}: weight {key!r} is not a LoRA matrix of a Linear. {MERGE_ELSEWHERE}")
         sides.setdefault(match["path"], {})[match["side"]] = tensor.float()
     if not sides:
         raise UserError(f"{adapter_dir}: the adapter holds no weights. Was the training interrupted?")
     pairs = {}
     for path, matrices in sides.items():
         if set(matrices) != {"A", "B"}:
-            raise UserError(f"{adapter_dir}: {path} has only lora_{next(iter(matrices))}. Was a copy cut short?")
+            raise UserError(f"{adapter_dir}: {path} has only lora_{next(iter(matrices))}. Is the file incomplete?")
         a, b = matrices["A"], matrices["B"]
         rank_pattern, alpha_pattern = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
         rank = rank_pattern.get(get_pattern_key(rank_pattern, path), config["r"])
@@ -188,6 +186,6 @@ def read_pairs(adapter_dir: Path, config: dict) -> dict[str, LoraPair]:
             shapes = f"A {list(a.shape)}, B {list(b.shape)}"
             raise UserError(f"{adapter_dir}: {path} has {shapes}, but adapter_config.json says rank {rank}")
         if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-            raise UserError(f"{adapter_dir}: {path} holds NaN or infinite numbers. The training diverged: train anew")
+            raise UserError(f"{adapter_dir}: {path} holds NaN or infinite numbers. The training diverged; train again")
         pairs[path] = LoraPair(a, b, alpha / rank**0.5 if config.get("use_rslora") else alpha / rank)
     return pairs

@@ -1,4 +1,4 @@
-"""Open a base or merged model directory once, into a record that everything else is asked for.
+"""Open a base or merged model once, as a record that knows its config, family, tokenizer and classes.
 
 Code that lies beside a checkpoint or on the hub is never executed: only config, tokenizer and weight files are read,
 and the classes come from this project through transformers' own loader.
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import HfApi, snapshot_download
-from transformers import PretrainedConfig, PreTrainedTokenizer
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from glm_utils.checkpoint_files import check_checkpoint_files, fingerprint, read_config
@@ -27,9 +27,9 @@ TOKENIZER_CLASS = "tokenization_chatglm.ChatGLMTokenizer"
 class Classes(NamedTuple):
     """The three classes of a family, from remote_scripts."""
 
-    config: type
-    model: type
-    tokenizer: type
+    config: type[PretrainedConfig]
+    model: type[PreTrainedModel]
+    tokenizer: type[PreTrainedTokenizer]
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Checkpoint:
     """A base or merged model directory in the published layout, opened and checked by `open_checkpoint`.
 
     Attributes:
-        name: What an adapter names as its base: the hub id, or the absolute directory.
-        directory: Where config.json, weights and vocabulary lie.
+        name: What an adapter records as its base: the hub id, or the absolute directory.
+        directory: Directory of config.json, weights and vocabulary.
         config: The parsed config.json.
         family: The model's family.
     """
@@ -55,7 +55,7 @@ class Checkpoint:
 
     @property
     def quantization_bits(self) -> int:
-        """Bits of the stored weights of the layers: 4, 8, or 0 for floating-point weights."""
+        """Bits per stored weight of the layers: 4, 8, or 0 for floating-point weights."""
         return self.config.get("quantization_bit") or 0
 
     @property
@@ -75,7 +75,7 @@ class Checkpoint:
 
     @cached_property
     def classes(self) -> Classes:
-        """Configuration, model and tokenizer class."""
+        """The family's configuration, model and tokenizer class."""
         return load_classes(self.family)
 
     @cached_property
@@ -83,7 +83,7 @@ class Checkpoint:
         """The configuration object.
 
         Raises:
-            UserError: A setting that this project's model does not compute.
+            UserError: A setting that this project's model does not support.
         """
         try:
             return self.classes.config.from_dict(self.config)
@@ -106,10 +106,10 @@ class Checkpoint:
         """Refuse a checkpoint whose layers hold int4 or int8 weights.
 
         Args:
-            why: Why that does not do, as the end of a sentence.
+            why: Why that does not work, as the end of a sentence.
 
         Raises:
-            UserError: It is quantized already.
+            UserError: The checkpoint is quantized.
         """
         if self.quantization_bits:
             raise UserError(
@@ -119,14 +119,13 @@ class Checkpoint:
 
 
 def open_checkpoint(name_or_path: str | Path) -> Checkpoint:
-    """Find a base or merged model, download it where it is a hub id, and check its files.
+    """Find a base or merged model, download it if it is a hub id, and check its files.
 
     Args:
         name_or_path: Directory, or hub id such as THUDM/chatglm2-6b.
 
     Raises:
-        UserError: Neither a directory nor a hub id that can be reached, an unknown family, or files that are missing
-            or broken.
+        UserError: Neither a directory nor a reachable hub id, an unknown family, or files that are missing or broken.
     """
     directory = find_checkpoint_dir(name_or_path)
     config = read_config(directory)
@@ -137,19 +136,19 @@ def open_checkpoint(name_or_path: str | Path) -> Checkpoint:
 
 
 def project_path(path: str | Path) -> Path:
-    """Return a path as given or, if there is nothing, relative to the project's directory (shipped files)."""
+    """Return a path as given or, if nothing is there, relative to the project's directory (for shipped files)."""
     path = Path(path).expanduser()
     return path if path.exists() or not (PROJECT_DIR / path).exists() else PROJECT_DIR / path
 
 
 def find_checkpoint_dir(name_or_path: str | Path) -> Path:
-    """Find a base model: a local directory, or a hub id whose config, tokenizer and weights are downloaded.
+    """Find a model: a local directory, or a hub id, of which config, tokenizer and weights are downloaded.
 
     Args:
         name_or_path: Directory, or hub id such as THUDM/chatglm2-6b.
 
     Raises:
-        UserError: Neither a directory nor a hub id that can be reached.
+        UserError: Neither a directory nor a reachable hub id.
     """
     path, name_or_path = project_path(name_or_path), str(name_or_path)
     if path.is_dir():
@@ -160,20 +159,20 @@ def find_checkpoint_dir(name_or_path: str | Path) -> Path:
         raise UserError(f"{name_or_path}: no such directory, and not a hub id either. Known hub ids: {known}")
     try:
         return _download(name_or_path)
-    except Exception as error:  # without a network: an error of whatever HTTP library huggingface_hub uses
+    except Exception as error:  # without a network, whatever huggingface_hub's HTTP library raises
         raise UserError(
             f"{name_or_path}: could not be downloaded ({type(error).__name__}: {str(error).partition(chr(10))[0]}). "
-            f"Without a network, copy the checkpoint here and give its directory; where there is one: "
+            f"Without a network, copy the checkpoint here and give its directory; on a machine with one, run "
             f"hf download {name_or_path} --local-dir DIR"
         ) from error
 
 
 def _download(hub_id: str) -> Path:
-    """Download config, tokenizer and weights; safetensors alone where a repository holds both forms."""
+    """Download config, tokenizer and weights; only the safetensors if a repository holds both formats."""
     try:
         names = HfApi().list_repo_files(hub_id)
     except Exception:
-        names = []  # no network, see above: snapshot_download finds what was downloaded before, or says so
+        names = []  # no network: snapshot_download finds an earlier download, or raises
     both = any(name.endswith(".safetensors") for name in names)
     return Path(snapshot_download(hub_id, allow_patterns=HUB_PATTERNS, ignore_patterns=["*.bin"] if both else None))
 
@@ -181,16 +180,13 @@ def _download(hub_id: str) -> Path:
 def load_classes(family: Family) -> Classes:
     """Load a family's classes through transformers' loader for remote code.
 
-    The config class is the model class' own: fetched by itself it would be another object, and a directory saved with
-    that one does not reload.
-
-    Args:
-        family: The family.
+    The config class is taken from the model class: loaded by itself it would be a different object, and a directory
+    saved with that one does not reload.
     """
     model = get_class_from_dynamic_module(MODEL_CLASS, str(family.remote_dir))
     return Classes(model.config_class, model, load_tokenizer_class(family))
 
 
-def load_tokenizer_class(family: Family) -> type:
-    """Load a family's tokenizer class alone, which is faster than `load_classes`."""
+def load_tokenizer_class(family: Family) -> type[PreTrainedTokenizer]:
+    """Load only a family's tokenizer class, which is faster than `load_classes`."""
     return get_class_from_dynamic_module(TOKENIZER_CLASS, str(family.remote_dir))

@@ -1,7 +1,6 @@
-"""Check the files of a checkpoint before a model is built: pointers, truncation, missing shards, wrong directory.
+"""Check the files of a checkpoint before a model is built: LFS pointers, truncation, missing shards, wrong directory.
 
-Nothing here reads a weight: headers, sizes and indexes are enough, so a broken 13 GB download is refused within a
-second.
+No weight is read: headers, sizes and indexes are enough to refuse a broken 13 GB download within a second.
 """
 
 import hashlib
@@ -24,7 +23,7 @@ def read_config(checkpoint_dir: Path) -> dict:
     """Read config.json of a model directory.
 
     Raises:
-        UserError: There is none, or it is broken; with the base to give where the directory is a LoRA adapter.
+        UserError: It is missing or broken. If the directory is a LoRA adapter, the message names its base.
     """
     config_path, adapter_config_path = checkpoint_dir / "config.json", checkpoint_dir / "adapter_config.json"
     if config_path.is_file():
@@ -40,11 +39,11 @@ def check_checkpoint_files(checkpoint_dir: Path, config: dict, family: Family) -
 
     Args:
         checkpoint_dir: The directory.
-        config: Its config.json.
+        config: Its parsed config.json.
         family: The model's family.
 
     Raises:
-        UserError: What is wrong, with the file and the remedy.
+        UserError: A P-tuning checkpoint, or a file that is missing, a Git LFS pointer or truncated.
     """
     if config.get("pre_seq_len"):
         raise UserError(
@@ -58,13 +57,10 @@ def check_checkpoint_files(checkpoint_dir: Path, config: dict, family: Family) -
 
 
 def weight_files(checkpoint_dir: Path) -> list[Path]:
-    """List the weight files of a base model, safetensors before .bin.
-
-    Args:
-        checkpoint_dir: The model's directory.
+    """List the weight files of a base model; safetensors are preferred to .bin files.
 
     Raises:
-        UserError: No weights, or a broken index; a shard that is missing is listed and found by `check_file`.
+        UserError: No weights, or a broken index. A missing shard is listed too; `check_file` finds it.
     """
     for name in WEIGHT_NAMES:
         index_path = checkpoint_dir / f"{name}.index.json"
@@ -73,7 +69,7 @@ def weight_files(checkpoint_dir: Path) -> list[Path]:
         if index_path.is_file():
             weight_map = read_json_object(index_path).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
-                raise UserError(f"{index_path}: no weight_map in it. {download_again(index_path)}")
+                raise UserError(f"{index_path}: weight_map is missing or empty. {download_again(index_path)}")
             return [checkpoint_dir / shard for shard in sorted(set(weight_map.values()))]
     names = " or ".join([*WEIGHT_NAMES, *(f"{name}.index.json" for name in WEIGHT_NAMES)])
     raise UserError(f"{checkpoint_dir}: no weights. Expected {names}; download the checkpoint completely")
@@ -89,7 +85,7 @@ def check_adapter_files(adapter_dir: Path) -> dict:
         The parsed adapter_config.json.
 
     Raises:
-        UserError: What is wrong, with the file and the remedy.
+        UserError: Another kind of adapter, or a file that is missing, a Git LFS pointer or truncated.
     """
     config_path = adapter_dir / "adapter_config.json"
     if not config_path.is_file():
@@ -105,13 +101,13 @@ def check_adapter_files(adapter_dir: Path) -> dict:
 
 
 def check_file(path: Path) -> None:
-    """Check one binary file: there, not a Git LFS pointer, not truncated.
+    """Check that a binary file exists, is not a Git LFS pointer and is not truncated.
 
     Args:
         path: A .safetensors, .bin or sentencepiece file.
 
     Raises:
-        UserError: What is wrong, with the remedy.
+        UserError: It is missing, a pointer, empty or truncated.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file. {download_again(path)}")
@@ -128,7 +124,7 @@ def check_file(path: Path) -> None:
 
 
 def _check_safetensors(path: Path) -> None:
-    """Check that a safetensors file has a valid header and as many bytes as the header says."""
+    """Check that a safetensors file has a valid header, and as many bytes as the header says."""
     try:
         with safe_open(path, framework="pt"):
             pass
@@ -140,12 +136,9 @@ def _check_safetensors(path: Path) -> None:
 
 
 def fingerprint(checkpoint_dir: Path) -> str:
-    """Name a base model by its config and its weight files' names, sizes and three samples of each.
+    """Hash a base model's config, and the name, the size and three samples of each weight file.
 
-    Revisions of one model differ in weights of the same size, which the samples tell apart without reading 13 GB.
-
-    Args:
-        checkpoint_dir: The model's directory.
+    Revisions of a model have weights of the same size; the samples tell them apart without reading 13 GB.
 
     Returns:
         16 hexadecimal digits.

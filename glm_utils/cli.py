@@ -1,7 +1,7 @@
 """Command line of every stage: strict flags on top of fire, one error type for bad input, one log format.
 
-Fire runs a function first and complains about unknown flags afterwards, and it ignores annotations. So fire only
-records the raw strings here; names and types are checked against the stage's signature before anything runs.
+Fire calls a function first and complains about unknown flags afterwards, and it ignores annotations. So fire only
+collects the raw strings here; names and types are checked against the stage's signature before anything runs.
 """
 
 import difflib
@@ -22,7 +22,7 @@ FALSE_WORDS = ("false", "no", "off", "0")
 
 
 class UserError(ValueError):
-    """Bad input of the user: printed as one message, without a traceback, with exit code 1.
+    """Bad input: printed as one message without a traceback; the exit code is 1.
 
     The message says what was found, where (file and line), what was expected and what to do.
     """
@@ -36,7 +36,7 @@ def run_cli(stage: Callable, argv: Sequence[str] | None = None) -> None:
         argv: Command line without the program's name; `sys.argv[1:]` when None.
 
     Raises:
-        SystemExit: Code 1 after a `UserError`, 130 after Ctrl-C, 2 where fire itself refuses the command line.
+        SystemExit: Code 1 after a `UserError`, 130 after Ctrl-C, 2 when fire itself refuses the command line.
     """
     setup_logging()
     try:
@@ -50,7 +50,7 @@ def run_cli(stage: Callable, argv: Sequence[str] | None = None) -> None:
 
 
 def setup_logging() -> None:
-    """Send loguru's messages through tqdm, so that a progress bar is not torn apart."""
+    """Write loguru's messages through tqdm, so that they do not break a progress bar."""
     logger.remove()
     logger.add(
         lambda message: tqdm.write(message, file=sys.stderr, end=""),
@@ -71,43 +71,43 @@ def parse_args(stage: Callable, argv: Sequence[str]) -> dict:
         The arguments that were given, converted to their annotated types.
 
     Raises:
-        UserError: A word without a flag, an unknown flag, one that is missing or has no value, or a value of another
-            type than the annotation's.
+        UserError: A value without a flag, an unknown flag, a required flag that is missing, a flag without a value, or
+            a value that does not fit the annotation.
     """
     parameters = inspect.signature(stage).parameters
     words, recorded = record_args(stage, argv)
     if words:
         flags = ", ".join(f"--{name}" for name in parameters)
-        raise UserError(f"{' '.join(words)}: belongs to no flag. Flags: {flags}")
+        raise UserError(f"{' '.join(words)}: a value without a flag. Flags: {flags}")
     for name in recorded:
         if name not in parameters:
             raise UserError(f"unknown flag --{name}. {nearest(name, parameters, 'flags', prefix='--')}")
     for name, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and name not in recorded:
-            raise UserError(f"--{name} is missing; --help says what it is")
+            raise UserError(f"--{name} is required; see --help")
     annotations = typing.get_type_hints(stage)
     for name in recorded:
         if _is_bare(name, argv) and bool not in union_members(annotations.get(name, str)):
-            raise UserError(f"--{name}: its value is missing; --help says what it is")
+            raise UserError(f"--{name} needs a value; see --help")
     return {name: convert(value, annotations.get(name, str), f"--{name}") for name, value in recorded.items()}
 
 
 def _is_bare(name: str, argv: Sequence[str]) -> bool:
-    """Return whether a flag stands on a command line without a value, which fire takes for True."""
+    """Return whether a flag was given without a value, which fire turns into True."""
     flags = (f"--{name}", f"--{name.replace('_', '-')}")
     followers = [*argv[1:], "--"]
     return any(word in flags and after.startswith("--") for word, after in zip(argv, followers, strict=True))
 
 
 def record_args(stage: Callable, argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Let fire split a command line, keeping every value the string that was typed.
+    """Let fire split a command line and keep every value as the string that was typed.
 
     Args:
         stage: The stage function; it is not run.
         argv: Command line without the program's name.
 
     Returns:
-        The words that belong to no flag, and the flags that were given, unknown ones included.
+        The values without a flag, and the flags that were given, unknown ones included.
     """
     words: list[str] = []
     recorded: dict[str, str] = {}
@@ -121,7 +121,8 @@ def record_args(stage: Callable, argv: Sequence[str]) -> tuple[list[str], dict[s
         stray = inspect.Parameter("stray", inspect.Parameter.VAR_POSITIONAL)
         unknown = inspect.Parameter("unknown", inspect.Parameter.VAR_KEYWORD)
         flags = [flag.replace(default=None) for flag in inspect.signature(stage).parameters.values()]
-        recorder.__signature__ = inspect.Signature([stray, *flags, unknown])
+        # fire reads this attribute; the type of a wrapped function does not declare it
+        recorder.__signature__ = inspect.Signature([stray, *flags, unknown])  # type: ignore[attr-defined]
         fire.decorators.SetParseFn(str)(recorder)
     fire.Fire(recorder, command=list(argv), name=f"{stage.__name__}.py")
     return words, recorded
@@ -133,10 +134,10 @@ def convert(text: str, annotation: object, where: str) -> object:
     Args:
         text: The string as typed.
         annotation: The parameter's annotation: str, int, float, bool, None, Literal, list[str], or a union of these.
-        where: Name used in the error.
+        where: What the error calls the value, e.g. --lora_rank.
 
     Raises:
-        UserError: The string is no value of this type.
+        UserError: The string is not a value of this type.
     """
     members = union_members(annotation)
     if type(None) in members and text.lower() in ("none", "null"):
@@ -145,11 +146,11 @@ def convert(text: str, annotation: object, where: str) -> object:
         value = _convert_to(text, member)
         if value is not None:
             return value
-    raise UserError(f"{where}={text}: expected {describe(annotation)}")
+    raise UserError(f"{where}={text}: expected {type_in_words(annotation)}")
 
 
 def _convert_to(text: str, member: object) -> object | None:
-    """Convert to one type; None means that the text is no such value."""
+    """Convert to one type; None if the text is not a value of it."""
     if typing.get_origin(member) is typing.Literal:
         return text if text in typing.get_args(member) else None
     if typing.get_origin(member) is list:
@@ -167,14 +168,14 @@ def _convert_to(text: str, member: object) -> object | None:
 
 
 def union_members(annotation: object) -> tuple:
-    """Return the members of a union with str last, because every text is a str; else the annotation alone."""
+    """Return the members of a union, str last because every text is a str; any other annotation alone."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return tuple(sorted(typing.get_args(annotation), key=lambda member: member is str))
     return (annotation,)
 
 
-def describe(annotation: object) -> str:
-    """Name an annotation in words a user reads in an error."""
+def type_in_words(annotation: object) -> str:
+    """Name an annotation for an error message."""
     words = []
     for member in union_members(annotation):
         if typing.get_origin(member) is typing.Literal:
@@ -187,13 +188,13 @@ def describe(annotation: object) -> str:
 
 
 def nearest(name: str, known: Iterable[str], noun: str, prefix: str = "") -> str:
-    """Say which known name is meant, or list them all.
+    """Suggest the known name that was probably meant, or list them all.
 
     Args:
         name: The unknown name.
         known: All valid names.
-        noun: What the names are, for the list.
-        prefix: Put before each name.
+        noun: What the names are, in the plural, e.g. flags.
+        prefix: Put before each name, e.g. "--".
     """
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)

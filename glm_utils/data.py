@@ -1,12 +1,12 @@
-"""Read instruction data: JSONL or a JSON list, three schemas, every fault named with its line.
+"""Read instruction data: JSONL or a JSON list, three schemas, errors that name the line.
 
-| schema      | keys of a row                                                       |
+| schema      | keys of an example                                                  |
 |-------------|---------------------------------------------------------------------|
 | instruction | instruction, output, optional input, optional history [[q, a], ...] |
 | ADGEN       | content, summary                                                    |
 | chat        | messages: [{"role": "system" / "user" / "assistant", "content": ...}, ...] |
 
-Tokens are made in encoding.py.
+encoding.py turns examples into token ids.
 """
 
 import json
@@ -30,7 +30,7 @@ class Example:
     Attributes:
         query: The question, without the history.
         answer: The answer.
-        history: Earlier (question, answer) turns, oldest first; they are read, not trained.
+        history: Earlier (question, answer) turns, oldest first; they are part of the prompt and not trained.
         where: file:line, for messages.
     """
 
@@ -44,34 +44,33 @@ def read_examples(path: Path) -> list[Example]:
     """Read and check a data file.
 
     Args:
-        path: JSONL (one object a line) or JSON (one list of objects), UTF-8.
+        path: JSONL (one object per line) or JSON (one list of objects), UTF-8.
 
     Raises:
-        UserError: A missing or empty file, broken JSON, or a row that fits no schema; with line and remedy.
+        UserError: A missing or empty file, broken JSON, or an example that fits none of the schemas.
     """
     remedy = "Give a JSONL or JSON file; data/README.md describes the schema"
     text = read_text(path, remedy, encoding_remedy="Convert it, e.g. iconv -f gb18030 -t utf-8")
     values = _iter_list(path, text) if text.lstrip().startswith("[") else _iter_lines(path, text)
-    rows = [_parse_row(value, where) for value, where in values]
-    if not rows:
+    examples = [_parse_example(value, where) for value, where in values]
+    if not examples:
         raise UserError(
-            f"{path}: no rows in it. Expected one JSON object a line, or a JSON list of objects: {SCHEMAS}"
+            f"{path}: no examples in it. Expected one JSON object per line, or a JSON list of objects: {SCHEMAS}"
         )
-    return rows
+    return examples
 
 
 def _iter_lines(path: Path, text: str) -> Iterator[tuple[object, str]]:
     """Yield the values of a JSONL file with file:line; empty lines are skipped."""
     for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        yield parse_json(line, path, "Every line must be one JSON object", number), f"{path}:{number}"
+        if line.strip():
+            yield parse_json(line, path, "Every line must be one JSON object", number), f"{path}:{number}"
 
 
 def _iter_list(path: Path, text: str) -> Iterator[tuple[object, str]]:
-    """Yield the entries of a JSON list with file:line of their first character."""
+    """Yield the entries of a JSON list with file:line; json.loads alone would lose the lines."""
     decoder = json.JSONDecoder()
-    position, line, counted = text.index("[") + 1, 1, 0
+    position, line, counted = text.index("[") + 1, 1, 0  # newlines before `counted` are in `line`
 
     def skip(position: int, characters: str) -> int:
         while position < len(text) and text[position] in characters:
@@ -91,46 +90,49 @@ def _iter_list(path: Path, text: str) -> Iterator[tuple[object, str]]:
         position = skip(end, " \t\r\n")
         if text[position : position + 1] not in (",", "]"):
             line += text.count("\n", counted, position)
-            raise UserError(f"{path}:{line}: broken JSON, expected ',' or ']' behind a row. Is the file cut short?")
+            raise UserError(
+                f"{path}:{line}: broken JSON, expected ',' or ']' after an example. Is the file truncated?"
+            )
         position += text[position] == ","
     if text[position + 1 :].strip():
-        raise UserError(f"{path}:{line}: text behind the end of the list. Expected one list, or one object a line")
+        raise UserError(f"{path}:{line}: text after the end of the list. Expected one list, or one object per line")
 
 
-def _parse_row(value: object, where: str) -> Example:
-    """Turn one JSON value into a Example."""
+def _parse_example(value: object, where: str) -> Example:
+    """Turn one JSON value into an example."""
     if not isinstance(value, dict):
-        raise UserError(f"{where}: a row is {type(value).__name__}, expected an object with {SCHEMAS}")
+        raise UserError(f"{where}: the example is {type(value).__name__}, expected an object with {SCHEMAS}")
     if "messages" in value:
         return _parse_messages(value["messages"], where)
     keys = ("content", "summary") if "content" in value and "instruction" not in value else ("instruction", "output")
     for key in keys:
         if key not in value:
-            raise UserError(f"{where}: no {key!r} in the row (keys: {', '.join(value) or 'none'}). Expected {SCHEMAS}")
+            found = ", ".join(value) or "none"
+            raise UserError(f"{where}: the example has no {key!r} (its keys: {found}). Expected {SCHEMAS}")
     query, answer = _text(value, keys[0], where), _text(value, keys[1], where)
     extra = _text(value, "input", where) if value.get("input") is not None and keys[0] == "instruction" else ""
     query = "\n".join(part for part in (query, extra) if part)
-    return _make_row(query, answer, _parse_history(value.get("history"), where), where)
+    return _make_example(query, answer, _parse_history(value.get("history"), where), where)
 
 
 def _text(value: dict, key: str, where: str) -> str:
-    """Return a string entry of a row."""
+    """Return a string entry of an example."""
     if not isinstance(value[key], str):
         raise UserError(f"{where}: {key} is {type(value[key]).__name__}, expected a string")
     return value[key]
 
 
-def _make_row(query: str, answer: str, history: tuple[tuple[str, str], ...], where: str) -> Example:
-    """Build a row, refusing one without question or answer."""
+def _make_example(query: str, answer: str, history: tuple[tuple[str, str], ...], where: str) -> Example:
+    """Build an example; refuse one without a question or an answer."""
     if not query.strip():
-        raise UserError(f"{where}: the instruction is empty. Fill it or delete the row")
+        raise UserError(f"{where}: the instruction is empty. Fill it or delete the example")
     if not answer.strip():
-        raise UserError(f"{where}: the output is empty. Fill it or delete the row")
+        raise UserError(f"{where}: the output is empty. Fill it or delete the example")
     return Example(query, answer, history, where)
 
 
 def _parse_history(history: object, where: str) -> tuple[tuple[str, str], ...]:
-    """Check a history of [question, answer] pairs; None or [] is none."""
+    """Check a history of [question, answer] pairs; None means an empty one."""
     pairs = [] if history is None else history
     if not isinstance(pairs, list) or not all(
         isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in pairs
@@ -140,7 +142,7 @@ def _parse_history(history: object, where: str) -> tuple[tuple[str, str], ...]:
 
 
 def _parse_messages(messages: object, where: str) -> Example:
-    """Turn chat messages into a row: the last answer is trained, a system text leads the first question."""
+    """Turn chat messages into an example: the last answer is trained, a system text precedes the first question."""
     if not isinstance(messages, list) or not all(
         isinstance(message, dict) and isinstance(message.get("content"), str) for message in messages
     ):
@@ -152,8 +154,8 @@ def _parse_messages(messages: object, where: str) -> Example:
         contents[:1] = [f"{system}\n{first}" if system else first for first in contents[:1]]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise UserError(
-            f"{where}: roles are {', '.join(map(str, roles)) or 'none'}; expected user and assistant in turn, "
-            "ending with assistant, with at most one system message in front"
+            f"{where}: roles are {', '.join(map(str, roles)) or 'none'}; expected user and assistant alternately, "
+            "ending with assistant, after at most one system message"
         )
     turns = list(zip(contents[::2], contents[1::2], strict=True))
-    return _make_row(*turns[-1], tuple(turns[:-1]), where)
+    return _make_example(*turns[-1], tuple(turns[:-1]), where)

@@ -1,4 +1,4 @@
-"""Devices and number formats: what a flag names, what memory is free, whether an error says that it ran out."""
+"""Devices and dtypes: the device that a flag names, its free memory, and errors that say memory ran out."""
 
 import psutil
 import torch
@@ -9,13 +9,13 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def resolve_device(device: str) -> torch.device:
-    """Turn the device flag into a device.
+    """Turn the --device flag into a device.
 
     Args:
         device: auto (the first GPU, else the CPU), cpu, cuda or cuda:N.
 
     Raises:
-        UserError: There is no such device.
+        UserError: A device that is not there, or a name that is not one of these.
     """
     if device == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -30,18 +30,23 @@ def resolve_device(device: str) -> torch.device:
     return resolved
 
 
+def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """Return the torch dtype of fp32, fp16 or bf16; a torch dtype is returned as it is."""
+    return DTYPES[dtype] if isinstance(dtype, str) else dtype
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """Return fp16, bf16 or fp32."""
     return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the free memory of a device; for the CPU, what the system can give without swapping."""
+    """Return the free memory of a device; for the CPU, what is available without swapping."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an error says that an allocation failed, on the GPU or on the CPU."""
+    """Return whether an error reports a failed allocation, on the GPU or on the CPU."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
         words in str(error) for words in ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
     )

@@ -1,7 +1,7 @@
-"""Turn rows into token ids and batches: prompt and answer, cutting, labels, padding, and what is shown beforehand.
+"""Turn examples into token ids and batches: prompt and answer, truncation, labels, padding and packing.
 
-Split from data.py, which reads files. The prompt comes from the tokenizer's one prompt builder, the same that `chat`
-uses, and text typed by users cannot become control tokens. Labels cover the answer and the end token only.
+data.py reads the files. The prompt comes from the tokenizer's one prompt builder, which `chat` uses too, and text
+typed by users cannot become control tokens. Labels cover only the answer and the end token.
 """
 
 import bisect
@@ -24,12 +24,12 @@ MAX_SHOWN_TOKENS = 400
 
 @dataclass(frozen=True)
 class EncodingLimits:
-    """What the prompt and the answer may hold.
+    """Limits of the prompt and the answer.
 
     Attributes:
         max_input_length: Longest prompt, in tokens, special tokens included.
         max_output_length: Longest answer, in tokens, end token included.
-        prompt_text: Put in front of every question.
+        prompt_text: Text put before every question.
     """
 
     max_input_length: int
@@ -46,12 +46,12 @@ class EncodingLimits:
 
 @dataclass(frozen=True)
 class EncodedExamples:
-    """Encoded rows and their counts.
+    """Encoded examples and their counts.
 
     Attributes:
         dataset: Columns input_ids, labels and length.
-        counts: num_rows, num_tokens, num_trained_tokens (those with a label), longest (tokens of the longest row),
-            num_cut_prompts and num_cut_answers (rows cut to the limits).
+        counts: num_rows (examples), num_tokens, num_trained_tokens (those with a label), longest (tokens of the
+            longest example), num_cut_prompts and num_cut_answers (examples truncated to the limits).
     """
 
     dataset: datasets.Dataset
@@ -59,62 +59,59 @@ class EncodedExamples:
 
 
 def encode_examples(
-    rows: Sequence[Example], tokenizer: PreTrainedTokenizer, limits: EncodingLimits, max_length: int | None = None
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizer, limits: EncodingLimits, max_length: int | None = None
 ) -> EncodedExamples:
-    """Encode rows for training.
+    """Encode examples for training.
 
     Args:
-        rows: Rows from read_examples.
+        examples: Examples from read_examples, at least one.
         tokenizer: The base model's tokenizer.
-        limits: Longest prompt and answer, text in front of each question.
-        max_length: Longest sequence of the model, in tokens; None: no limit.
+        limits: Limits of the prompt and the answer.
+        max_length: The model's context length in tokens; None: no limit.
 
     Raises:
-        UserError: A row that stays longer than the model's limit, or a limit that no prompt can keep.
+        UserError: An example that is longer than max_length, or a prompt whose template alone exceeds its limit.
     """
-    all_ids, all_labels, cuts = [], [], []
-    for row in tqdm(rows, desc="tokens", unit="row", leave=False):
-        prompt_ids, prompt_cut = fit_prompt(row, tokenizer, limits)
-        answer_ids, answer_cut = fit_answer(row, tokenizer, limits)
+    all_ids, all_labels, truncations = [], [], []
+    for example in tqdm(examples, desc="tokens", unit="example", leave=False):
+        prompt_ids, prompt_truncated = truncate_prompt(example, tokenizer, limits)
+        answer_ids, answer_truncated = truncate_answer(example, tokenizer, limits)
         length = len(prompt_ids) + len(answer_ids)
         if max_length and length > max_length:
             raise UserError(
-                f"{row.where}: {length} tokens, the model takes {max_length}. Lower --max_input_length or "
+                f"{example.where}: {length} tokens, the model takes {max_length}. Lower --max_input_length or "
                 f"--max_output_length (now {limits.max_input_length} and {limits.max_output_length})"
             )
         all_ids.append(np.array(prompt_ids + answer_ids, dtype=np.int32))
         all_labels.append(np.array([IGNORED_LABEL] * len(prompt_ids) + answer_ids, dtype=np.int32))
-        cuts.append((prompt_cut, answer_cut))
+        truncations.append((prompt_truncated, answer_truncated))
     lengths = [len(ids) for ids in all_ids]
     counts = {
-        "num_rows": len(rows),
+        "num_rows": len(examples),
         "num_tokens": sum(lengths),
         "num_trained_tokens": int(sum((labels != IGNORED_LABEL).sum() for labels in all_labels)),
         "longest": max(lengths),
-        "num_cut_prompts": sum(prompt_cut for prompt_cut, _ in cuts),
-        "num_cut_answers": sum(answer_cut for _, answer_cut in cuts),
+        "num_cut_prompts": sum(prompt for prompt, _ in truncations),
+        "num_cut_answers": sum(answer for _, answer in truncations),
     }
     columns = {"input_ids": all_ids, "labels": all_labels, "length": lengths}
     return EncodedExamples(datasets.Dataset.from_dict(columns), counts)
 
 
-def fit_prompt(row: Example, tokenizer: PreTrainedTokenizer, limits: EncodingLimits) -> tuple[list[int], bool]:
-    """Encode the prompt, cut to max_input_length with template and special tokens whole.
+def truncate_prompt(
+    example: Example, tokenizer: PreTrainedTokenizer, limits: EncodingLimits
+) -> tuple[list[int], bool]:
+    """Encode the prompt, truncated to max_input_length; the template and the special tokens stay complete.
 
-    The oldest turns of the history go first, then the right end of the question.
-
-    Args:
-        row: The row.
-        tokenizer: The base model's tokenizer.
-        limits: Longest prompt, text in front of each question.
+    The oldest turns of the history are dropped first, then the end of the question.
 
     Returns:
-        The ids and whether something was cut.
+        The ids, and whether the prompt was truncated.
 
     Raises:
         UserError: Not even an empty question fits.
     """
-    query, history = limits.prompt_text + row.query, list(row.history)
+    query, history = limits.prompt_text + example.query, list(example.history)
     ids = tokenizer.encode_prompt(query, history)
     if len(ids) <= limits.max_input_length:
         return ids, False
@@ -122,7 +119,9 @@ def fit_prompt(row: Example, tokenizer: PreTrainedTokenizer, limits: EncodingLim
     def fits(num_dropped: int) -> bool:
         return len(tokenizer.encode_prompt(query, history[num_dropped:])) <= limits.max_input_length
 
-    history = history[bisect.bisect_left(range(len(history)), True, key=fits) :]  # all go where none is few enough
+    # Prompts grow with the turns and characters that they keep, so the most that fits is found by bisection. The
+    # complete prompt is encoded each time: tokens may span the borders of turns and template.
+    history = history[bisect.bisect_left(range(len(history)), True, key=fits) :]  # no turn stays if none fits
     ids = tokenizer.encode_prompt(query, history)
     if len(ids) > limits.max_input_length:
         num_kept = bisect.bisect_right(
@@ -133,42 +132,41 @@ def fit_prompt(row: Example, tokenizer: PreTrainedTokenizer, limits: EncodingLim
         if num_kept == 0:
             num_least = len(tokenizer.encode_prompt("", history))
             raise UserError(
-                f"{row.where}: the prompt's template alone takes {num_least} tokens, "
+                f"{example.where}: the prompt's template alone takes {num_least} tokens, "
                 f"--max_input_length allows {limits.max_input_length}. Raise it"
             )
         ids = tokenizer.encode_prompt(query[: num_kept - 1], history)
     return ids, True
 
 
-def fit_answer(row: Example, tokenizer: PreTrainedTokenizer, limits: EncodingLimits) -> tuple[list[int], bool]:
-    """Encode the answer, cut to max_output_length with the end token kept.
-
-    Args:
-        row: The row.
-        tokenizer: The base model's tokenizer.
-        limits: Longest answer.
+def truncate_answer(
+    example: Example, tokenizer: PreTrainedTokenizer, limits: EncodingLimits
+) -> tuple[list[int], bool]:
+    """Encode the answer, truncated to max_output_length; the end token stays.
 
     Returns:
-        The ids and whether something was cut.
+        The ids, and whether the answer was truncated.
     """
-    ids = tokenizer.encode_answer(row.answer)
+    ids = tokenizer.encode_answer(example.answer)
     if len(ids) <= limits.max_output_length:
         return ids, False
     return [*ids[: limits.max_output_length - 1], ids[-1]], True
 
 
 def loss_positions(labels: torch.Tensor) -> torch.Tensor:
-    """Return the places in labels [B, S], flattened, whose next token counts: found here, no GPU waits for them."""
+    """Return the flat positions in labels (B, S) whose next token is trained.
+
+    They are found here, on the CPU, so that no forward pass has to wait for the GPU to count them.
+    """
     counts = torch.nn.functional.pad(labels[:, 1:] != IGNORED_LABEL, (0, 1))
     return counts.flatten().nonzero().flatten()
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Pad encoded rows to one length.
+    """Pad encoded examples to one length.
 
     Attributes:
-        pad_token_id: Id of the padding.
         padding_side: right or left.
     """
 
@@ -176,7 +174,7 @@ class Collator:
     padding_side: str
 
     def __call__(self, features: Sequence[dict]) -> dict[str, torch.Tensor]:
-        """Return input_ids, attention_mask (1 = keep) and labels, int64 [B, S], and loss_positions, int64 [M]."""
+        """Return input_ids, attention_mask (1 = keep) and labels, int64 (B, S), and loss_positions, int64 (M,)."""
         width = max(len(feature["input_ids"]) for feature in features)
         batch = {
             "input_ids": torch.full((len(features), width), self.pad_token_id),
@@ -194,16 +192,16 @@ class Collator:
 
 @dataclass(frozen=True)
 class PackingCollator:
-    """Lay encoded rows end to end in one sequence, without padding.
+    """Pack the encoded examples of a batch end to end into one sequence, without padding.
 
-    The same rows are in the same batch as with padding. No token predicts the next row's first one.
+    A batch holds the same examples as with padding. No token predicts the first token of the next example.
     """
 
     def __call__(self, features: Sequence[dict]) -> dict[str, torch.Tensor | int]:
         """Return a batch.
 
-        It has input_ids and labels, int64 [1, T], loss_positions, int64 [M], and the rows' limits under the names of
-        transformers' FlashAttentionKwargs.
+        It has input_ids and labels, int64 (1, T), loss_positions, int64 (M,), and the boundaries of the examples under
+        the names of transformers' FlashAttentionKwargs.
         """
         lengths = [len(feature["input_ids"]) for feature in features]
         ids = itertools.chain.from_iterable(feature["input_ids"] for feature in features)
@@ -219,10 +217,10 @@ class PackingCollator:
 
 
 def show_sample(sample: dict, tokenizer: PreTrainedTokenizer) -> str:
-    """Show one encoded row as tokens, the trained part in double brackets, the middle of long parts left out.
+    """Show an encoded example as tokens: the trained part in double brackets, long parts without their middle.
 
     Args:
-        sample: A row of EncodedExamples.dataset.
+        sample: An entry of EncodedExamples.dataset.
         tokenizer: The base model's tokenizer.
     """
     tokens = tokenizer.convert_ids_to_tokens(list(sample["input_ids"]))

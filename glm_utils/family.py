@@ -1,6 +1,6 @@
 """The two model families: everything that differs between them outside remote_scripts, as frozen records.
 
-Source: the published config.json files; both say model_type "chatglm", so the family is read from other keys.
+Source: the published config.json files. Both have model_type "chatglm", so other keys tell the families apart.
 """
 
 from collections.abc import Sequence
@@ -19,17 +19,17 @@ class Family:
 
     Attributes:
         name: Short name, also the directory in remote_scripts.
-        title: Name in texts.
+        title: Name in messages and documentation.
         config_markers: Keys of config.json that only this family has.
-        hub_ids: Published repositories, the first one is the default.
+        hub_ids: Published repositories; the first one is the default.
         tokenizer_file: Published name of the sentencepiece file.
-        max_length_key: Key of config.json that holds the longest sequence, in tokens.
-        train_args_json: TrainingArguments file shipped for this family.
+        max_length_key: Key of config.json that holds the context length, in tokens.
+        train_args_json: TrainingArguments file that ships for this family.
         padding_side: Side on which a training batch is padded. Right padding is exact for both families, as
-            everything behind the prompt is causal; generation pads left.
-        linear_names: All Linear modules of a layer: the valid LoRA targets.
-        native_class: Class of transformers that computes the same model, None if there is none.
-        gguf_architecture: Name of the architecture in llama.cpp; None: it has none.
+            everything after the prompt is causal; generation pads left.
+        linear_names: All Linear modules of a layer, the valid LoRA targets.
+        native_class: Class in transformers that computes the same model; None if there is none.
+        gguf_architecture: Name of the architecture in llama.cpp; None if it has none.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Family:
 
     @property
     def remote_dir(self) -> Path:
-        """Directory of this family's configuration, modelling and tokenization files."""
+        """Directory of this family's configuration, modeling and tokenization files."""
         return PROJECT_DIR / "remote_scripts" / self.name
 
 
@@ -82,7 +82,7 @@ def detect_family(config: dict, where: str | Path) -> Family:
         where: Path of the config, named in the error.
 
     Raises:
-        UserError: The config belongs to no known family.
+        UserError: The config does not belong to a known family.
     """
     for family in FAMILIES:
         if config.get("model_type") == "chatglm" and all(marker in config for marker in family.config_markers):
@@ -96,14 +96,14 @@ def detect_family(config: dict, where: str | Path) -> Family:
 
 
 def resolve_lora_targets(family: Family, lora_targets: str | Sequence[str]) -> list[str]:
-    """Turn the lora_targets argument into module names of a family.
+    """Turn the --lora_targets flag into module names of a family.
 
     Args:
         family: The base model's family.
         lora_targets: One name, names joined by commas, a list, or "all-linear".
 
     Raises:
-        UserError: A name that no layer of this family has.
+        UserError: No name, or one that no layer of this family has.
     """
     names = lora_targets.split(",") if isinstance(lora_targets, str) else list(lora_targets)
     names = [str(name).strip() for name in names if str(name).strip()]

@@ -1,8 +1,8 @@
-"""Files and directories: text and JSON read with a named fault, everything written atomically.
+"""Files and directories: text and JSON read with errors that name the line, everything written atomically.
 
 An output directory is filled as a hidden sibling and renamed when it is complete. A run that is killed leaves only
-that sibling, without a config.json until its last step, so nothing loads it; the next run into the same place removes
-it.
+that sibling, which nothing can load because config.json is written last; the next run with the same output directory
+removes it.
 """
 
 import errno
@@ -13,13 +13,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from loguru import logger
 
 from glm_utils.cli import UserError
 
 LFS_MAGIC = b"version https://git-lfs"
-JSON_ERRORS = (ValueError, RecursionError)  # of json.loads; `json_fault` puts them in words
+JSON_ERRORS = (ValueError, RecursionError)  # of json.loads; `json_fault` words them
 DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -31,11 +32,11 @@ def read_text(path: Path, remedy: str, encoding_remedy: str | None = None) -> st
 
     Args:
         path: The file.
-        remedy: What to do when the file is missing.
-        encoding_remedy: What to do when it is not UTF-8. None: `remedy`.
+        remedy: What to do if the file is missing.
+        encoding_remedy: What to do if it is not UTF-8; None: `remedy`.
 
     Raises:
-        UserError: The file is missing, a directory, a Git LFS pointer or, with its line, not UTF-8.
+        UserError: The file is missing, a directory, a Git LFS pointer or not UTF-8.
     """
     if not path.is_file():
         raise UserError(f"{path}: {'a directory' if path.is_dir() else 'no such file'}. {remedy}")
@@ -49,22 +50,22 @@ def read_text(path: Path, remedy: str, encoding_remedy: str | None = None) -> st
         raise UserError(f"{path}:{line}: not UTF-8. {encoding_remedy or remedy}") from None
 
 
-def parse_json(text: str, path: Path, remedy: str, first_line: int = 1, **options: object) -> object:
+def parse_json(text: str, path: Path, remedy: str, first_line: int = 1, **options: Any) -> object:
     """Parse a JSON text.
 
     Args:
         text: The text.
-        path: Its file, named in the error.
-        remedy: What to do when it is broken.
+        path: Its file, for messages.
+        remedy: What to do if it is broken.
         first_line: Line of the file at which the text begins.
-        **options: Of json.loads.
+        **options: Options of json.loads; their hooks may raise UserError.
 
     Raises:
-        UserError: A syntax error, a number of too many digits or nesting too deep; with file and line.
+        UserError: A syntax error, a number with too many digits, or nesting that is too deep.
     """
     try:
         return json.loads(text, **options)
-    except UserError:  # of a hook; a ValueError too
+    except UserError:  # a ValueError too, so it must pass before JSON_ERRORS
         raise
     except JSON_ERRORS as error:
         line = first_line + getattr(error, "lineno", 1) - 1
@@ -72,11 +73,11 @@ def parse_json(text: str, path: Path, remedy: str, first_line: int = 1, **option
 
 
 def json_fault(error: ValueError | RecursionError) -> str:
-    """Say what json could not parse: a syntax error, a number of too many digits, or nesting too deep."""
+    """Say what json could not parse: a syntax error, a number with too many digits, or nesting that is too deep."""
     return f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
-def parse_json_object(text: str, path: Path, remedy: str, **options: object) -> dict:
+def parse_json_object(text: str, path: Path, remedy: str, **options: Any) -> dict:
     """Parse a JSON text that holds one object; see `parse_json`.
 
     Raises:
@@ -89,7 +90,7 @@ def parse_json_object(text: str, path: Path, remedy: str, **options: object) -> 
 
 
 def read_json_object(path: Path) -> dict:
-    """Read a JSON file that holds one object, one that was downloaded or written by a program.
+    """Read a JSON file that holds one object and was downloaded or written by a program.
 
     Raises:
         UserError: See `read_text` and `parse_json_object`.
@@ -103,34 +104,39 @@ def download_again(path: Path) -> str:
     return f"Download {path.name} again"
 
 
-# ---- may I write there?
+# ---- checks before any work
+
+
+def _existing_parent(path: Path) -> Path:
+    """Return a path, or its nearest parent that exists."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
 def check_writable(directory: Path, name: str) -> None:
-    """Check before any work that a directory can be made and written to.
+    """Check that a directory can be created and written to.
 
     Args:
         directory: The directory; it need not exist.
         name: The flag or setting that names it.
 
     Raises:
-        UserError: It, or the nearest parent that exists, is a file or cannot be written to.
+        UserError: It, or its nearest parent that exists, is a file or cannot be written to.
     """
-    place = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    place = _existing_parent(directory)
     if place.is_dir() and os.access(place, os.W_OK):
         return
     fault = "cannot be written to" if place.is_dir() else "is a file"
-    subject = name if place == directory else f"{name} cannot be made, {place}"
+    subject = name if place == directory else f"{name} cannot be created, {place}"
     raise UserError(f"{directory}: {subject} {fault}. Choose another {name}")
 
 
 def check_apart(output_dir: Path, inputs: Sequence[Path], name: str) -> None:
-    """Check that an output directory neither holds nor lies in a directory that is read.
+    """Check that an output directory neither contains an input directory nor lies in one.
 
     Args:
         output_dir: The output directory.
         inputs: Directories that are read.
-        name: The flag that names the output directory.
+        name: The flag for the output directory.
 
     Raises:
         UserError: They overlap.
@@ -142,20 +148,16 @@ def check_apart(output_dir: Path, inputs: Sequence[Path], name: str) -> None:
 
 
 def check_free_space(output_dir: Path, num_bytes: int) -> None:
-    """Check that the disk has room.
-
-    Args:
-        output_dir: Where the bytes go; it need not exist.
-        num_bytes: How many.
+    """Check that the disk of an output directory, which need not exist, has room for so many bytes.
 
     Raises:
         UserError: Too little space is free.
     """
-    parent = next(path for path in [output_dir, *output_dir.resolve().parents] if path.exists())
-    free = shutil.disk_usage(parent).free
+    place = _existing_parent(output_dir)
+    free = shutil.disk_usage(place).free
     if free < num_bytes:
         raise UserError(
-            f"{parent}: {free / 1e9:.2f} GB free, {num_bytes / 1e9:.2f} GB needed. Free some space, or give an "
+            f"{place}: {free / 1e9:.2f} GB free, {num_bytes / 1e9:.2f} GB needed. Free some space, or give an "
             "--output_path on another disk"
         )
 
@@ -172,11 +174,11 @@ def write_json(path: Path, value: dict) -> None:
 
 @contextmanager
 def atomic_files(target_dir: Path, last: str) -> Iterator[Path]:
-    """Collect files in a temporary directory and rename them into place when all are written.
+    """Collect files in a temporary directory and move them into place when all are written.
 
     Args:
         target_dir: Where the files go; other files there stay.
-        last: Name of the file that is moved last: a reader that needs it never sees half of the set.
+        last: Name of the file that is moved last: a reader that requires it never sees half of the set.
 
     Yields:
         The temporary directory, inside target_dir.
@@ -193,16 +195,16 @@ def atomic_files(target_dir: Path, last: str) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(output_dir: Path) -> Iterator[Path]:
-    """Fill a hidden sibling of output_dir and rename it when the block ends without an error.
+    """Fill a hidden sibling of output_dir and rename it if the block ends without an error.
 
     Args:
-        output_dir: Absent, empty, or an earlier output that is replaced.
+        output_dir: Absent, empty, or an earlier output, which is replaced.
 
     Yields:
         The directory to fill.
 
     Raises:
-        UserError: The disk is full, or the directory cannot be written to.
+        UserError: The directory cannot be written to, or the disk is full.
     """
     output_dir = output_dir.absolute()
     prefix = f".{output_dir.name}.incomplete-"
@@ -219,21 +221,15 @@ def atomic_directory(output_dir: Path) -> Iterator[Path]:
         replace_directory(temporary_dir, output_dir)
     except OSError as error:
         if error.errno in DISK_FULL_ERRORS:
-            raise UserError(
-                f"{output_dir}: the disk is full. Free some space, or give another --output_path"
-            ) from error
+            remedy = "Free some space, or give another --output_path"
+            raise UserError(f"{output_dir}: the disk is full. {remedy}") from error
         raise
     finally:
         shutil.rmtree(temporary_dir, ignore_errors=True)
 
 
 def remove_leftover(path: Path, prefix: str) -> None:
-    """Remove what a killed run left, unless its process is alive.
-
-    Args:
-        path: A hidden directory.
-        prefix: Its name without the process id.
-    """
+    """Remove the hidden directory of a killed run, named prefix + process id, unless that process is alive."""
     pid = path.name.removeprefix(prefix)
     if pid.isdecimal() and int(pid) != os.getpid():
         try:
@@ -248,7 +244,7 @@ def remove_leftover(path: Path, prefix: str) -> None:
 
 
 def replace_directory(source: Path, target: Path) -> None:
-    """Rename source to target; an earlier target is moved aside first and deleted afterwards."""
+    """Rename source to target; an existing target is moved aside first and deleted afterwards."""
     if not target.exists():
         source.rename(target)
         return

@@ -1,6 +1,6 @@
-"""Load a model: a base or merged checkpoint, perhaps with a LoRA adapter, perhaps quantized to NF4 while loading.
+"""Load a base or merged checkpoint, optionally with a LoRA adapter, optionally quantized to NF4 while loading.
 
-What does not fit into the free memory is refused from its configuration, before a weight is read.
+A model that does not fit into the free memory is refused from its config.json, before any weight is read.
 """
 
 import copy
@@ -18,9 +18,9 @@ from glm_utils.adapter import Adapter, find_base, read_adapter
 from glm_utils.checkpoint import Checkpoint, open_checkpoint, project_path
 from glm_utils.checkpoint_files import check_adapter_files
 from glm_utils.cli import UserError
-from glm_utils.device import DTYPES, dtype_name, free_bytes
+from glm_utils.device import as_dtype, dtype_name, free_bytes
 
-NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # a weight, its share of a block's uint8 scale, of 256 scales' fp32 scale
+NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # per weight: 4 bits, uint8 absmax per 64 weights, fp32 per 256 absmax
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class ModelSource:
     Attributes:
         label: Its name in tables and messages.
         checkpoint: The base or merged model.
-        adapter: The adapter on it; None: none.
+        adapter: The adapter to put on it, or None.
         load_in_4bit: Whether the layers are quantized to NF4 while loading.
-        dtype: Of the weights that are not quantized, and of all activations.
-        device: Where it runs.
+        dtype: Dtype of the weights that are not quantized, and of all activations.
+        device: Device that it runs on.
     """
 
     label: str
@@ -45,13 +45,11 @@ class ModelSource:
 
     def __post_init__(self) -> None:
         if self.load_in_4bit:
-            self.checkpoint.require_unquantized(
-                "--load_in_4bit quantizes fp16 weights: leave it out to use them as they are"
-            )
+            self.checkpoint.require_unquantized("--load_in_4bit quantizes fp16 weights: leave it out to use these")
 
     @property
     def weight_format(self) -> str:
-        """The layers' weights: nf4, int4, int8, or the dtype's name."""
+        """Format of the layers' weights: nf4, int4, int8, or the dtype's name."""
         bits = self.checkpoint.quantization_bits
         return "nf4" if self.load_in_4bit else f"int{bits}" if bits else dtype_name(self.dtype)
 
@@ -59,11 +57,11 @@ class ModelSource:
         """Load the model for evaluation.
 
         Args:
-            merge_adapter: Add the adapter to floating-point weights, which makes generation faster. NF4 weights keep
-                it apart, as it would be rounded with them.
+            merge_adapter: Merge the adapter into floating-point weights, which makes generation faster. It stays
+                separate from NF4 weights, as merging would round it with them.
 
         Returns:
-            A PeftModel where the adapter was not merged.
+            A PeftModel if there is an adapter that was not merged.
         """
         model = load_base_model(self.checkpoint, self.load_in_4bit, self.dtype, {"": str(self.device)})
         if self.adapter:
@@ -73,11 +71,11 @@ class ModelSource:
         return model.eval()
 
     def estimate_bytes(self, batch_size: int, num_tokens: int) -> tuple[int, int]:
-        """Return the bytes of weights and of keys and values, from the configuration alone.
+        """Return the bytes of the weights and of the KV cache, from the configuration alone.
 
         Args:
-            batch_size: Sequences at once.
-            num_tokens: Prompt and new tokens of a sequence.
+            batch_size: Number of sequences.
+            num_tokens: Prompt and new tokens per sequence.
         """
         with torch.device("meta"):
             model = self.checkpoint.classes.model(self.checkpoint.model_config)
@@ -95,15 +93,15 @@ class ModelSource:
         return int(num_bytes), 2 * kv_channels * self.dtype.itemsize * batch_size * num_tokens
 
     def check_fits(self, batch_size: int, num_tokens: int, remedy: str) -> None:
-        """Refuse a model that the free memory does not hold.
+        """Refuse a model that does not fit into the free memory.
 
         Args:
-            batch_size: Sequences at once.
-            num_tokens: Prompt and new tokens of a sequence.
-            remedy: What to give instead, for the error.
+            batch_size: Number of sequences.
+            num_tokens: Prompt and new tokens per sequence.
+            remedy: What to give instead, for the message.
 
         Raises:
-            UserError: The estimate exceeds what is free.
+            UserError: The estimate exceeds the free memory.
         """
         weights, cache = self.estimate_bytes(batch_size, num_tokens)
         free = free_bytes(self.device)
@@ -123,14 +121,14 @@ def find_model(model_path: str | None, lora_path: str | None) -> tuple[Checkpoin
         lora_path: Directory of an adapter, instead.
 
     Raises:
-        UserError: Neither is given, both are, or one cannot be opened.
+        UserError: Neither is given, both are, or the model or adapter cannot be opened.
     """
-    if bool(model_path) == bool(lora_path):
-        found = "both are given" if model_path else "neither is given"
-        raise UserError(f"{found}: give --model_path DIR, or --lora_path DIR, which names its base itself")
-    if lora_path:
+    if lora_path and not model_path:
         adapter = read_adapter(Path(lora_path).expanduser())
         return find_base(adapter), adapter
+    if lora_path or not model_path:
+        found = "both are given" if model_path else "neither is given"
+        raise UserError(f"{found}: give --model_path DIR, or --lora_path DIR, which names its base itself")
     path = project_path(model_path)
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise UserError(f"--model_path {model_path}: a LoRA adapter. Give it as --lora_path {model_path}")
@@ -149,27 +147,25 @@ def load_base_model(
     Args:
         checkpoint: The model.
         load_in_4bit: Quantize the layers to NF4 with double quantization (bitsandbytes) while loading.
-        compute_dtype: fp32, fp16, bf16 or a torch dtype: what 4-bit weights are dequantized to for a matmul.
+        compute_dtype: fp32, fp16, bf16 or a torch dtype; 4-bit weights are dequantized to it for each matmul.
         device_map: As in transformers.
         dtype: Dtype of the weights that are not quantized; None: compute_dtype.
 
     Raises:
-        UserError: Weights that are not exactly those of the configuration.
+        UserError: The weights do not match config.json.
     """
-    compute_dtype = DTYPES.get(compute_dtype, compute_dtype)
-    dtype = DTYPES.get(dtype, dtype) or compute_dtype
     quantization_config = None
     if load_in_4bit:
         quantization_config = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute_dtype,
+            bnb_4bit_compute_dtype=as_dtype(compute_dtype),
         )
     model, loading_info = checkpoint.classes.model.from_pretrained(
         checkpoint.directory,
         config=copy.deepcopy(checkpoint.model_config),  # from_pretrained writes into it
-        dtype=dtype,
+        dtype=as_dtype(dtype or compute_dtype),
         device_map=device_map,
         quantization_config=quantization_config,
         ignore_mismatched_sizes=True,  # reported below, with a remedy
@@ -181,18 +177,19 @@ def load_base_model(
 
 
 def check_loaded_weights(checkpoint_dir: Path, model: PreTrainedModel, loading_info: dict) -> None:
-    """Refuse a model whose weights are not exactly those of its configuration: transformers only warns.
+    """Refuse a model whose weights do not match its config.json: transformers only warns.
 
     Args:
-        checkpoint_dir: The model's directory, for the message.
-        model: The loaded model. Transformers takes 4-bit weights of any shape without a word, so they are compared.
+        checkpoint_dir: The model's directory, for messages.
+        model: The loaded model.
         loading_info: What `from_pretrained(output_loading_info=True)` returns.
 
     Raises:
-        UserError: Weights that are missing, left over or of another shape.
+        UserError: Weights that are missing, unexpected or of another shape.
     """
     kinds = ("missing", "mismatched", "unexpected")
     found = {kind: [str(key) for key in loading_info[f"{kind}_keys"]] for kind in kinds}
+    # transformers silently accepts 4-bit weights of any shape, so they are compared here
     found["mismatched"] += [
         f"{name}.weight"
         for name, module in model.named_modules()
@@ -204,12 +201,12 @@ def check_loaded_weights(checkpoint_dir: Path, model: PreTrainedModel, loading_i
 
 
 def check_weights(checkpoint_dir: Path, **faults: Iterable[str]) -> None:
-    """Refuse weights that are not exactly those of a configuration.
+    """Refuse weights that do not match config.json.
 
     Args:
-        checkpoint_dir: The model's directory, for the message.
-        **faults: Names of weights by what is wrong with them: missing, mismatched (a shape may follow the name),
-            unexpected. Rope frequencies may be stored or not: the models compute them.
+        checkpoint_dir: The model's directory, for messages.
+        **faults: Names of weights by fault: missing, mismatched (a shape may follow the name), unexpected. Names of
+            rotary frequencies are ignored: the models compute them, whether they are stored or not.
 
     Raises:
         UserError: There are such weights.
@@ -218,7 +215,7 @@ def check_weights(checkpoint_dir: Path, **faults: Iterable[str]) -> None:
         counted = sorted(name for name in names if not name.split(" ")[0].endswith("inv_freq"))
         if counted:
             raise UserError(
-                f"{checkpoint_dir}: {len(counted)} {kind} weights, e.g. {counted[0]}. The weights must be those of "
+                f"{checkpoint_dir}: {len(counted)} {kind} weights, e.g. {counted[0]}. The weights must match "
                 "config.json; download both again, from the same revision"
             )
 
@@ -226,12 +223,9 @@ def check_weights(checkpoint_dir: Path, **faults: Iterable[str]) -> None:
 def keep_4bit_layout(model: torch.nn.Module) -> None:
     """Stop bitsandbytes from repacking 4-bit weights on the CPU.
 
-    On a CPU with avx512_bf16 its `Linear4bit` repacks its weights in place in the first evaluation forward. Training
-    goes on through a product without gradient: the LoRA gradients of earlier layers are exactly 0, and dequantising
+    On a CPU with avx512_bf16 `Linear4bit` repacks its weights in place in the first evaluation forward. Training then
+    continues through a matmul without gradient: the LoRA gradients of earlier layers are exactly 0, and dequantizing
     returns garbage. Source: bitsandbytes 0.50.2, nn/modules.py, `Linear4bit.forward`.
-
-    Args:
-        model: Any model; changed in place.
     """
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
@@ -239,7 +233,7 @@ def keep_4bit_layout(model: torch.nn.Module) -> None:
 
 
 def load_adapter(model: PreTrainedModel, adapter_dir: Path, is_trainable: bool = False) -> peft.PeftModel:
-    """Put a LoRA adapter on a base model, also one written by peft 0.4 (adapter_model.bin, read with weights_only).
+    """Put a LoRA adapter on a base model, including one of peft 0.4 (adapter_model.bin, read with weights_only).
 
     Args:
         model: The base model.
@@ -247,13 +241,13 @@ def load_adapter(model: PreTrainedModel, adapter_dir: Path, is_trainable: bool =
         is_trainable: Whether the LoRA weights get gradients.
 
     Raises:
-        UserError: No adapter, or one whose weights do not fit the model.
+        UserError: Not an adapter, or weights that do not fit the model.
     """
     check_adapter_files(adapter_dir)
     try:
         peft_model = peft.PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=is_trainable)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{adapter_dir}/adapter_model.bin holds more than tensors and is not read: {error}") from error
+        raise UserError(f"{adapter_dir}/adapter_model.bin holds more than tensors, not read: {error}") from error
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{adapter_dir}: the adapter does not fit this base model: {error}") from error
     keep_4bit_layout(peft_model)

@@ -1,4 +1,4 @@
-"""The model cards, README.md of an adapter and of a merged model, with the metadata that the hub reads."""
+"""The model cards, README.md of an adapter and of a merged model, with the metadata for the hub."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ def base_label(base_name: str) -> str:
 
 
 def table_rows(values: dict[str, str]) -> str:
-    """Return the rows of a Markdown table of two columns."""
+    """Return the rows of a two-column Markdown table."""
     return "\n".join(f"| {name} | {value} |" for name, value in values.items())
 
 
@@ -24,7 +24,7 @@ def adapter_card(record: dict, results: dict, settings: dict) -> str:
     Args:
         record: The content of run_config.json.
         results: Metrics as in all_results.json.
-        settings: What the card's table of settings shows.
+        settings: Values for the card's table of settings, by name.
     """
     base = base_label(record["base"]["name"])
     losses = {name: f"{value:.4f}" for name, value in results.items() if name.endswith("loss")}
@@ -64,9 +64,9 @@ def merged_card(base_name: str, kind: str, properties: dict[str, str], usage: st
     Args:
         base_name: Directory or hub id of the base.
         kind: fp16, int8 or int4.
-        properties: What the card's table shows.
-        usage: How it is run, in Markdown.
-        library_name: The library that loads it, as the hub names it.
+        properties: Values for the card's table, by name.
+        usage: How to load and run it, in Markdown.
+        library_name: The hub's name of the library that loads it.
     """
     base = base_label(base_name)
     text = f"""# {base} with a merged LoRA adapter, {kind}
@@ -82,6 +82,6 @@ def merged_card(base_name: str, kind: str, properties: dict[str, str], usage: st
 
 
 def _with_metadata(text: str, base: str, library_name: str, tags: list[str]) -> str:
-    """Put the YAML block in front of a card's text."""
+    """Prepend the YAML block to a card's text."""
     metadata = ModelCardData(base_model=base, library_name=library_name, tags=tags)
     return str(ModelCard("\n".join(("---", metadata.to_yaml(), "---", text, ""))))

@@ -146,7 +146,7 @@ def test_a_path_that_is_not_there_is_not_looked_up_on_the_hub(name, monkeypatch)
 # ---- what is refused
 
 
-def cut(path):
+def truncate(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
@@ -161,8 +161,8 @@ DAMAGES = {
     "no weights": (lambda d, f: (d / "model.safetensors").unlink(), "no weights"),
     "weights are a pointer": (lambda d, f: (d / "model.safetensors").write_text(LFS_POINTER), "git lfs pull"),
     "weights are empty": (lambda d, f: (d / "model.safetensors").write_text(""), "empty file"),
-    "weights are cut": (lambda d, f: cut(d / "model.safetensors"), "truncated safetensors file"),
-    "weights are cut in the header": (
+    "weights are truncated": (lambda d, f: truncate(d / "model.safetensors"), "truncated safetensors file"),
+    "weights are truncated in the header": (
         lambda d, f: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:50]),
         "truncated safetensors file",
     ),
@@ -176,14 +176,14 @@ DAMAGES = {
         lambda d, f: (to_shards(d), (d / "pytorch_model-00002-of-00002.bin").unlink()),
         "pytorch_model-00002-of-00002.bin: no such file",
     ),
-    "cut shard": (lambda d, f: (to_shards(d), cut(d / "pytorch_model-00001-of-00002.bin")), "truncated"),
+    "truncated shard": (lambda d, f: (to_shards(d), truncate(d / "pytorch_model-00001-of-00002.bin")), "truncated"),
     "shard is a pointer": (
         lambda d, f: (to_shards(d), (d / "pytorch_model-00001-of-00002.bin").write_text(LFS_POINTER)),
         "Git LFS pointer",
     ),
     "empty index": (
         lambda d, f: (to_shards(d), (d / "pytorch_model.bin.index.json").write_text("{}")),
-        "no weight_map",
+        "weight_map is missing or empty",
     ),
 }
 
@@ -235,7 +235,7 @@ def test_published_shards_load_as_safetensors_do(base_dir):
 @pytest.mark.parametrize("load_in_4bit", [False, True])
 @pytest.mark.parametrize("kind", ["missing", "mismatched", "unexpected"])
 def test_weights_that_are_not_those_of_the_config_are_refused(base_dir, kind, load_in_4bit):
-    """Transformers only warns; a missing weight then gives NaN logits and a left-over one a wrong model."""
+    """Transformers only warns; then a missing weight gives NaN logits, and an unexpected one a wrong model."""
     state = load_file(base_dir / "model.safetensors")
     name = next(key for key in state if key.endswith("layers.1.mlp.dense_4h_to_h.weight"))
     if kind == "missing":
@@ -263,10 +263,10 @@ def test_the_rotary_buffer_may_be_absent(base_dir):
     state = load_file(base_dir / "model.safetensors")
     kept = {key: value for key, value in state.items() if not key.endswith("inv_freq")}
     assert len(kept) < len(state)
-    whole = load_base_model(open_checkpoint(base_dir))
+    complete = load_base_model(open_checkpoint(base_dir))
     save_file(kept, base_dir / "model.safetensors", {"format": "pt"})
     bare = load_base_model(open_checkpoint(base_dir))
-    for (name, a), b in zip(whole.state_dict().items(), bare.state_dict().values(), strict=True):
+    for (name, a), b in zip(complete.state_dict().items(), bare.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
 
@@ -292,15 +292,15 @@ def test_code_beside_a_checkpoint_is_never_run(base_dir):
         assert model(input_ids=ids).logits.isfinite().all()
 
 
-def test_four_bit_loading_quantises_the_layers_only(model_dir, family):
+def test_four_bit_loading_quantizes_the_layers_only(model_dir, family):
     model = load_base_model(open_checkpoint(model_dir), load_in_4bit=True, compute_dtype="fp32")
-    quantised = [name for name, module in model.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    quantized = [name for name, module in model.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     plain = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
-    assert {name.rsplit(".", 1)[1] for name in quantised} == set(family.linear_names)
-    assert len(quantised) == 4 * model.config.num_hidden_layers
+    assert {name.rsplit(".", 1)[1] for name in quantized} == set(family.linear_names)
+    assert len(quantized) == 4 * model.config.num_hidden_layers
     assert len(plain) == 1
     assert plain[0].endswith(("lm_head", "output_layer"))
-    state = model.get_submodule(quantised[0]).weight.quant_state
+    state = model.get_submodule(quantized[0]).weight.quant_state
     assert (state.quant_type, state.nested) == ("nf4", True)
     assert model.get_output_embeddings().weight.dtype == torch.float32
 
@@ -324,7 +324,7 @@ def gradients(model, ids):
     return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad}
 
 
-def dequantised(model):
+def dequantized(model):
     return {
         name: bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
         for name, module in model.named_modules()
@@ -338,7 +338,7 @@ def test_train_evaluate_train_merge_on_a_cpu(model_dir, tokenizer, monkeypatch, 
         monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
     model = lora_model(model_dir)
     ids = torch.tensor([tokenizer.encode_prompt("类型#上衣") + tokenizer.encode_answer("白色上衣")])
-    weights, before = dequantised(model), gradients(model, ids)
+    weights, before = dequantized(model), gradients(model, ids)
     with torch.no_grad():
         model.eval()
         logits = model(input_ids=ids).logits
@@ -346,7 +346,7 @@ def test_train_evaluate_train_merge_on_a_cpu(model_dir, tokenizer, monkeypatch, 
     after = gradients(model, ids)
     assert all(gradient.abs().sum() > 0 for gradient in before.values())
     assert all(torch.equal(after[name], before[name]) for name in before)
-    assert all(torch.equal(weight, weights[name]) for name, weight in dequantised(model).items())
+    assert all(torch.equal(weight, weights[name]) for name, weight in dequantized(model).items())
     merged = load_base_model(open_checkpoint(model_dir))
     for name, weight in weights.items():
         linear = merged.get_submodule(name.removeprefix("base_model.model.").removesuffix(".base_layer"))
@@ -361,7 +361,7 @@ def test_train_evaluate_train_merge_on_a_cpu(model_dir, tokenizer, monkeypatch, 
 
 
 def test_the_trap_is_real_where_the_cpu_has_it(model_dir, tokenizer):
-    """Without the remedy an evaluation repacks the weights; if this fails, bitsandbytes has mended it."""
+    """Without the remedy an evaluation repacks the weights; if this fails, bitsandbytes has fixed it."""
     if not bitsandbytes.nn.modules.has_avx512bf16():
         pytest.skip("this CPU has no avx512_bf16")
     layer = bitsandbytes.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32)
@@ -434,7 +434,7 @@ def test_an_adapter_with_code_in_its_bin_is_not_executed(model_dir, tmp_path):
     [
         (lambda d: (d / "adapter_config.json").unlink(), "not a LoRA adapter"),
         (lambda d: (d / "adapter_model.bin").unlink(), "no adapter_model.safetensors or adapter_model.bin"),
-        (lambda d: cut(d / "adapter_model.bin"), "truncated"),
+        (lambda d: truncate(d / "adapter_model.bin"), "truncated"),
         (lambda d: (d / "adapter_model.bin").write_text(LFS_POINTER), "Git LFS pointer"),
         (lambda d: (d / "adapter_config.json").write_text('{"peft_type": "PREFIX_TUNING"}'), "expected 'LORA'"),
     ],

@@ -76,11 +76,11 @@ def test_values(argv, expected):
         (["--dropout=much"], "--dropout=much: expected float"),
         (["--overwrite=maybe"], "--overwrite=maybe: expected bool"),
         (["--dtype=fp8"], "--dtype=fp8: expected one of fp32, bf16"),
-        (["--model_path"], "--model_path: its value is missing"),
-        (["--model-path", "--lora_rank=4"], "--model_path: its value is missing"),
+        (["--model_path"], "--model_path needs a value"),
+        (["--model-path", "--lora_rank=4"], "--model_path needs a value"),
     ],
 )
-def test_bad_values_end_before_the_stage(argv, message, capsys):
+def test_bad_values_are_refused_before_the_stage(argv, message, capsys):
     with pytest.raises(SystemExit) as exit_info:
         run_cli(stage, argv)
     assert exit_info.value.code == 1
@@ -89,16 +89,16 @@ def test_bad_values_end_before_the_stage(argv, message, capsys):
 
 
 @pytest.mark.parametrize("argv", [["train.jsonl"], ["--lora_rank", "4", "train.jsonl"]])
-def test_stray_words_end_before_the_stage(argv, capsys):
+def test_values_without_a_flag_are_refused_before_the_stage(argv, capsys):
     with pytest.raises(SystemExit) as exit_info:
         run_cli(stage, argv)
     assert exit_info.value.code == 1
-    assert "train.jsonl: belongs to no flag. Flags: --model_path, --lora_rank" in capsys.readouterr().err
+    assert "train.jsonl: a value without a flag. Flags: --model_path, --lora_rank" in capsys.readouterr().err
     assert CALLS == []
 
 
 def test_missing_flag_is_named(capsys):
-    """One line for the flag, none of fire's own usage text."""
+    """One line that names the flag, without fire's own usage text."""
 
     def needs_path(*, lora_path: str, overwrite: bool = False):
         CALLS.append(lora_path)
@@ -107,7 +107,7 @@ def test_missing_flag_is_named(capsys):
         run_cli(needs_path, ["--overwrite"])
     assert exit_info.value.code == 1
     error = capsys.readouterr().err
-    assert "--lora_path is missing" in error
+    assert "--lora_path is required" in error
     assert len(error.splitlines()) == 1
     assert CALLS == []
 
@@ -135,5 +135,5 @@ def test_help_is_the_docstring(capsys):
     assert CALLS == []
 
 
-def test_nearest_lists_all_when_nothing_is_near():
+def test_nearest_lists_all_names_when_none_is_close():
     assert nearest("zzz", ["alpha", "beta"], "flags", "--") == "Known flags: --alpha, --beta"

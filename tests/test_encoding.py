@@ -1,4 +1,4 @@
-"""From rows to batches: prompts, cutting, labels, padding, and the sample that is shown."""
+"""From examples to batches: prompts, truncation, labels, padding, and the sample that is shown."""
 
 import numpy as np
 import pytest
@@ -11,9 +11,9 @@ from glm_utils.encoding import (
     Collator,
     EncodingLimits,
     encode_examples,
-    fit_answer,
-    fit_prompt,
     show_sample,
+    truncate_answer,
+    truncate_prompt,
 )
 
 WIDE = EncodingLimits(512, 512)
@@ -21,18 +21,18 @@ QUERY, ANSWER = "类型#上衣*材质#牛仔布*颜色#白色", "白色的牛仔
 HISTORY = (("你好，白色上衣", "你好！"), ("颜色", "白色。"))
 
 
-def row(query=QUERY, answer=ANSWER, history=()):
+def example(query=QUERY, answer=ANSWER, history=()):
     return Example(query, answer, history, "data.jsonl:1")
 
 
 def test_prompt_is_the_one_chat_builds(tokenizer):
-    ids, cut = fit_prompt(row(history=HISTORY), tokenizer, WIDE)
+    ids, truncated = truncate_prompt(example(history=HISTORY), tokenizer, WIDE)
     assert ids == tokenizer(tokenizer.build_prompt(QUERY, list(HISTORY)))["input_ids"]
-    assert cut is False
+    assert truncated is False
 
 
 def test_labels_are_the_answer_and_the_end_token_only(tokenizer):
-    encoded = encode_examples([row()], tokenizer, WIDE)
+    encoded = encode_examples([example()], tokenizer, WIDE)
     sample = encoded.dataset[0]
     answer_ids = tokenizer.encode_text(ANSWER) + [tokenizer.eos_token_id]
     num_prompt = len(tokenizer.encode_prompt(QUERY))
@@ -40,29 +40,29 @@ def test_labels_are_the_answer_and_the_end_token_only(tokenizer):
     assert sample["labels"] == [IGNORED_LABEL] * num_prompt + answer_ids
 
 
-def test_golden_layout_of_a_training_row(tokenizer, fixture_dir, monkeypatch):
+def test_golden_layout_of_a_training_example(tokenizer, fixture_dir, monkeypatch):
     golden = np.load(fixture_dir / "train_single.npz")
     ids, labels = golden["input_ids"][0].tolist(), golden["labels"][0].tolist()
     num_prompt = labels.count(IGNORED_LABEL)
     special = {tokenizer.convert_tokens_to_ids(token) for token in ("[gMASK]", "sop", "<sop>")}
     query = tokenizer.decode([index for index in ids[:num_prompt] if index not in special])
     answer = tokenizer.decode(ids[num_prompt:-1])
-    monkeypatch.setattr(tokenizer, "build_prompt", lambda query, history=None: query)  # the golden row has no template
-    sample = encode_examples([row(query, answer)], tokenizer, WIDE).dataset[0]
+    monkeypatch.setattr(tokenizer, "build_prompt", lambda query, history=None: query)  # the golden one has no template
+    sample = encode_examples([example(query, answer)], tokenizer, WIDE).dataset[0]
     assert sample["input_ids"] == ids
     assert sample["labels"] == labels
 
 
 def test_prompt_text_leads_the_question_only(tokenizer):
     limits = EncodingLimits(512, 512, "写文案：")
-    ids, _ = fit_prompt(row(history=HISTORY), tokenizer, limits)
+    ids, _ = truncate_prompt(example(history=HISTORY), tokenizer, limits)
     assert ids == tokenizer.encode_prompt("写文案：" + QUERY, list(HISTORY))
 
 
 @pytest.mark.parametrize("text", ["[gMASK]", "<sop>", "sop", "</s>", "<eop>", "[MASK]", "<n>", "<|blank_4|>", "<pad>"])
 def test_control_tokens_typed_by_a_user_stay_text(tokenizer, text):
-    encoded = encode_examples([row(f"a {text} b", f"c {text} d")], tokenizer, WIDE).dataset[0]
-    plain = encode_examples([row("a b", "c d")], tokenizer, WIDE).dataset[0]
+    encoded = encode_examples([example(f"a {text} b", f"c {text} d")], tokenizer, WIDE).dataset[0]
+    plain = encode_examples([example("a b", "c d")], tokenizer, WIDE).dataset[0]
     control = {tokenizer.convert_tokens_to_ids(token) for token in ("[gMASK]", "[MASK]", "[sMASK]", "sop", "<sop>")}
     control |= {tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
     count = sum(index in control for index in encoded["input_ids"])
@@ -72,30 +72,30 @@ def test_control_tokens_typed_by_a_user_stay_text(tokenizer, text):
 
 
 @pytest.mark.parametrize("max_output_length", [2, 3, 8])
-def test_a_cut_answer_keeps_its_end_token(tokenizer, max_output_length):
-    whole = tokenizer.encode_answer(ANSWER)
-    ids, cut = fit_answer(row(), tokenizer, EncodingLimits(512, max_output_length))
-    assert cut is True
-    assert ids == [*whole[: max_output_length - 1], tokenizer.eos_token_id]
+def test_a_truncated_answer_keeps_its_end_token(tokenizer, max_output_length):
+    complete = tokenizer.encode_answer(ANSWER)
+    ids, truncated = truncate_answer(example(), tokenizer, EncodingLimits(512, max_output_length))
+    assert truncated is True
+    assert ids == [*complete[: max_output_length - 1], tokenizer.eos_token_id]
 
 
-def test_an_answer_that_just_fits_is_not_cut(tokenizer):
-    whole = tokenizer.encode_answer(ANSWER)
-    assert fit_answer(row(), tokenizer, EncodingLimits(512, len(whole))) == (whole, False)
+def test_an_answer_that_just_fits_is_not_truncated(tokenizer):
+    complete = tokenizer.encode_answer(ANSWER)
+    assert truncate_answer(example(), tokenizer, EncodingLimits(512, len(complete))) == (complete, False)
 
 
-def test_a_cut_prompt_loses_old_turns_first(tokenizer):
+def test_a_truncated_prompt_loses_old_turns_first(tokenizer):
     without_oldest = tokenizer.encode_prompt(QUERY, list(HISTORY[1:]))
-    ids, cut = fit_prompt(row(history=HISTORY), tokenizer, EncodingLimits(len(without_oldest), 512))
-    assert (ids, cut) == (without_oldest, True)
+    ids, truncated = truncate_prompt(example(history=HISTORY), tokenizer, EncodingLimits(len(without_oldest), 512))
+    assert (ids, truncated) == (without_oldest, True)
 
 
-def test_a_cut_question_loses_its_right_end_and_keeps_the_template(tokenizer):
-    whole = tokenizer.encode_prompt(QUERY)
-    for max_input_length in range(len(tokenizer.encode_prompt("类")), len(whole)):
-        ids, cut = fit_prompt(row(history=HISTORY), tokenizer, EncodingLimits(max_input_length, 512))
+def test_a_truncated_question_loses_its_end_and_keeps_the_template(tokenizer):
+    complete = tokenizer.encode_prompt(QUERY)
+    for max_input_length in range(len(tokenizer.encode_prompt("类")), len(complete)):
+        ids, truncated = truncate_prompt(example(history=HISTORY), tokenizer, EncodingLimits(max_input_length, 512))
         candidates = [tokenizer.encode_prompt(QUERY[:number]) for number in range(len(QUERY) + 1)]
-        assert cut is True
+        assert truncated is True
         assert len(ids) <= max_input_length
         assert ids in candidates
         assert len(ids) >= max_input_length - 3  # nothing is thrown away without need
@@ -104,22 +104,22 @@ def test_a_cut_question_loses_its_right_end_and_keeps_the_template(tokenizer):
 def test_a_limit_below_the_template_is_refused(tokenizer):
     if len(tokenizer.encode_prompt("")) > 4:
         with pytest.raises(UserError, match=r"data.jsonl:1: the prompt's template alone takes \d+ tokens"):
-            fit_prompt(row(), tokenizer, EncodingLimits(4, 512))
+            truncate_prompt(example(), tokenizer, EncodingLimits(4, 512))
     with pytest.raises(UserError, match="--max_input_length=1"):
         EncodingLimits(1, 512)
     with pytest.raises(UserError, match="--max_output_length=0"):
         EncodingLimits(512, 0)
 
 
-def test_a_row_beyond_the_models_length_is_refused(tokenizer):
+def test_an_example_beyond_the_context_length_is_refused(tokenizer):
     with pytest.raises(UserError, match=r"data.jsonl:1: \d+ tokens, the model takes 20. Lower --max_input_length"):
-        encode_examples([row()], tokenizer, WIDE, max_length=20)
+        encode_examples([example()], tokenizer, WIDE, max_length=20)
 
 
 def test_counts(tokenizer):
-    rows = [row(), row(answer=ANSWER * 3)]
+    examples = [example(), example(answer=ANSWER * 3)]
     limit = len(tokenizer.encode_answer(ANSWER))
-    encoded = encode_examples(rows, tokenizer, EncodingLimits(512, limit))
+    encoded = encode_examples(examples, tokenizer, EncodingLimits(512, limit))
     num_prompt = len(tokenizer.encode_prompt(QUERY))
     assert encoded.counts == {
         "num_rows": 2,
@@ -168,7 +168,7 @@ def test_a_padded_batch_has_the_golden_loss(golden_model, tokenizer, family, fix
 
 
 def test_sample_shows_the_trained_part(tokenizer):
-    sample = encode_examples([row()], tokenizer, WIDE).dataset[0]
+    sample = encode_examples([example()], tokenizer, WIDE).dataset[0]
     shown = show_sample(sample, tokenizer)
     prompt, trained = shown.split(" [[ ")
     assert "牛仔" in trained

@@ -1,4 +1,4 @@
-"""The products with their own backward pass, against peft's and bitsandbytes' operations."""
+"""The matmuls with hand-written backward passes, compared with those of peft and bitsandbytes."""
 
 import types
 
@@ -82,26 +82,26 @@ def test_gradients_with_dropout(four_bit):
     torch.manual_seed(0)
     linear = torch.nn.Linear(64, 32).double()
     if four_bit:
-        quantised = bitsandbytes.nn.Linear4bit(64, 32, compute_dtype=torch.float64, quant_type="nf4")
-        quantised.load_state_dict(torch.nn.Linear(64, 32).state_dict())
-        linear = quantised.to("cpu")
+        quantized = bitsandbytes.nn.Linear4bit(64, 32, compute_dtype=torch.float64, quant_type="nf4")
+        quantized.load_state_dict(torch.nn.Linear(64, 32).state_dict())
+        linear = quantized.to("cpu")
     linear.requires_grad_(False)
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 64), (3, 64), (32, 3))]
 
-    def product(x, a, b):
+    def matmul(x, a, b):
         torch.manual_seed(1)
         return LoraMatmul.apply(x, a, b, linear, 2.0, 0.3)
 
-    assert torch.autograd.gradcheck(product, inputs)
+    assert torch.autograd.gradcheck(matmul, inputs)
     x, a, b = inputs
     torch.manual_seed(1)
     dropped, mask = torch.native_dropout(x, 0.3, True)
     assert 0 < mask.sum() < mask.numel()
     weight = linear.weight
-    if four_bit:  # not linear(x): on a CPU the fp64 product of bitsandbytes 0.50.2 differs from call to call
+    if four_bit:  # not linear(x): on a CPU the fp64 matmul of bitsandbytes 0.50.2 differs from call to call
         weight = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state).double()
     expected = x @ weight.T + linear.bias.double() + 2 * dropped @ a.T @ b.T
-    assert torch.allclose(product(*inputs), expected, atol=1e-5)
+    assert torch.allclose(matmul(*inputs), expected, atol=1e-5)
 
 
 def test_evaluation_and_disabled_adapters(make_model, batch):
@@ -118,7 +118,7 @@ def test_evaluation_and_disabled_adapters(make_model, batch):
 
 
 def test_it_keeps_the_input_and_little_else(make_model, batch):
-    """What one layer holds for its backward pass: x in the compute dtype, a mask, the small product."""
+    """What one layer saves for its backward pass: x in the compute dtype, a mask, the rank-sized x A^T."""
     linear, saved = torch.nn.Linear(64, 512, bias=False), []
     linear.requires_grad_(False)
     x, a, b = (torch.randn(shape, requires_grad=True) for shape in ((10, 64), (2, 64), (512, 2)))
@@ -130,7 +130,7 @@ def test_it_keeps_the_input_and_little_else(make_model, batch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16])
 def test_a_frozen_layer_without_lora(monkeypatch, dtype, input_dtype):
-    """Result and gradient of x are bitsandbytes', through `FrozenMatmul`; nothing is kept for the backward pass."""
+    """`FrozenMatmul` gives bitsandbytes' result and gradient of x, and saves nothing for the backward pass."""
     torch.manual_seed(0)
     layer = bitsandbytes.nn.Linear4bit(128, 96, compute_dtype=dtype, quant_type="nf4", compress_statistics=True)
     model = torch.nn.Sequential(layer).requires_grad_(False).to(DEVICE)
@@ -160,8 +160,8 @@ def test_a_frozen_layer_without_lora(monkeypatch, dtype, input_dtype):
     assert len(dequantized) == 2  # without gradients bitsandbytes computes
 
 
-def test_a_frozen_layer_is_left_to_bitsandbytes_where_that_knows_more(monkeypatch):
-    """A compute dtype that its first forward chooses, and a bias that is trained."""
+def test_bitsandbytes_computes_where_it_knows_more(monkeypatch):
+    """Without a compute dtype, which its first forward chooses, and with a bias that is trained."""
     torch.manual_seed(0)
     x = torch.randn(5, 64, device=DEVICE, requires_grad=True)
     chooses = bitsandbytes.nn.Linear4bit(64, 32, quant_type="nf4").to(DEVICE)
@@ -179,7 +179,7 @@ def test_a_frozen_layer_is_left_to_bitsandbytes_where_that_knows_more(monkeypatc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("shape", [(96, 128), (3, 64), (130, 192), (1, 64 * 257)])
-def test_nf4_is_decoded_as_bitsandbytes_does(monkeypatch, dtype, nested, shape):
+def test_nf4_is_dequantized_as_by_bitsandbytes(monkeypatch, dtype, nested, shape):
     """The kernel, on a CPU under Triton's interpreter: rounded elsewhere once in fp32, and once in the dtype."""
     if nf4_kernel.triton is None:
         pytest.skip("no Triton")
@@ -189,8 +189,10 @@ def test_nf4_is_decoded_as_bitsandbytes_does(monkeypatch, dtype, nested, shape):
         weight.to(dtype), quant_type="nf4", blocksize=64, compress_statistics=nested
     )
     expected = bitsandbytes.functional.dequantize_4bit(packed, state)
-    calls = []
-    monkeypatch.setattr(nf4_kernel, "has_triton", lambda tensor: calls.append(1) or True)
+    door, calls = nf4_kernel.kernels_door(), []
+    takes = door.triton_takes
+    monkeypatch.setitem(door.OVERRIDES, "triton", True)
+    monkeypatch.setattr(door, "triton_takes", lambda tensor: calls.append(1) or takes(tensor))
     monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", None)
     found = nf4_kernel.dequantize_nf4(packed, state)
     assert calls
@@ -201,16 +203,27 @@ def test_nf4_is_decoded_as_bitsandbytes_does(monkeypatch, dtype, nested, shape):
     if dtype != torch.float32:
         bound += torch.finfo(dtype).eps * expected.abs().float()
     assert ((found - expected).abs().float() <= bound).all()
-    if not nested and (DEVICE == "cuda" or dtype != torch.bfloat16):  # Triton's interpreter cuts bf16 off
+    if not nested and (DEVICE == "cuda" or dtype != torch.bfloat16):  # Triton's interpreter truncates to bf16
         assert torch.equal(found, expected)
 
 
 def test_other_layouts_go_to_bitsandbytes(monkeypatch):
     """FP4, and other block sizes."""
-    monkeypatch.setattr(nf4_kernel, "has_triton", lambda tensor: True)
+    monkeypatch.setitem(nf4_kernel.kernels_door().OVERRIDES, "triton", True)
     for quant_type, block_size in (("fp4", 64), ("nf4", 128)):
         packed, state = bitsandbytes.functional.quantize_4bit(
             torch.randn(64, 128, device=DEVICE), quant_type=quant_type, blocksize=block_size
         )
         expected = bitsandbytes.functional.dequantize_4bit(packed, state)
         assert torch.equal(nf4_kernel.dequantize_nf4(packed, state), expected)
+
+
+def test_the_door_turns_the_kernel_off(monkeypatch):
+    """As CHATGLM_DISABLE_KERNELS=triton does, on any device."""
+    packed, state = bitsandbytes.functional.quantize_4bit(
+        torch.randn(64, 128, device=DEVICE), quant_type="nf4", blocksize=64
+    )
+    monkeypatch.setitem(nf4_kernel.kernels_door().OVERRIDES, "triton", False)
+    monkeypatch.setattr(nf4_kernel, "_dequantize_kernel", None, raising=False)  # absent without Triton
+    expected = bitsandbytes.functional.dequantize_4bit(packed, state)
+    assert torch.equal(nf4_kernel.dequantize_nf4(packed, state), expected)

@@ -27,8 +27,8 @@ from glm_utils.training.trainer import LoraTrainer
 @pytest.fixture
 def batch(fixture_dir):
     golden = np.load(fixture_dir / "train_single.npz")
-    row = {key: golden[key][0].tolist() for key in ("input_ids", "labels")}
-    return PackingCollator()([row, row])
+    example = {key: golden[key][0].tolist() for key in ("input_ids", "labels")}
+    return PackingCollator()([example, example])
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_counting_changes_and_keeps_nothing(golden_model, batch):
 
 
 def test_the_count_is_what_autograd_keeps(golden_model, batch):
-    """Against a plain pass whose graph holds everything to its end; what several blocks share counts once for each."""
+    """Like a plain pass whose graph holds everything to its end; what several blocks share counts once per block."""
     weights, kept = {weight.untyped_storage().data_ptr() for weight in golden_model.parameters()}, {}
 
     def keep(tensor):
@@ -165,7 +165,7 @@ def test_batches_of_one_epoch():
     assert batch_tokens(lengths, 8, False).tolist() == [65]
 
 
-def test_batches_of_like_lengths_are_longer_and_shorter():
+def test_batches_of_similar_lengths_vary_more():
     lengths = np.random.default_rng(1).integers(1, 100, 400).tolist()
     packed, padded = (batch_tokens(lengths, 8, packing, group_size=16) for packing in (True, False))
     assert packed.max() > 1.1 * batch_tokens(lengths, 8, True).max()
@@ -228,16 +228,16 @@ def test_a_dry_run_reports_and_writes_nothing(train, tmp_path, log_lines, monkey
     train(dry_run=True, lora_rank=2)
     text = "\n".join(log_lines)
     assert "LoRA on query_key_value: " in text
-    assert "a step: 2 rows, about " in text
+    assert "per step: 2 examples, about " in text
     assert "(no padding)" in text
     assert "; 12 steps" in text
-    assert "0 of " in text
+    assert "activation checkpointing in 0 of " in text
     assert not (tmp_path / "out").exists()
 
 
-def test_the_time_of_an_epoch_is_told(train, log_lines):
+def test_the_time_per_epoch_is_logged(train, log_lines):
     train()
-    assert sum(" an epoch of 2 steps" in line for line in log_lines) == 1
+    assert sum(" per epoch of 2 steps" in line for line in log_lines) == 1
 
 
 def test_running_out_of_memory_names_the_setting_and_keeps_checkpoints(train, monkeypatch):
@@ -284,7 +284,7 @@ def test_the_trainer_may_find_the_batch_size(train, monkeypatch):
 
 
 def test_packed_and_padded_runs_learn_the_same(train):
-    """One step of plain descent on the same rows: equal weights, in fp32."""
+    """One step of plain SGD on the same examples: equal weights, in fp32."""
     args = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 1e9, "warmup_steps": 0}
     args |= {"per_device_train_batch_size": 4, "train_sampling_strategy": "random"}
     states = [

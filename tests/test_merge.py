@@ -383,7 +383,7 @@ def test_base_that_changed_since_training(adapter, merge, base_dir):
     merge(adapter_dir, "first")
     weights = load_file(base_dir / "model.safetensors")
     save_file({name: -tensor for name, tensor in weights.items()}, base_dir / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="is not what .* was trained on.*Restore that revision"):
+    with pytest.raises(UserError, match="is not the base that .* was trained on.*Restore that revision"):
         merge(adapter_dir)
 
 
@@ -477,7 +477,7 @@ def test_broken_adapter_weights(adapter, merge):
     first = sorted(weights)[0]
     for change, message in [
         ({first: torch.full_like(weights[first], torch.nan)}, "holds NaN"),
-        ({"base_model.model.x.lora_magnitude_vector": torch.ones(2)}, "is no LoRA matrix of a Linear"),
+        ({"base_model.model.x.lora_magnitude_vector": torch.ones(2)}, "is not a LoRA matrix of a Linear"),
         ({first: None}, "has only lora_B"),
     ]:
         changed = {name: tensor for name, tensor in {**weights, **change}.items() if tensor is not None}

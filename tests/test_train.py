@@ -22,7 +22,7 @@ from glm_utils.load_model import load_adapter, load_base_model
 from glm_utils.training import preflight, settings
 
 COLORS, CLOTHES = "白黑红蓝绿", ("上衣", "裤子", "裙子")
-ROWS = [
+EXAMPLES = [
     {"content": f"类型#{kind}*颜色#{color}色", "summary": f"{color}色的{kind}，百搭又时尚。"}
     for kind in CLOTHES
     for color in COLORS
@@ -45,7 +45,7 @@ ARGS = {
 def train_path(write, tmp_path, monkeypatch):
     """A data file; the working directory is the test's own."""
     monkeypatch.chdir(tmp_path)
-    return write("train.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS))
+    return write("train.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in EXAMPLES))
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def assert_same_bits(first, second):
 
 
 def test_whole_run(train, write, family, model_dir, log_lines):
-    eval_path = write("dev.json", ROWS[:4])
+    eval_path = write("dev.json", EXAMPLES[:4])
     args = {"eval_strategy": "steps", "eval_steps": 2, "report_to": "tensorboard"}
     out = train(args=args, eval_data_path=str(eval_path), lora_dropout=0.0)
     tokenizer_files = {"tokenizer_config.json", family.tokenizer_file}
@@ -127,7 +127,7 @@ def check_record(out, family):
     assert record["arguments"]["lora_dropout"] == 0.0
     assert record["arguments"]["max_input_length"] == 512
     assert record["training_args"]["max_steps"] == 4
-    assert record["data"]["train"]["num_rows"] == len(ROWS)
+    assert record["data"]["train"]["num_rows"] == len(EXAMPLES)
     assert {"torch", "transformers", "peft", "bitsandbytes", "python", "device"} <= record["versions"].keys()
     assert "commit" in record
     assert (out / "checkpoint-2" / "run_config.json").read_text() == (out / "run_config.json").read_text()
@@ -182,7 +182,7 @@ def test_prompt_text_reaches_the_ids_and_the_record(train, log_lines):
     assert prompt.replace(" ", "").index("百搭") < prompt.replace(" ", "").index("类型")
 
 
-def test_gradient_accumulation_gives_the_whole_batch_its_gradient(train):
+def test_gradient_accumulation_gives_the_gradient_of_the_full_batch(train):
     args = {"max_steps": 1, "save_strategy": "no", "optim": "sgd", "max_grad_norm": 1e9, "warmup_steps": 0}
     outs = []
     for batch_size, num_parts in ((8, 1), (2, 4)):
@@ -210,9 +210,9 @@ def test_the_seed_decides_everything(train):
 
 
 def test_the_evaluation_loss_is_the_mean_over_all_trained_tokens(train, write, model_dir):
-    """Rows of 1 to 40 characters: neither batches nor packing may change how much a token counts."""
-    rows = [{"content": "类型#上衣", "summary": "百搭又时尚，" * size} for size in (1, 7, 2, 5, 1)]
-    eval_path = str(write("dev.json", rows))
+    """Answers of 1 to 40 characters: neither batches nor packing may change how much a token counts."""
+    examples = [{"content": "类型#上衣", "summary": "百搭又时尚，" * size} for size in (1, 7, 2, 5, 1)]
+    eval_path = str(write("dev.json", examples))
     tokenizer, losses = open_checkpoint(model_dir).tokenizer, []
     args = {"max_steps": 1, "save_strategy": "no", "learning_rate": 0.0}
     for size, packing in ((1, True), (2, True), (2, False), (8, True)):
@@ -221,8 +221,8 @@ def test_the_evaluation_loss_is_the_mean_over_all_trained_tokens(train, write, m
         losses.append(json.loads((out / "eval_results.json").read_text())["eval_loss"])
     model = load_base_model(open_checkpoint(model_dir), load_in_4bit=True).eval()
     total, num_tokens = 0, 0
-    for row in rows:
-        prompt, answer = tokenizer.encode_prompt(row["content"], []), tokenizer.encode_answer(row["summary"])
+    for example in examples:
+        prompt, answer = tokenizer.encode_prompt(example["content"], []), tokenizer.encode_answer(example["summary"])
         labels = torch.tensor([[-100] * len(prompt) + answer])
         with torch.no_grad():
             total += model(input_ids=torch.tensor([prompt + answer]), labels=labels).loss.item() * len(answer)
@@ -255,14 +255,14 @@ def run_two_processes(write, flags):
 def test_two_processes_leave_after_a_dry_run(write, train_path, model_dir, tmp_path):
     path = write("two.json", {**ARGS, "use_cpu": True, "output_dir": str(tmp_path / "two")})
     flags = {"train_args_json": path, "train_data_path": train_path, "model_name_or_path": model_dir}
-    assert "a step: 8 rows" in run_two_processes(write, {**flags, "dry_run": True})
+    assert "per step: 8 examples" in run_two_processes(write, {**flags, "dry_run": True})
     assert not (tmp_path / "two").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])
 def test_two_processes_train_as_one_with_twice_the_batch(train, write, train_path, model_dir, tmp_path, strategy):
-    eval_path = str(write("dev.json", ROWS[:8]))
+    eval_path = str(write("dev.json", EXAMPLES[:8]))
     args = {"max_steps": 3, "save_strategy": "no", "optim": "sgd", "max_grad_norm": 1e9, "warmup_steps": 0}
     args |= {"gradient_accumulation_steps": 1, "train_sampling_strategy": strategy, "use_cpu": True}
     one = train("one", {**args, "per_device_train_batch_size": 4}, lora_dropout=0.0, eval_data_path=eval_path)
@@ -285,7 +285,7 @@ def test_shipped_and_old_files_run(train_path, write, family, model_dir, name, t
     shipped = PROJECT_DIR / (family.train_args_json if name == "shipped" else "tests/fixtures/train_args_2023.json")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR")
-    eval_path = write("dev.jsonl", json.dumps(ROWS[0]))
+    eval_path = write("dev.jsonl", json.dumps(EXAMPLES[0]))
     stage.train_qlora(
         train_args_json=str(shipped),
         model_name_or_path=str(model_dir),
@@ -309,8 +309,8 @@ def test_shipped_and_old_files_run(train_path, write, family, model_dir, name, t
     ids=["at a log", "before a checkpoint", "before that of an epoch", "at the end"],
 )
 @pytest.mark.parametrize("hides", [False, True])
-def test_weights_that_are_no_numbers_end_the_run(train, tmp_path, when, hides):
-    """Said with what to change; no checkpoint and no adapter holds them, also when the file hides NaN losses."""
+def test_nan_weights_end_the_run(train, tmp_path, when, hides):
+    """The error says what to change; no checkpoint and no adapter holds them, even if the file hides NaN losses."""
     args = {"learning_rate": 1e30, "max_grad_norm": 0, "warmup_steps": 0, "max_steps": 4, "optim": "sgd", **when}
     with pytest.raises(
         UserError, match=r"step \d: the trained weights are NaN or infinite.*learning_rate \(now 1e\+30"
@@ -335,15 +335,17 @@ def test_weights_that_are_no_numbers_end_the_run(train, tmp_path, when, hides):
     ids=str,
 )
 def test_a_resumed_run_ends_with_the_same_bits(train, write, more):
-    """7 steps of 2 x 2 rows over 15: the checkpoint lies inside the second epoch; dropout and evaluation are on."""
+    """7 steps of 2 x 2 examples over 15: the checkpoint lies in the second epoch; dropout and evaluation are on."""
     args = {"max_steps": 7, "save_steps": 5, "eval_strategy": "steps", "eval_steps": 2, **more}
-    eval_path = str(write("dev.jsonl", json.dumps(ROWS[0])))
-    whole = train("whole", args=args, eval_data_path=eval_path, lora_dropout=0.1)
-    shutil.copytree(whole / "checkpoint-5", whole.parent / "cut" / "checkpoint-5")
-    assert not torch.equal(*(next(iter(adapter_state(path).values())) for path in (whole, whole / "checkpoint-5")))
-    resumed = train("cut", args=args, eval_data_path=eval_path, lora_dropout=0.1, resume_from_checkpoint="latest")
-    assert_same_bits(whole, resumed)
-    assert logged_losses(whole) == logged_losses(resumed)
+    eval_path = str(write("dev.jsonl", json.dumps(EXAMPLES[0])))
+    complete = train("complete", args=args, eval_data_path=eval_path, lora_dropout=0.1)
+    shutil.copytree(complete / "checkpoint-5", complete.parent / "resumed" / "checkpoint-5")
+    assert not torch.equal(
+        *(next(iter(adapter_state(path).values())) for path in (complete, complete / "checkpoint-5"))
+    )
+    resumed = train("resumed", args=args, eval_data_path=eval_path, lora_dropout=0.1, resume_from_checkpoint="latest")
+    assert_same_bits(complete, resumed)
+    assert logged_losses(complete) == logged_losses(resumed)
 
 
 def logged_losses(out):
@@ -351,14 +353,14 @@ def logged_losses(out):
     return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
 
 
-def test_a_run_goes_on_with_smaller_parts_of_the_same_step(train):
-    """What the message says after running out of memory; rows, order and gradients stay."""
-    args = {"max_steps": 6, "save_steps": 3}  # of 15 rows, 4 a step: the checkpoint lies inside the first epoch
-    whole = train("whole", args=args, lora_dropout=0.0)
-    shutil.copytree(whole / "checkpoint-3", whole.parent / "cut" / "checkpoint-3")
+def test_a_run_resumes_with_smaller_batches_of_the_same_step(train):
+    """As the out-of-memory message says; examples, order and gradients stay the same."""
+    args = {"max_steps": 6, "save_steps": 3}  # of 15 examples, 4 per step: the checkpoint lies inside the first epoch
+    complete = train("complete", args=args, lora_dropout=0.0)
+    shutil.copytree(complete / "checkpoint-3", complete.parent / "resumed" / "checkpoint-3")
     parts = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
-    resumed = train("cut", args={**args, **parts}, lora_dropout=0.0, resume_from_checkpoint="latest")
-    first, second, before = map(adapter_state, (whole, resumed, whole / "checkpoint-3"))
+    resumed = train("resumed", args={**args, **parts}, lora_dropout=0.0, resume_from_checkpoint="latest")
+    first, second, before = map(adapter_state, (complete, resumed, complete / "checkpoint-3"))
     assert all((first[key] - second[key]).abs().max() < 1e-3 * (first[key] - before[key]).abs().max() for key in first)
 
 
@@ -402,7 +404,7 @@ def test_resume_into_another_run_is_refused(train, checkpoint, no_training, args
 
 @pytest.mark.parametrize("family_name", ["chatglm2-6b"])
 def test_resume_on_other_data_or_another_base_is_refused(train, checkpoint, write, no_training, tmp_path):
-    other = write("other.jsonl", json.dumps(ROWS[0]))
+    other = write("other.jsonl", json.dumps(EXAMPLES[0]))
     with pytest.raises(UserError, match="train_data_sha256"):
         train(resume_from_checkpoint=str(checkpoint), train_data_path=str(other))
     model_dir = PROJECT_DIR / "tests/fixtures/chatglm-6b/model"
@@ -411,7 +413,9 @@ def test_resume_on_other_data_or_another_base_is_refused(train, checkpoint, writ
 
 
 @pytest.mark.parametrize("family_name", ["chatglm2-6b"])
-@pytest.mark.parametrize("length", [{"max_steps": 4}, {"max_steps": -1, "num_train_epochs": 1}])  # 15 rows, 4 a step
+@pytest.mark.parametrize(
+    "length", [{"max_steps": 4}, {"max_steps": -1, "num_train_epochs": 1}]
+)  # 15 examples, 4 per step
 def test_a_finished_run_is_not_trained_further(train, length):
     """Resumed at its last step, the Trainer would take one more."""
     out = train(args=length)
@@ -437,7 +441,7 @@ def test_a_path_without_a_complete_checkpoint_is_an_error(train, checkpoint, no_
         train(resume_from_checkpoint=str(checkpoint.parent / "checkpoint-99"))
     for data in ((checkpoint / "optimizer.pt").read_bytes()[:-100], None):
         (checkpoint / "optimizer.pt").write_bytes(data) if data else (checkpoint / "optimizer.pt").unlink()
-        with pytest.raises(UserError, match=r"no complete checkpoint, optimizer.pt missing or cut"):
+        with pytest.raises(UserError, match=r"not a complete checkpoint, optimizer.pt missing or truncated"):
             train(resume_from_checkpoint=str(checkpoint))
 
 
@@ -477,7 +481,7 @@ def test_an_output_dir_in_the_home_directory_is_as_safe(train, tmp_path, monkeyp
 
 @pytest.mark.parametrize("family_name", ["chatglm2-6b"])
 def test_going_on_from_elsewhere_keeps_an_earlier_run(train, checkpoint):
-    """Also a run that goes on from another directory's checkpoint needs a free output_dir, and writes it whole."""
+    """Also a run that goes on from another directory's checkpoint needs a free output_dir, and writes all of it."""
     other = train("other", args={"max_steps": 1, "save_steps": 1})
     before = (other / "adapter_model.safetensors").read_bytes()
     with pytest.raises(UserError, match="other: output_dir holds an earlier run"):
@@ -492,7 +496,7 @@ def test_going_on_from_elsewhere_keeps_an_earlier_run(train, checkpoint):
 
 @pytest.mark.parametrize("family_name", ["chatglm2-6b"])
 @pytest.mark.parametrize("name", ["config.json", "README.md"])
-def test_what_is_no_run_is_not_replaced(train, no_training, tmp_path, name):
+def test_what_is_not_a_run_is_not_replaced(train, no_training, tmp_path, name):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("mine")
     with pytest.raises(UserError, match=rf"holds {name}, which no run of this script wrote"):
@@ -502,7 +506,7 @@ def test_what_is_no_run_is_not_replaced(train, no_training, tmp_path, name):
 
 @pytest.mark.parametrize("family_name", ["chatglm2-6b"])
 def test_results_are_those_of_the_run_that_is_there(train, write):
-    eval_path = write("dev.json", ROWS[:4])
+    eval_path = write("dev.json", EXAMPLES[:4])
     train(args={"max_steps": 1}, eval_data_path=str(eval_path))
     out = train(args={"max_steps": 1, "overwrite_output_dir": True})
     assert not (out / "eval_results.json").exists()
@@ -510,7 +514,7 @@ def test_results_are_those_of_the_run_that_is_there(train, write):
 
 
 @pytest.mark.parametrize("family_name", ["chatglm2-6b"])
-def test_the_preflight_takes_no_more_rows_than_a_batch(train, monkeypatch):
+def test_the_preflight_takes_no_more_examples_than_a_batch(train, monkeypatch):
     tokens = []
     real = preflight.make_plan
     monkeypatch.setattr(
@@ -586,7 +590,7 @@ def test_bf16_on_a_gpu_without_it_is_refused(train, no_training, monkeypatch):
             train(args=args, **flags)
 
 
-def test_a_quantised_base_is_refused(train, no_training, model_dir, family, tmp_path):
+def test_a_quantized_base_is_refused(train, no_training, model_dir, family, tmp_path):
     shutil.copytree(model_dir, tmp_path / "int4")
     config = json.loads((model_dir / "config.json").read_text())
     (tmp_path / "int4" / "config.json").write_text(json.dumps({**config, "quantization_bit": 4}))
@@ -634,7 +638,7 @@ def test_bad_input_as_a_command(write, tmp_path):
     command = [sys.executable, "train_qlora.py", "--train_data_path", str(data)]
     result = subprocess.run(command, cwd=PROJECT_DIR, capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert f"{data}:2: no 'output' in the row" in result.stderr
+    assert f"{data}:2: the example has no 'output'" in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -671,7 +675,7 @@ def test_resume_with_other_batches_is_refused(train, checkpoint, no_training):
 
 
 @pytest.mark.parametrize("family_name", ["chatglm2-6b"])
-def test_padded_batches_are_made_of_like_lengths_unless_the_file_says_otherwise(train):
+def test_padded_batches_have_similar_lengths_unless_the_file_says_otherwise(train):
     args = {"max_steps": 1, "save_strategy": "no"}
     for name, more, expected in (
         ("plain", {}, "group_by_length"),

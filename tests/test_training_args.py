@@ -1,4 +1,4 @@
-"""TrainingArguments files: today's keys, those of transformers 4.30, and every fault with its line."""
+"""TrainingArguments files: today's keys, those of transformers 4.30, and errors that name the line."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def test_2023_file_keeps_its_meaning(log_lines):
     assert args.optim == "adamw_torch"
 
 
-def test_2023_file_gives_one_warning_a_key_with_its_line(log_lines):
+def test_2023_file_logs_one_warning_per_key_with_its_line(log_lines):
     read_train_args(OLD_FILE)
     old = "overwrite_output_dir warmup_ratio logging_dir evaluation_strategy save_safetensors half_precision_backend "
     old += "group_by_length no_cuda"
@@ -103,9 +103,9 @@ def test_every_key_of_4_30_is_known(write, key):
     message = ""
     try:
         read_train_args(write("a.json", values))
-    except UserError as error:  # null is no value of most keys: the key itself is what counts here
+    except UserError as error:  # null is not valid for most keys: only the key matters here
         message = str(error)
-    assert "is no TrainingArguments key" not in message
+    assert "is not a TrainingArguments key" not in message
 
 
 def test_checkpointing_can_be_turned_off(write):
@@ -123,7 +123,7 @@ def test_tensorboard_is_on_unless_the_file_says_otherwise(write):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{\n"output_dir": "x",\n"learnig_rate": 1}', ":3: learnig_rate is no TrainingArguments key. Did you mean"),
+        ('{\n"output_dir": "x",\n"learnig_rate": 1}', ":3: learnig_rate is not a TrainingArguments key. Did you mean"),
         ('{\n"output_dir": "x",\n"eval_stratgy": 1}', "Did you mean eval_strategy?"),
         ('{"output_dir": "x",\n"learning_rate": "3e-4"}', ':2: learning_rate is "3e-4", expected float'),
         ('{"output_dir": "x",\n"per_device_train_batch_size": 4.5}', "_batch_size is 4.5, expected int"),

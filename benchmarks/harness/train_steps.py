@@ -21,7 +21,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WARM_UP_STEPS = 5  # before a rate is taken: shapes differ from batch to batch, and the allocator learns them
 KINDS = {  # key in the result file -> names of kernels; the first match counts
     "matrix products": r"nvjet|gemm|cutlass_\d|sm90_xmma|cublas",
-    "dequantisation": r"kDequantize|_decode_kernel",
+    "dequantisation": r"kDequantize|_dequantize_kernel",
     "attention": r"flash|fmha|attention",
     "loss": r"cross_entropy|softmax|nll_loss",
     "norms": r"layer_norm|rms_norm|reduce_kernel",

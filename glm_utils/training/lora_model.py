@@ -1,4 +1,4 @@
-"""The model that QLoRA trains: fresh LoRA weights on a base in 4 bit."""
+"""The model that QLoRA trains: new LoRA weights on a 4-bit base."""
 
 import os
 
@@ -13,7 +13,7 @@ from glm_utils.training.lora_matmul import use_lean_matmuls
 
 
 def check_lora_settings(rank: int, alpha: int, dropout: float) -> None:
-    """Check the numbers of `make_lora_config`.
+    """Check the numbers for `make_lora_config`.
 
     Raises:
         UserError: A value out of range.
@@ -27,13 +27,13 @@ def check_lora_settings(rank: int, alpha: int, dropout: float) -> None:
 
 
 def make_lora_config(rank: int, alpha: int, dropout: float, targets: list[str]) -> peft.LoraConfig:
-    """Check the LoRA settings.
+    """Check the LoRA settings and put them into peft's form.
 
     Args:
-        rank: Rank of the matrices.
-        alpha: The product is multiplied by alpha / rank.
-        dropout: Dropout before the matrices.
-        targets: Module names.
+        rank: Rank of A and B, 1 or more.
+        alpha: 1 or more; the update B @ A is scaled by alpha / rank.
+        dropout: Dropout before A, from 0 to below 1.
+        targets: Names of the modules to adapt.
 
     Raises:
         UserError: A value out of range.
@@ -45,23 +45,23 @@ def make_lora_config(rank: int, alpha: int, dropout: float, targets: list[str]) 
 
 
 def use_expandable_segments() -> None:
-    """Let the allocator cut its memory anew: batches differ in tokens, and the blocks of one do not fit the next."""
+    """Let the allocator resize its segments: batches differ in tokens, so blocks of one do not fit the next."""
     torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def make_lora_model(
     base: Checkpoint, compute_dtype: str, lora_config: peft.LoraConfig, training_args: TrainingArguments
 ) -> peft.PeftModel:
-    """Load the base in 4 bit and put fresh LoRA weights (fp32) on it.
+    """Load the base in 4 bit and add new LoRA weights in fp32.
 
-    The weights that stay unquantised (embedding, norms, output layer) are frozen and have the compute dtype: peft's
-    prepare_model_for_kbit_training would make them fp32 in any case, 1 GB more at 6B size. On a CPU they are fp32.
+    The weights that are not quantized (embedding, norms, output layer) are frozen and have the compute dtype: peft's
+    prepare_model_for_kbit_training would always make them fp32, 1 GB more at 6B size. On a CPU they are fp32.
 
     Args:
         base: The base model.
         compute_dtype: fp32, fp16 or bf16.
         lora_config: Settings of LoRA.
-        training_args: Their seed fixes the LoRA weights.
+        training_args: Their seed determines the initial LoRA weights.
     """
     on_gpu = training_args.device.type == "cuda"
     if on_gpu:

@@ -1,34 +1,36 @@
-"""What a training step needs of memory, and how many blocks are recomputed in the backward pass so that it fits.
+"""How much memory a training step needs, and in how many blocks activation checkpointing makes it fit.
 
-What a block keeps is counted in one forward pass over a few real rows, so the numbers hold for any LoRA target, dtype
-and attention. Recomputed are the first blocks: what the last ones keep is free again by then. The choice is made for
-each batch anew, from its tokens.
+The activations that a block saves are counted in one forward pass over a few real examples, so the numbers hold for
+any LoRA target, dtype and attention. The first blocks are the ones recomputed: by then the backward pass has freed the
+activations of the last ones. Each batch gets its own choice, from its number of tokens.
 """
 
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import peft
 import psutil
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-GRADIENT_AND_ADAM_BYTES = 12  # fp32 gradient and two fp32 moments per trained weight
-USABLE_SHARE, RESERVED_BYTES = 0.97, 200 << 20  # the rest is for the allocator's rounding and libraries' workspaces
+GRADIENT_AND_ADAM_BYTES = 12  # per trained weight: fp32 gradient and two fp32 moments
+USABLE_SHARE, RESERVED_BYTES = 0.97, 200 << 20  # room for the allocator's rounding and for libraries' workspaces
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """A model's need of memory by the tokens of a batch.
+    """The memory that a model needs for a batch, as a function of its tokens.
 
     Attributes:
         layers: The blocks, first to last.
-        fixed_bytes: Weights, gradients, optimizer state, one dequantised weight and its gradient's operand.
-        saved_bytes: Kept by one block for the backward pass, per token.
-        state_bytes: One hidden state, all that a recomputed block keeps, per token.
-        limit_bytes: What this process may use.
-        checkpointing: True: all blocks are recomputed; False: none; None: as many as it takes.
+        fixed_bytes: Weights, gradients, optimizer state, one dequantized weight and its gradient's operand.
+        saved_bytes: Activations that one block saves for the backward pass, per token.
+        state_bytes: One hidden state per token, all that a block with activation checkpointing saves.
+        limit_bytes: Memory that this process may use.
+        checkpointing: Activation checkpointing. True: in all blocks; False: in none; None: in as many as necessary.
     """
 
     layers: list[GradientCheckpointingLayer]
@@ -39,30 +41,30 @@ class MemoryPlan:
     checkpointing: bool | None
 
     def peak_bytes(self, num_tokens: int, num_recomputed: int, offloaded: bool = False) -> float:
-        """Estimate a step's peak: a block that goes backward needs what it keeps and about as much again."""
+        """Estimate the peak of a step: the block in its backward pass needs its activations about twice."""
         num_kept = max(len(self.layers) - num_recomputed, 1)
         states = 0 if offloaded else num_recomputed * self.state_bytes
         return self.fixed_bytes + num_tokens * ((num_kept + 1) * self.saved_bytes + states)
 
     def num_recomputed(self, num_tokens: int) -> int:
-        """Return how many blocks are recomputed for a batch of so many tokens."""
+        """Return how many blocks use activation checkpointing for a batch of this many tokens."""
         if self.checkpointing is not None:
             return len(self.layers) * self.checkpointing
         fitting = (n for n in range(len(self.layers)) if self.peak_bytes(num_tokens, n) <= self.limit_bytes)
         return next(fitting, len(self.layers))
 
     def is_offloaded(self, num_tokens: int) -> bool:
-        """Return whether the states between the blocks go to the host's memory: only where nothing else helps."""
+        """Return whether the hidden states between blocks are offloaded to the host, which is the last resort."""
         on_gpu = next(self.layers[0].parameters()).is_cuda
         return self.checkpointing is None and on_gpu and self.num_recomputed(num_tokens) == len(self.layers)
 
     def needed_bytes(self, num_tokens: int) -> float:
-        """Estimate the peak under this plan."""
+        """Estimate the peak of a step under this plan."""
         return self.peak_bytes(num_tokens, self.num_recomputed(num_tokens), self.is_offloaded(num_tokens))
 
     @contextlib.contextmanager
     def applied(self, num_tokens: int) -> Iterator[None]:
-        """Run a step's forward and backward pass with what this number of tokens asks for."""
+        """Run a forward and backward pass with the checkpointing and offloading that this many tokens need."""
         if self.checkpointing is None:
             num_recomputed = self.num_recomputed(num_tokens)
             for index, layer in enumerate(self.layers):
@@ -72,12 +74,12 @@ class MemoryPlan:
             yield
 
 
-def make_plan(model: nn.Module, batch: dict, checkpointing: bool | None) -> MemoryPlan:
-    """Count what a model keeps for the backward pass, and what is free.
+def make_plan(model: PreTrainedModel | peft.PeftModel, batch: dict, checkpointing: bool | None) -> MemoryPlan:
+    """Measure what a model saves for the backward pass, and the memory that it may use.
 
     Args:
-        model: The loaded model with its LoRA layers; it stays as it is.
-        batch: A few rows as the collator makes them.
+        model: The loaded model with its LoRA layers; it is not changed.
+        batch: A few examples, collated.
         checkpointing: See MemoryPlan.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -98,17 +100,17 @@ def make_plan(model: nn.Module, batch: dict, checkpointing: bool | None) -> Memo
 
 
 def count_saved_bytes(model: nn.Module, layers: list[nn.Module], batch: dict) -> int:
-    """Return the bytes that a forward pass keeps for the backward pass, weights not counted.
+    """Return the bytes that a forward pass saves for the backward pass, without the weights.
 
-    They are let go at the end of each block, as no backward pass follows: counting needs less than any step will.
+    No backward pass follows, so they are released after each block: counting needs less memory than any step.
 
     Args:
         model: The model; neither it nor the random state is changed.
         layers: Its blocks.
-        batch: Its arguments, on its device.
+        batch: Its keyword arguments, on its device.
     """
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    held: dict[int, torch.Tensor] = {}  # until the block ends, so that no other tensor gets the address
+    held: dict[int, torch.Tensor] = {}  # until the block ends, so that no other tensor gets the same address
     num_bytes = 0
 
     def count(tensor: torch.Tensor) -> None:
@@ -116,14 +118,14 @@ def count_saved_bytes(model: nn.Module, layers: list[nn.Module], batch: dict) ->
         if address not in weights:
             held.setdefault(address, tensor.detach())
 
-    def let_go(*_: object) -> None:
+    def release(*_: object) -> None:
         nonlocal num_bytes
         num_bytes += sum(tensor.untyped_storage().nbytes() for tensor in held.values())
         held.clear()
 
     was_training, ids = model.training, batch["input_ids"]
-    own_gpu = [ids.device] if ids.is_cuda else []  # by default every GPU of the host is initialised
-    hooks = [layer.register_forward_pre_hook(let_go) for layer in layers]
+    own_gpu = [ids.device] if ids.is_cuda else []  # by default fork_rng initializes every GPU of the host
+    hooks = [layer.register_forward_pre_hook(release) for layer in layers]
     try:
         with torch.random.fork_rng(own_gpu), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             loss = model.train()(**batch).loss
@@ -132,12 +134,12 @@ def count_saved_bytes(model: nn.Module, layers: list[nn.Module], batch: dict) ->
             hook.remove()
         model.train(was_training)
     del loss
-    let_go()
+    release()
     return num_bytes
 
 
 def memory_of(device: torch.device) -> tuple[int, int]:
-    """Return what this process uses of a device's memory now, and what it may use, in bytes."""
+    """Return how many bytes of a device's memory this process uses now, and how many it may use."""
     if device.type != "cuda":
         used = psutil.Process().memory_info().rss
         return used, used + psutil.virtual_memory().available

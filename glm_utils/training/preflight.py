@@ -1,4 +1,4 @@
-"""What a run will take, said before it starts: weights that train, tokens and steps, memory against what is free."""
+"""What a run needs, reported before it starts: trained weights, tokens and steps, memory and how much is available."""
 
 import contextlib
 import functools
@@ -18,11 +18,11 @@ from glm_utils.training.memory_plan import MemoryPlan, make_plan
 from glm_utils.training.settings import TrainingSettings, examples_per_step, num_steps
 
 GIB = 1 << 30
-NUM_PLAN_EXAMPLES = 4  # whose memory is measured
+NUM_PLAN_EXAMPLES = 4  # in the batch that is measured
 
 
 def plan_run(settings: TrainingSettings, model: peft.PeftModel, encoded: EncodedExamples) -> MemoryPlan:
-    """Measure what a batch needs, and log it with the weights, tokens and steps of the run.
+    """Measure the memory that a batch needs, and log it with the weights, tokens and steps of the run.
 
     Args:
         settings: The run's settings.
@@ -31,75 +31,75 @@ def plan_run(settings: TrainingSettings, model: peft.PeftModel, encoded: Encoded
     """
     training_args = settings.training_args
     num_examples = min(NUM_PLAN_EXAMPLES, training_args.train_batch_size, len(encoded.dataset))
-    sample = settings.collator([encoded.dataset[index] for index in range(num_examples)])
+    batch: dict = settings.collator([encoded.dataset[index] for index in range(num_examples)])
     advice = functools.partial(memory_advice, training_args)
-    with memory_explained("the preflight", sample["input_ids"].numel(), advice):
-        plan = make_plan(model, sample, settings.args_file.checkpointing)
+    with memory_explained("the preflight", batch["input_ids"].numel(), advice):
+        plan = make_plan(model, batch, settings.args_file.checkpointing)
     report_run(model, plan, encoded.dataset["length"], training_args, settings.packing)
     return plan
 
 
 def batch_tokens(lengths: Sequence[int], batch_size: int, packing: bool, group_size: int | None = None) -> np.ndarray:
-    """Return the tokens that each batch of one shuffled epoch computes, padding included.
+    """Return the number of tokens in each batch of one shuffled epoch, padding included.
 
     Args:
-        lengths: Tokens of each row.
-        batch_size: Rows of a batch.
-        packing: Whether rows are laid end to end, else padded to the longest of the batch.
-        group_size: Rows that the Trainer groups by length; None: it takes rows at random.
+        lengths: Tokens per example.
+        batch_size: Examples per batch.
+        packing: Whether a batch is packed; if not, it is padded to its longest example.
+        group_size: Examples that the Trainer groups by length; None: the order is random.
     """
-    generator, lengths = torch.Generator().manual_seed(0), np.asarray(lengths)
+    generator = torch.Generator().manual_seed(0)
     if group_size:
-        order = get_length_grouped_indices(lengths.tolist(), group_size, generator=generator)
+        order = get_length_grouped_indices(list(lengths), group_size, generator=generator)
     else:
         order = torch.randperm(len(lengths), generator=generator).numpy()
-    batches = np.split(lengths[order], range(batch_size, len(lengths), batch_size))
+    batches = np.split(np.asarray(lengths)[order], range(batch_size, len(lengths), batch_size))
     return np.array([batch.sum() if packing else batch.max() * len(batch) for batch in batches])
 
 
 def report_run(
     model: peft.PeftModel, plan: MemoryPlan, lengths: Sequence[int], training_args: TrainingArguments, packing: bool
 ) -> None:
-    """Log what the run will take; warn where its largest batch may not fit.
+    """Log what the run needs; warn if its largest batch may not fit.
 
     Args:
         model: The LoRA model.
         plan: Its memory plan.
-        lengths: Tokens of each training row.
+        lengths: Tokens per training example.
         training_args: The run's settings.
-        packing: Whether rows are laid end to end.
+        packing: Whether batches are packed.
     """
     trained, total = model.get_nb_trainable_parameters()
     targets = ", ".join(sorted(model.active_peft_config.target_modules))
-    logger.info(f"LoRA on {targets}: {trained:,} of {total:,} weights train")
-    num_rows, batch_size = examples_per_step(training_args), training_args.train_batch_size
+    logger.info(f"LoRA on {targets}: {trained:,} of {total:,} weights are trained")
+    num_examples, batch_size = examples_per_step(training_args), training_args.train_batch_size
     grouped = training_args.train_sampling_strategy == "group_by_length"
-    tokens = batch_tokens(lengths, batch_size, packing, num_rows if grouped else None)
+    tokens = batch_tokens(lengths, batch_size, packing, num_examples if grouped else None)
     logger.info(
-        f"a step: {num_rows:,} rows, about {tokens.mean() * num_rows / batch_size:,.0f} tokens "
-        f"({'no' if packing else 'with'} padding); a batch: {tokens.mean():,.0f} tokens, {tokens.max():,} at most; "
+        f"per step: {num_examples:,} examples, about {tokens.mean() * num_examples / batch_size:,.0f} tokens "
+        f"({'no' if packing else 'with'} padding); per batch: {tokens.mean():,.0f} tokens, {tokens.max():,} at most; "
         f"{num_steps(len(lengths), training_args):,} steps"
     )
     largest = int(tokens.max())
     needed, recomputed = plan.needed_bytes(largest), plan.num_recomputed(largest)
-    states = ", their inputs on the host" if plan.is_offloaded(largest) else ""
+    offloading = ", their inputs are offloaded to the host" if plan.is_offloaded(largest) else ""
     logger.info(
-        f"memory: about {needed / GIB:.1f} GiB of {plan.limit_bytes / GIB:.1f} for the largest batch, {recomputed} of "
-        f"{len(plan.layers)} blocks recomputed in the backward pass{states}"
+        f"memory: about {needed / GIB:.1f} GiB of {plan.limit_bytes / GIB:.1f} for the largest batch, activation "
+        f"checkpointing in {recomputed} of {len(plan.layers)} blocks{offloading}"
     )
     if needed > plan.limit_bytes:
         logger.warning(f"the largest batch may not fit. {memory_advice(training_args)}")
 
 
 def memory_advice(training_args: TrainingArguments) -> str:
-    """Return the settings that lower a step's memory."""
+    """Say which settings lower the memory of a step."""
     size, parts = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps
     checkpointing = getattr(training_args, "activation_checkpointing", training_args.gradient_checkpointing)
     advice = []
     if size > 1:
         advice.append(
             f"halve per_device_train_batch_size (now {size}) and double gradient_accumulation_steps (now {parts}), "
-            "which trains the same"
+            "which gives the same training"
         )
     if not checkpointing:
         advice.append("delete gradient_checkpointing false from the JSON file")
@@ -109,24 +109,24 @@ def memory_advice(training_args: TrainingArguments) -> str:
 
 @contextlib.contextmanager
 def memory_explained(where: str, num_tokens: int, advice: Callable[[], str]) -> Iterator[None]:
-    """Say what to change when memory runs out.
+    """Turn an out-of-memory error into one that says what to change.
 
     Args:
-        where: What is done meanwhile, in words.
+        where: What the block does, for the message, e.g. step 3.
         num_tokens: Tokens of its batch.
         advice: Returns the settings to change.
 
     Raises:
-        UserError: The memory of the GPU or of the computer did not suffice.
+        UserError: The GPU or the host ran out of memory.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        used = f"{torch.cuda.max_memory_allocated() / GIB:.1f} GiB" if torch.cuda.is_available() else "all there is"
+        used = f"{torch.cuda.max_memory_allocated() / GIB:.1f} GiB" if torch.cuda.is_available() else "all memory"
         raise UserError(
             f"out of memory in {where} on a batch of {num_tokens:,} tokens, {used} in use. {advice()}. Checkpoints "
-            "written so far are whole: --resume_from_checkpoint latest goes on from the last one, also with other "
-            "batch sizes as long as a step has as many rows"
+            "written so far are complete: --resume_from_checkpoint latest continues from the last one, also with "
+            "another batch size, as long as the number of examples per step stays the same"
         ) from error

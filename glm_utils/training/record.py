@@ -1,4 +1,4 @@
-"""What a training run leaves beside its weights: run_config.json, which the next stage reads and resume compares."""
+"""run_config.json of a training run: a merge reads it, a resumed run compares itself with it."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,13 +19,13 @@ class TrainingRecord:
 
     Attributes:
         stage: Name of the script.
-        arguments: Its flags as resolved.
+        arguments: Its flags, resolved.
         base: Name and family of the base model.
-        identity: What a resumed run must share.
+        identity: Settings that a resumed run must share.
         training_args: The resolved TrainingArguments.
-        data: Counts of examples and tokens, by use.
-        versions: Of Python, the packages and the device.
-        commit: Of this project.
+        data: Counts of examples and tokens, under "train" and, optionally, "eval".
+        versions: Versions of Python and the packages, and the name of the device.
+        commit: Commit of this project; None outside a git repository.
     """
 
     stage: str
@@ -50,11 +50,11 @@ class TrainingRecord:
 
 
 def make_record(settings: TrainingSettings, encoded: dict[str, EncodedExamples]) -> TrainingRecord:
-    """Record a run.
+    """Make the record of a run.
 
     Args:
         settings: The run's settings.
-        encoded: Its encoded examples, by use.
+        encoded: Its encoded examples, under "train" and, optionally, "eval".
     """
     paths = {f"{name}_data_path": str(path) for name, path in settings.data_paths.items()}
     return TrainingRecord(
@@ -68,9 +68,9 @@ def make_record(settings: TrainingSettings, encoded: dict[str, EncodedExamples])
 
 
 def begin_run(settings: TrainingSettings, record: TrainingRecord, checkpoint: Path | None) -> None:
-    """Write run_config.json; what an earlier run left is deleted unless this one resumes from it.
+    """Write run_config.json; delete an earlier run's output unless this run resumes from it.
 
-    Called when the first step is due, as a setting that the Trainer refuses must not cost the earlier run.
+    It is called when the first step is due, so that a setting that the Trainer refuses does not cost the earlier run.
     """
     if settings.training_args.process_index != 0:
         return

@@ -1,4 +1,4 @@
-"""What a training run says while it goes on: losses, speed and time left, and when its weights are numbers no more."""
+"""What a training run logs: losses, speed and time left; it ends with an error when its weights become NaN."""
 
 import datetime
 import functools
@@ -16,53 +16,53 @@ from transformers import ProgressCallback, TrainerCallback, TrainerState, Traini
 from glm_utils.cli import UserError
 from glm_utils.run_record import RUN_CONFIG_NAME
 
-NUM_TIMED_STEPS = 10  # before the time of an epoch is told
+NUM_TIMED_STEPS = 10  # after the first one, before the time per epoch is logged
 
 
 def clock() -> float:
-    """Return seconds, once the GPU has done what it was given."""
+    """Return the time in seconds, once the GPU has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.monotonic()
 
 
 def check_trained_weights(args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
-    """Refuse to go on with weights that are no numbers any more.
+    """Refuse to continue with trained weights that are NaN or infinite.
 
     Args:
-        args: Named in the error.
-        state: The run's.
-        model: Its trained weights are on one device.
+        args: The run's settings, for the message.
+        state: The Trainer's state.
+        model: The model; its trained weights are on one device.
 
     Raises:
-        UserError: NaN or an infinite number in a trained weight.
+        UserError: A trained weight is NaN or infinite.
     """
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     if torch.stack([weight.detach().isfinite().all() for weight in trained]).all():
         return
     raise UserError(
-        f"step {state.global_step}: the trained weights are NaN or infinite, nothing mends that. Lower learning_rate "
-        f"(now {args.learning_rate:g}) or max_grad_norm (now {args.max_grad_norm:g}), or train in bf16 or fp32; what "
-        f"{args.output_dir} holds is from before"
+        f"step {state.global_step}: the trained weights are NaN or infinite and cannot recover. Lower learning_rate "
+        f"(now {args.learning_rate:g}) or max_grad_norm (now {args.max_grad_norm:g}), or train in bf16 or fp32. The "
+        f"files in {args.output_dir} are from earlier steps"
     )
 
 
 class QuietProgress(ProgressCallback):
-    """The Trainer's progress bar without its own line for each report."""
+    """The Trainer's progress bar without its own line per report."""
 
     def on_log(self, args, state, control, **kwargs) -> None:
-        """Leave the report to RunCallback."""
+        """Do nothing: RunCallback logs the report."""
 
 
 class RunCallback(TrainerCallback):
-    """Log losses and the time left, and keep the run's settings in every checkpoint.
+    """Log losses and the time left, and copy run_config.json into every checkpoint.
 
     Args:
-        begin: Called once, when optimizer and schedule are made and the first step is due.
+        begin: Called once, when optimizer and schedule exist and the first step is due.
     """
 
     def __init__(self, begin: Callable[[], None]):
-        self.begin = functools.cache(begin)  # auto_find_batch_size begins more than once
+        self.begin = functools.cache(begin)  # with auto_find_batch_size training begins more than once
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control, **kwargs) -> None:
         """Start the clock."""
@@ -73,7 +73,7 @@ class RunCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control, train_dataloader=None, **kwargs
     ) -> None:
-        """Start the clock again after the first step, which warms up; tell how long an epoch takes ten steps later."""
+        """Restart the clock after the first step, which is a warm-up; log the time per epoch ten steps later."""
         num_done = state.global_step - self.first_step
         if num_done == 1 and state.global_step < state.max_steps:
             self.warm_seconds, self.warm_tokens = clock(), state.num_input_tokens_seen
@@ -81,20 +81,20 @@ class RunCallback(TrainerCallback):
             seconds = (clock() - self.warm_seconds) / NUM_TIMED_STEPS
             num_steps = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
             logger.info(
-                f"{seconds:.3f} s a step, {self.tokens_per_second(state):,.0f} tokens a second, "
-                f"{datetime.timedelta(seconds=round(seconds * num_steps))} an epoch of {num_steps:,} steps"
+                f"{seconds:.3f} s per step, {self.tokens_per_second(state):,.0f} tokens/s, "
+                f"{datetime.timedelta(seconds=round(seconds * num_steps))} per epoch of {num_steps:,} steps"
             )
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control, model=None, **kwargs) -> None:
-        """Look at the weights that will be kept."""
+        """Check the weights that will be saved."""
         check_trained_weights(args, state, model)
 
     def tokens_per_second(self, state: TrainerState) -> float:
-        """Return the rate since the first step, evaluations and checkpoints included, padding not."""
+        """Return the rate since the first step; evaluations and checkpoints take time, padding does not count."""
         return (state.num_input_tokens_seen - self.warm_tokens) / (clock() - self.warm_seconds)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control, logs=None, **kwargs) -> None:
-        """Log one line for each report of the Trainer."""
+        """Log one line per report of the Trainer."""
         if not state.is_world_process_zero or not logs:
             return
         numbers = [
@@ -109,7 +109,7 @@ class RunCallback(TrainerCallback):
         logger.info(f"step {state.global_step}/{state.max_steps}: {', '.join(numbers)}")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control, **kwargs) -> None:
-        """Copy run_config.json into the checkpoint, where resume compares it."""
+        """Copy run_config.json into the checkpoint: a resumed run compares itself with it."""
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and checkpoint.is_dir():
             shutil.copyfile(Path(args.output_dir) / RUN_CONFIG_NAME, checkpoint / RUN_CONFIG_NAME)

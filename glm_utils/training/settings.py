@@ -1,4 +1,4 @@
-"""Resolve and check what a training run is told, before its model is loaded: flags, JSON file, base, data."""
+"""Resolve and check the settings of a training run before its model is loaded: flags, JSON file, base, data."""
 
 import math
 from dataclasses import dataclass
@@ -22,26 +22,28 @@ from glm_utils.training.training_args import TrainArgsFile, read_train_args
 
 DEFAULT_SEED = 42
 SAMPLE_TRAIN_PATH, SAMPLE_EVAL_PATH = "data/train.jsonl", "data/dev.jsonl"
-IDENTITY_ARGUMENTS = ("lora_rank", "lora_alpha", "lora_dropout", "max_input_length", "max_output_length")
-IDENTITY_ARGUMENTS += ("prompt_text", "compute_dtype", "packing")
+IDENTITY_ARGUMENTS = (
+    *("lora_rank", "lora_alpha", "lora_dropout"),
+    *("max_input_length", "max_output_length", "prompt_text", "compute_dtype", "packing"),
+)
 IDENTITY_TRAINING_ARGS = ("seed", "data_seed", "dataloader_drop_last", "train_sampling_strategy")
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """What a run is told, resolved and checked.
+    """The settings of a run, resolved and checked.
 
     Attributes:
         arguments: The script's flags by name, with compute_dtype resolved.
         base: The base model.
-        data_paths: Data files by use, "train" and perhaps "eval".
-        examples: Their examples, by use.
-        limits: Longest prompt and answer, text in front of each question.
+        data_paths: Data files under "train" and, optionally, "eval".
+        examples: Their examples under the same keys.
+        limits: Limits of the prompt and the answer.
         lora_config: Settings of LoRA.
         compute_dtype: fp32, fp16 or bf16.
         packing: Whether the examples of a batch are packed into one sequence instead of padded.
         args_file: The TrainingArguments file.
-        training_args: What it says, completed.
+        training_args: The TrainingArguments made from it.
     """
 
     arguments: dict
@@ -57,29 +59,29 @@ class TrainingSettings:
 
     @property
     def output_dir(self) -> Path:
-        """Where the run writes."""
+        """Directory that the run writes to."""
         return Path(self.training_args.output_dir)
 
     @property
     def resume_from(self) -> str | bool | None:
-        """What the flag, or else the JSON file, says of resuming."""
+        """The checkpoint to resume from, by the flag or else by the JSON file; see `find_checkpoint` in resume.py."""
         return self.arguments["resume_from_checkpoint"] or self.training_args.resume_from_checkpoint
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Optimizer steps of the run, those before a checkpoint included."""
         return num_steps(len(self.examples["train"]), self.training_args)
 
     @cached_property
     def collator(self) -> Collator | PackingCollator:
-        """What makes batches of encoded examples."""
+        """Turns encoded examples into batches."""
         if self.packing:
             return PackingCollator()
         return Collator(self.base.tokenizer.pad_token_id, self.base.family.padding_side)
 
     @cached_property
     def identity(self) -> dict:
-        """What a resumed run must share: it fixes the weights' shapes, the data order and the random numbers."""
+        """Settings that a resumed run must share: they fix the weights' shapes, the data order and the randomness."""
         return {
             "base_fingerprint": self.base.fingerprint,
             "lora_targets": sorted(self.lora_config.target_modules),
@@ -91,13 +93,13 @@ class TrainingSettings:
 
 
 def resolve_settings(arguments: dict) -> TrainingSettings:
-    """Resolve the flags of train_qlora.py; what can be wrong without the base is checked before it is downloaded.
+    """Resolve the flags of train_qlora.py; all that can be checked without the base is checked before its download.
 
     Args:
         arguments: The flags by name.
 
     Raises:
-        UserError: The first thing that is wrong, with the remedy.
+        UserError: A flag, the JSON file, the data or the base is wrong.
     """
     flags = SimpleNamespace(**arguments)
     limits = EncodingLimits(flags.max_input_length, flags.max_output_length, flags.prompt_text)
@@ -125,24 +127,24 @@ def resolve_settings(arguments: dict) -> TrainingSettings:
 
 
 def find_data(train_data_path: str | None, eval_data_path: str | None) -> dict[str, Path]:
-    """Return the data files by use; without a training file the project's sample is used for what is not given."""
+    """Return the data files under "train" and, optionally, "eval"; without a training file, the project's samples."""
     if train_data_path is None:
-        logger.info(f"no --train_data_path: the project's sample {SAMPLE_TRAIN_PATH} is used")
+        logger.info(f"no --train_data_path: using the project's sample {SAMPLE_TRAIN_PATH}")
         train_data_path, eval_data_path = SAMPLE_TRAIN_PATH, eval_data_path or SAMPLE_EVAL_PATH
     given = {"train": train_data_path, "eval": eval_data_path}
     return {name: project_path(path) for name, path in given.items() if path}
 
 
 def examples_per_step(training_args: TrainingArguments) -> int:
-    """Return how many examples an optimizer step takes, on all GPUs together."""
+    """Return the examples per optimizer step, on all GPUs together."""
     return training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
 
 
 def num_steps(num_examples: int, training_args: TrainingArguments) -> int:
-    """Return the optimizer steps of a run, as the Trainer counts them.
+    """Return the number of optimizer steps of a run, as the Trainer counts them.
 
     Raises:
-        UserError: The examples do not fill a batch, and dataloader_drop_last drops it.
+        UserError: dataloader_drop_last drops the only batch, as it is not full.
     """
     batch_size = training_args.per_device_train_batch_size * training_args.world_size
     drop_last = training_args.dataloader_drop_last
@@ -165,7 +167,7 @@ def uses_gpu(args_file: TrainArgsFile) -> bool:
 
 
 def resolve_compute_dtype(compute_dtype: str, args_file: TrainArgsFile) -> str:
-    """Return what auto stands for: the file's fp16 or bf16, else bf16 on a GPU that has it, else fp32.
+    """Resolve auto: the file's fp16 or bf16, else bf16 on a GPU that supports it, else fp32.
 
     Args:
         compute_dtype: auto, fp32, fp16 or bf16.
@@ -186,21 +188,21 @@ def make_training_args(
     """Build the TrainingArguments of a run.
 
     On a GPU fp16 turns on mixed precision, for its loss scaling. With bf16 all frozen weights are bf16 already and the
-    LoRA products cast by themselves, so autocast would only add casts and is left off. On a CPU either changes the
-    4-bit products only.
+    LoRA matmuls cast by themselves, so autocast would only add casts and stays off. On a CPU either affects only the
+    4-bit matmuls.
 
     Args:
         args_file: The checked JSON file.
-        seed: Wins over the file's seed; None: the file's, else 42.
+        seed: Overrides the file's seed; None: the file's, else 42.
         compute_dtype: fp32, fp16 or bf16.
         has_eval: Whether there is evaluation data.
-        packing: Whether rows are laid end to end. Else batches are made of rows of like length.
+        packing: Whether batches are packed; if not, they are made of examples of similar length.
 
     Raises:
         UserError: Settings that contradict each other or the hardware.
     """
-    values, overrides = args_file.values, {}
-    on_gpu = uses_gpu(args_file)
+    values, on_gpu = args_file.values, uses_gpu(args_file)
+    overrides: dict[str, object] = {}
     for dtype, other in (("fp16", "bf16"), ("bf16", "fp16")):
         if values.get(other) and compute_dtype == dtype:
             raise UserError(f"--compute_dtype {dtype} contradicts {other} in {args_file.path}. Give one of them")
@@ -221,8 +223,8 @@ def make_training_args(
         raise UserError(f"{args_file.path}: eval_strategy asks for evaluation. Give --eval_data_path, or set it to no")
     if packing and values.get("neftune_noise_alpha"):
         raise UserError(
-            f"{args_file.path}: neftune_noise_alpha scales its noise by the length of a row, and a packed batch is "
-            "one long row. Give --packing=false, or delete the line"
+            f"{args_file.path}: neftune_noise_alpha scales its noise by the length of a sequence, and a packed batch "
+            "is one long sequence. Give --packing=false, or delete the line"
         )
     if not packing and "train_sampling_strategy" not in values:
         overrides["train_sampling_strategy"] = "group_by_length"

@@ -18,9 +18,9 @@ from glm_utils.training.settings import TrainingSettings, examples_per_step
 
 
 class LengthGroups(LengthGroupedSampler):
-    """Rows of like length together, in an order that follows from the seed and the epoch.
+    """Group examples of similar length, in an order that depends only on the seed and the epoch.
 
-    The Trainer's own order follows from the random state where the epoch begins, which a resumed run does not have.
+    The Trainer's own order depends on the random state at the start of the epoch, which a resumed run does not have.
     """
 
     def __init__(self, trainer: Trainer):
@@ -28,7 +28,7 @@ class LengthGroups(LengthGroupedSampler):
         self.trainer = trainer
 
     def __iter__(self) -> Iterator[int]:
-        """Yield the rows of an epoch."""
+        """Yield the indices of an epoch's examples."""
         args, epoch = self.trainer.args, int(self.trainer.state.epoch or 0)
         self.generator = torch.Generator().manual_seed(
             epoch + (args.seed if args.data_seed is None else args.data_seed)
@@ -37,12 +37,14 @@ class LengthGroups(LengthGroupedSampler):
 
 
 class LoraTrainer(Trainer):
-    """Run each batch under the memory plan, and weigh and count tokens, of packed batches without a wait for the GPU.
+    """Run each batch under the memory plan; count tokens, and average evaluation losses over tokens.
+
+    For packed batches neither waits for the GPU.
 
     Attributes:
-        plan: Set by make_trainer, as is run_log.
-        run_log: Logs the run and knows its speed.
-        eval_sums: Summed loss and number of trained tokens of an evaluation, on this process.
+        plan: The memory plan, set by make_trainer.
+        run_log: Logs the run and measures its speed, set by make_trainer.
+        eval_sums: Summed loss and number of trained tokens of an evaluation, in this process.
     """
 
     plan: MemoryPlan
@@ -50,37 +52,37 @@ class LoraTrainer(Trainer):
     eval_sums: torch.Tensor
 
     def _get_train_sampler(self, train_dataset=None):
-        """Return the order of the rows."""
+        """Return the sampler that orders the examples."""
         grouped = self.args.train_sampling_strategy == "group_by_length"
         return LengthGroups(self) if grouped else super()._get_train_sampler(train_dataset)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Run forward and backward of one batch.
+        """Run the forward and backward pass of one batch.
 
         Raises:
-            UserError: The device's memory does not suffice.
+            UserError: The device runs out of memory.
         """
         num_tokens = inputs["input_ids"].numel()
-        if self.args.include_num_input_tokens_seen == "no":  # else the Trainer counts
+        if self.args.include_num_input_tokens_seen == "no":  # otherwise the Trainer counts
             num_real = int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else num_tokens
-            self.state.num_input_tokens_seen += num_real * self.args.world_size  # ranks see alike
+            self.state.num_input_tokens_seen += num_real * self.args.world_size  # ranks have similar batches
         advice = functools.partial(memory_advice, self.args)
-        explained = memory_explained(f"step {self.state.global_step + 1}", num_tokens, advice)
-        if self.args.auto_find_batch_size:
-            explained = contextlib.nullcontext()  # the Trainer begins again with smaller batches
+        explained: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if not self.args.auto_find_batch_size:  # with it the Trainer catches the error and tries smaller batches
+            explained = memory_explained(f"step {self.state.global_step + 1}", num_tokens, advice)
         with explained, self.plan.applied(num_tokens):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
-        """Log, evaluate and save what is due at this step or end of an epoch, unless the weights are NaN."""
+        """Log, evaluate and save if that is due, but not with weights that are NaN."""
         if self.control.should_log or self.control.should_save:
             check_trained_weights(self.args, self.state, self.model)
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        """Evaluate, and report the loss as the mean over all trained tokens, whatever the batches.
+        """Evaluate, and report the loss as the mean over all trained tokens, independent of the batches.
 
-        On several GPUs the rows that fill up the last batches count twice.
+        On several GPUs the examples that fill up the last batches count twice.
         """
         self.eval_sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -89,10 +91,10 @@ class LoraTrainer(Trainer):
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Return the mean loss of one batch, and add its sum to those of the evaluation.
+        """Return the mean loss of one batch, and add its sum to the evaluation's.
 
         Raises:
-            UserError: The device's memory does not suffice.
+            UserError: The device runs out of memory.
         """
         inputs = self._prepare_inputs(inputs)
         num_tokens = inputs["loss_positions"].numel()
@@ -105,7 +107,7 @@ class LoraTrainer(Trainer):
         return loss, None, None
 
     def end_processes(self) -> None:
-        """Leave the group of training processes; without several of them nothing happens.
+        """Leave the process group; with a single process nothing happens.
 
         The group's threads end with its last reference, which the DDP wrapper holds. A thread that outlives the
         interpreter aborts the process, and torchrun then stops the others, perhaps before the adapter is written.
@@ -116,7 +118,7 @@ class LoraTrainer(Trainer):
 
 
 def leave_process_group() -> None:
-    """Destroy the group of training processes, if there is one."""
+    """Destroy the process group, if there is one."""
     PartialState().destroy_process_group()
 
 

@@ -1,6 +1,6 @@
-"""Read a TrainingArguments JSON file, also one written for transformers 4.30, and check it before anything runs.
+"""Read and check a TrainingArguments JSON file before anything runs, including one written for transformers 4.30.
 
-Old keys keep their meaning and give one warning line each; unknown keys and wrong types are errors.
+Old keys keep their meaning and log one warning each; unknown keys and wrong types are errors.
 Source: transformers 4.30 and 5.23, `TrainingArguments`.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from loguru import logger
 from transformers import TrainingArguments
 
-from glm_utils.cli import UserError, describe, nearest, union_members
+from glm_utils.cli import UserError, nearest, type_in_words, union_members
 from glm_utils.files import parse_json_object, read_text
 
 RENAMED_KEYS: dict[str, tuple[str, Callable | None]] = {
@@ -32,17 +32,15 @@ RENAMED_KEYS: dict[str, tuple[str, Callable | None]] = {
 DROPPED_KEYS = {
     "save_safetensors": "adapters and checkpoints are always safetensors",
     **dict.fromkeys(("half_precision_backend", "fp16_backend", "fp16_opt_level"), "torch's own autocast is used"),
-    **dict.fromkeys(
-        ("tpu_num_cores", "tpu_metrics_debug", "mp_parameters", "ray_scope"), "that is not supported here"
-    ),
+    **dict.fromkeys(("tpu_num_cores", "tpu_metrics_debug", "mp_parameters", "ray_scope"), "it is not supported here"),
     **dict.fromkeys(("use_mps_device", "use_ipex", "xpu_backend"), "the device is found without it"),
     **dict.fromkeys(("jit_mode_eval", "past_index", "use_legacy_prediction_loop"), "evaluation does not use it"),
     "push_to_hub_organization": "hub_model_id holds it",
 }
-REFUSED_KEYS = {  # of transformers, which would take them and spoil the result without a word
+REFUSED_KEYS = {  # transformers would accept these and silently spoil the result
     "label_smoothing_factor": "the Trainer would compare each position with its own token, not with the next one",
     **dict.fromkeys(("fp16_full_eval", "bf16_full_eval"), "the LoRA weights would be rounded before they are saved"),
-    "use_liger_kernel": "it knows no ChatGLM; fused operations are in use without it",
+    "use_liger_kernel": "it does not support ChatGLM; fused kernels are used without it",
 }
 KEPT_KEYS = {"overwrite_output_dir": bool, "logging_dir": str | None}
 PROJECT_DEFAULTS = {
@@ -62,9 +60,9 @@ class TrainArgsFile:
     Attributes:
         path: The file.
         values: Keyword arguments for today's TrainingArguments.
-        overwrite_output_dir: An earlier run in output_dir may be replaced (a key of transformers 4.30).
+        overwrite_output_dir: Whether an earlier run in output_dir may be replaced (a key of transformers 4.30).
         logging_dir: Directory of the TensorBoard files (likewise); None: <output_dir>/runs.
-        checkpointing: Whether the file turns the checkpointing of activations on or off; None: it does not say.
+        checkpointing: Whether the file turns activation checkpointing on or off; None: it does not say.
     """
 
     path: Path
@@ -77,7 +75,7 @@ class TrainArgsFile:
         """Make the TrainingArguments.
 
         Args:
-            **overrides: Values that win over the file's.
+            **overrides: Values that replace the file's.
 
         Raises:
             UserError: Settings that contradict each other.
@@ -92,7 +90,7 @@ class TrainArgsFile:
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """A JSON file and its text, to name the line of a key."""
+    """A JSON file and its text, to find the line of a key."""
 
     path: Path
     text: str
@@ -106,11 +104,8 @@ class _Source:
 def read_train_args(path: Path) -> TrainArgsFile:
     """Read, translate and check a TrainingArguments JSON file.
 
-    Args:
-        path: The JSON file.
-
     Raises:
-        UserError: A missing or broken file, an unknown or refused key, or a value of a wrong type, with its line.
+        UserError: A missing or broken file, an unknown or refused key, a value of the wrong type, or no output_dir.
     """
     source, values = _read_source(path)
     annotations = typing.get_type_hints(TrainingArguments)
@@ -119,7 +114,7 @@ def read_train_args(path: Path) -> TrainArgsFile:
     for key, value in values.items():
         if key not in known:
             hint = nearest(key, [*known, *RENAMED_KEYS, *KEPT_KEYS, "warmup_ratio"], "keys")
-            raise UserError(f"{source.at(key)} is no TrainingArguments key. {hint}")
+            raise UserError(f"{source.at(key)} is not a TrainingArguments key. {hint}")
         _check_type(source, key, value, annotations[key])
         if value and key in REFUSED_KEYS:
             raise UserError(f"{source.at(key)} is not supported: {REFUSED_KEYS[key]}. Delete the line")
@@ -131,7 +126,7 @@ def read_train_args(path: Path) -> TrainArgsFile:
 
 
 def _read_source(path: Path) -> tuple[_Source, dict]:
-    """Return the text and the parsed object of a JSON file."""
+    """Read a JSON file; return its text and its parsed object."""
 
     def unique(pairs: list[tuple[str, object]]) -> dict:
         keys = [key for key, _ in pairs]
@@ -145,7 +140,7 @@ def _read_source(path: Path) -> tuple[_Source, dict]:
 
 
 def _translate(source: _Source, values: dict, known: set[str]) -> dict:
-    """Turn the keys of transformers 4.30 into today's in place, one warning each; return the kept ones."""
+    """Translate the keys of transformers 4.30 in place, one warning each; return TrainArgsFile's other fields."""
     options: dict = {}
     for key in [key for key in values if key not in known]:
         where = source.at(key)
@@ -160,7 +155,7 @@ def _translate(source: _Source, values: dict, known: set[str]) -> dict:
             ratio = values.pop(key)
             if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
                 raise UserError(f"{where} is {json.dumps(ratio)}, expected a number from 0 to 1")
-            # as before, warmup_steps above 0 wins; a ratio of 1 would now be read as one step, so stay below
+            # as before, warmup_steps above 0 wins; a ratio of 1 would now mean one step, so stay below
             values["warmup_steps"] = values.get("warmup_steps") or min(ratio, 1 - 1e-9)
             logger.warning(f"{where} is now warmup_steps, a ratio if below 1: taken as {values['warmup_steps']}")
         elif key == "adafactor":
@@ -169,19 +164,19 @@ def _translate(source: _Source, values: dict, known: set[str]) -> dict:
         elif key in KEPT_KEYS:
             options[key] = values.pop(key)
             _check_type(source, key, options[key], KEPT_KEYS[key])
-            logger.warning(f"{where} is gone from transformers; kept here: {json.dumps(options[key])}")
+            logger.warning(f"{where} was removed from transformers; it still works here: {json.dumps(options[key])}")
         elif key in DROPPED_KEYS:
             values.pop(key)
-            logger.warning(f"{where} is gone and has no effect: {DROPPED_KEYS[key]}. Delete the line")
+            logger.warning(f"{where} was removed and has no effect: {DROPPED_KEYS[key]}. Delete the line")
     if values.get("optim") == "adamw_hf":
         values["optim"] = "adamw_torch"
-        logger.warning(f"{source.at('optim')} adamw_hf is gone: taken as adamw_torch, the same method")
+        logger.warning(f"{source.at('optim')} adamw_hf was removed: taken as adamw_torch, the same method")
     options["checkpointing"] = _rename_checkpointing(source, values, known)
     return options
 
 
 def _rename_checkpointing(source: _Source, values: dict, known: set[str]) -> bool | None:
-    """Use the name that the installed transformers has; without a word it is on, for as many blocks as it takes."""
+    """Rename to the installed transformers' key, on by default; return what the file says, None if nothing."""
     new, old = sorted(("activation_checkpointing", "gradient_checkpointing"), key=lambda name: name not in known)
     for suffix in ("", "_kwargs"):
         if old + suffix in values:
@@ -194,10 +189,10 @@ def _rename_checkpointing(source: _Source, values: dict, known: set[str]) -> boo
 
 
 def _check_type(source: _Source, key: str, value: object, annotation: object) -> None:
-    """Refuse a JSON value that is not of a field's type; an enum is written as its string, an int is a float too."""
+    """Refuse a JSON value of the wrong type; an enum is written as a string, and an int is valid for a float."""
     kinds: set = set()
     for member in union_members(annotation):
         kind = typing.get_origin(member) or member
         kinds |= {int, float} if kind is float else {kind} if kind in JSON_TYPES else {str, dict}
     if type(value) not in kinds:
-        raise UserError(f"{source.at(key)} is {json.dumps(value)}, expected {describe(annotation)}")
+        raise UserError(f"{source.at(key)} is {json.dumps(value)}, expected {type_in_words(annotation)}")
