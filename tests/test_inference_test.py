@@ -25,7 +25,7 @@ from glm_utils.inference.memory import (
     reset_peak_memory,
     weight_bytes,
 )
-from glm_utils.inference.report import TABLE_ROWS, markdown_table, summarize
+from glm_utils.inference.report import TABLE_ROWS, models_table, summarize
 from glm_utils.inference.request import prompt_ids, resolve_sources
 from glm_utils.load_model import ModelSource, load_adapter, load_base_model
 
@@ -370,7 +370,7 @@ def test_other_errors_are_not_called_out_of_memory(clock):
 
 
 def test_table_shows_why_a_model_has_no_figures():
-    table = markdown_table([{"label": "a|b", "error": "out of memory"}, {"label": "c", "tokens_per_second": 1234.5}])
+    table = models_table([{"label": "a|b", "error": "out of memory"}, {"label": "c", "tokens_per_second": 1234.5}])
     lines = table.splitlines()
     assert lines[0].split() == ["|", "|", "a\\|b", "|", "c", "|"]
     assert lines[2] == "| token_number/s                     | out of memory | 1,234.50 |"
@@ -378,7 +378,7 @@ def test_table_shows_why_a_model_has_no_figures():
 
 def test_table_is_aligned_and_has_no_line_without_a_figure():
     """The original's two lines are always there; of the others those that a model has a figure for."""
-    table = markdown_table([{"label": "base", "ttft_seconds": 0.002}, {"label": "merged", "weight_format": "int4"}])
+    table = models_table([{"label": "base", "ttft_seconds": 0.002}, {"label": "merged", "weight_format": "int4"}])
     lines = table.splitlines()
     assert len({len(line) for line in lines}) == 1
     assert [line.split("|")[1].strip() for line in lines[2:]] == [
@@ -433,9 +433,9 @@ def test_estimate_at_6b_size(family, fixture_dir, model_dir, tmp_path, no_loadin
         ({"new_tokens": 1}, "--new_tokens 1: expected 2 or more"),
         ({"loop_number": 0}, "--loop_number 0"),
         ({"max_time": -1.0}, "--max_time -1.0"),
-        ({"prompt_tokens": 10**6}, "1000000 prompt tokens and 128 new ones, its context holds"),
-        ({"new_tokens": 10**6}, "1000000 new ones, its context holds"),
-        ({"instruction_text": "长" * 9000}, "its context holds"),
+        ({"prompt_tokens": 10**6}, "1000000 prompt tokens and 128 new tokens exceed its context of"),
+        ({"new_tokens": 10**6}, "1000000 new tokens exceed its context of"),
+        ({"instruction_text": "长" * 9000}, "exceed its context of"),
         ({"prompt_tokens": 1}, "--prompt_tokens 1"),
         ({"instruction_text": "", "model_path": None}, "nothing to test"),
         ({"model_path": []}, "nothing to test"),
