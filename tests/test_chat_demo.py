@@ -57,7 +57,7 @@ def session(tiny_dir):
 
 
 class ScriptedModel:
-    """Answers with given snapshots of a growing text, one a token, as stream_chat does."""
+    """Answers with given snapshots of a growing text, one per token, as stream_chat does."""
 
     def __init__(self, *snapshots):
         self.snapshots, self.prompts = snapshots, []
