@@ -22,10 +22,8 @@ from glm_utils.training.training_args import TrainArgsFile, read_train_args
 
 DEFAULT_SEED = 42
 SAMPLE_TRAIN_PATH, SAMPLE_EVAL_PATH = "data/train.jsonl", "data/dev.jsonl"
-IDENTITY_ARGUMENTS = (
-    *("lora_rank", "lora_alpha", "lora_dropout"),
-    *("max_input_length", "max_output_length", "prompt_text", "compute_dtype", "packing"),
-)
+IDENTITY_ARGUMENTS: tuple[str, ...] = ("lora_rank", "lora_alpha", "lora_dropout", "max_input_length")
+IDENTITY_ARGUMENTS += ("max_output_length", "prompt_text", "compute_dtype", "packing")
 IDENTITY_TRAINING_ARGS = ("seed", "data_seed", "dataloader_drop_last", "train_sampling_strategy")
 
 
