@@ -26,7 +26,7 @@ class MergeReport:
 
     def add_update(self, path: str, weight: torch.Tensor, pair: LoraPair) -> None:
         """Record the norm of an update."""
-        # |B A|^2 = sum((B^T B) * (A A^T)): two r x r matrices in place of one of the weight's size
+        # |B A|^2 = sum((B^T B) * (A A^T)): two r x r matrices, and none of the size of the weight
         squared = ((pair.b.T @ pair.b) * (pair.a @ pair.a.T)).sum().clamp(min=0).item()
         self.updates[path] = pair.scale * squared**0.5 / max(squared_norm(weight) ** 0.5, 1e-30)
 
