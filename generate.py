@@ -1,7 +1,7 @@
 """Answer a file of prompts with a model: a base or merged directory, or an adapter on its base.
 
     python generate.py --model_path saved_files/merged_int4 --data_path products.csv --output_path answers.csv
-    python generate.py --lora_path saved_files/demo_chatglm2-tiny --data_path data/dev.jsonl --output_path answers.jsonl
+    python generate.py --lora_path saved_files/demo_chatglm2-tiny --data_path data/dev.jsonl --output_path dev.jsonl
 
 Finished answers go to OUTPUT.partial.jsonl at once; a run that was stopped goes on where it was when the same command
 is given again. The output has the rows of the input in their order.

@@ -81,7 +81,7 @@ class PartialAnswers:
         if differing:
             found = ", ".join(f"{key} {other.get(key)!r}, now {self.identity[key]!r}" for key in differing)
             raise UserError(
-                f"{self.path}: of another job ({found}). Repeat that job, give another --output_path, or give --resume "
+                f"{self.path}: of another job ({found}). Repeat that job, give another --output_path, or --resume "
                 "false to begin anew"
             )
 
