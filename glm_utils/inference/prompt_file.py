@@ -19,6 +19,7 @@ from glm_utils.inference.batch import no_room
 
 PROMPT_COLUMNS = ("content", "instruction", "prompt", "query", "question")  # the first that is there is the prompt
 FORMS = "JSONL or JSON as for training, CSV with a header, or text with one prompt per line"
+SPREADSHEETS = (".xlsx", ".xls", ".ods")
 MAX_FIELD_CHARACTERS = 1 << 30  # of a CSV field; the csv module's own limit is 128 KiB
 
 
@@ -53,8 +54,10 @@ def read_prompts(path: Path, prompt_column: str | None) -> list[PromptRow]:
         UserError: A file that is missing, empty, not UTF-8 or in no known form, a column that is missing, or a file in
             which no row can be answered.
     """
-    text = read_text(path, f"Give a file of prompts: {FORMS}", encoding_remedy(path))
     ending = path.suffix.lower()
+    if ending in SPREADSHEETS:
+        raise UserError(f'{path}: a spreadsheet. Save it as "CSV UTF-8" and give that file')
+    text = read_text(path, f"Give a file of prompts: {FORMS}", encoding_remedy(path))
     if ending == ".txt":
         if prompt_column is not None:
             raise UserError(
