@@ -53,8 +53,8 @@ def read_examples(path: Path, needs_answer: bool = True) -> list[Example]:
     """
     remedy = "Give a JSONL or JSON file; data/README.md describes the schema"
     text = read_text(path, remedy, encoding_remedy="Convert it, e.g. iconv -f gb18030 -t utf-8")
-    values = _iter_list(path, text) if text.lstrip().startswith("[") else _iter_lines(path, text)
-    examples = [_parse_example(value, where, needs_answer) for value, where in values]
+    values = iter_list(path, text) if text.lstrip().startswith("[") else _iter_lines(path, text)
+    examples = [parse_example(value, where, needs_answer or _has_answer(value, where)) for value, where in values]
     if not examples:
         raise UserError(
             f"{path}: no examples in it. Expected one JSON object per line, or a JSON list of objects: {SCHEMAS}"
@@ -69,7 +69,7 @@ def _iter_lines(path: Path, text: str) -> Iterator[tuple[object, str]]:
             yield parse_json(line, path, "Every line must be one JSON object", number), f"{path}:{number}"
 
 
-def _iter_list(path: Path, text: str) -> Iterator[tuple[object, str]]:
+def iter_list(path: Path, text: str) -> Iterator[tuple[object, str]]:
     """Yield the entries of a JSON list with file:line; json.loads alone would lose the lines."""
     decoder = json.JSONDecoder()
     position, line, counted = text.index("[") + 1, 1, 0  # newlines before `counted` are in `line`
@@ -100,22 +100,48 @@ def _iter_list(path: Path, text: str) -> Iterator[tuple[object, str]]:
         raise UserError(f"{path}:{line}: text after the end of the list. Expected one list, or one object per line")
 
 
-def _parse_example(value: object, where: str, needs_answer: bool) -> Example:
-    """Turn one JSON value into an example."""
+def parse_example(value: object, where: str, needs_answer: bool = True) -> Example:
+    """Turn one JSON value into an example.
+
+    Args:
+        value: The parsed JSON.
+        where: file:line, for messages.
+        needs_answer: False: the answer is neither expected nor read; the example's is then empty.
+
+    Raises:
+        UserError: It fits none of the schemas.
+    """
     if not isinstance(value, dict):
         raise UserError(f"{where}: the example is {type(value).__name__}, expected an object with {SCHEMAS}")
     if "messages" in value:
         return _parse_messages(value["messages"], where, needs_answer)
     keys = ("content", "summary") if "content" in value and "instruction" not in value else ("instruction", "output")
-    for key in keys:
-        close = difflib.get_close_matches(key, value, n=1)
-        if key not in value and (needs_answer or key == keys[0] or close):
-            found, hint = ", ".join(value) or "none", f" Is {close[0]!r} meant?" if close else ""
-            raise UserError(f"{where}: the example has no {key!r} (its keys: {found}).{hint} Expected {SCHEMAS}")
-    query, answer = _text(value, keys[0], where), _text({keys[1]: "", **value}, keys[1], where)
+    for key in keys[: 2 if needs_answer else 1]:
+        if key not in value:
+            found = ", ".join(value) or "none"
+            raise UserError(f"{where}: the example has no {key!r} (its keys: {found}). Expected {SCHEMAS}")
+    query, answer = _text(value, keys[0], where), _text(value, keys[1], where) if needs_answer else ""
     extra = _text(value, "input", where) if value.get("input") is not None and keys[0] == "instruction" else ""
     query = "\n".join(part for part in (query, extra) if part)
     return _make_example(query, answer, _parse_history(value.get("history"), where), where, needs_answer)
+
+
+def _has_answer(value: object, where: str) -> bool:
+    """Return whether a JSON value holds an answer beside its prompt.
+
+    Raises:
+        UserError: It has none, but a key that was probably meant for it.
+    """
+    if not isinstance(value, dict):
+        return False
+    if "messages" in value:
+        last = value["messages"][-1] if isinstance(value["messages"], list) and value["messages"] else None
+        return isinstance(last, dict) and last.get("role") == "assistant"
+    key = "summary" if "content" in value and "instruction" not in value else "output"
+    close = difflib.get_close_matches(key, value, n=1)
+    if close and key not in value:
+        raise UserError(f"{where}: the example has no {key!r}. Is {close[0]!r} meant? Rename it")
+    return value.get(key) not in (None, "")
 
 
 def _text(value: dict, key: str, where: str) -> str:
@@ -128,12 +154,13 @@ def _text(value: dict, key: str, where: str) -> str:
 def _make_example(
     query: str, answer: str, history: tuple[tuple[str, str], ...], where: str, needs_answer: bool
 ) -> Example:
-    """Build an example; refuse one without a question or, where it is needed, an answer."""
+    """Build an example; refuse one without a question or an answer."""
     if not query.strip():
-        raise UserError(f"{where}: the instruction is empty. Fill it or delete the example")
-    if not answer.strip() and needs_answer:
+        name = "instruction" if needs_answer else "prompt"
+        raise UserError(f"{where}: the {name} is empty. Fill it or delete the example")
+    if needs_answer and not answer.strip():
         raise UserError(f"{where}: the output is empty. Fill it or delete the example")
-    return Example(query, answer if answer.strip() else "", history, where)
+    return Example(query, answer, history, where)
 
 
 def _parse_history(history: object, where: str) -> tuple[tuple[str, str], ...]:
@@ -157,8 +184,12 @@ def _parse_messages(messages: object, where: str, needs_answer: bool) -> Example
     if roles[:1] == ["system"]:
         system, roles, contents = contents[0], roles[1:], contents[1:]
         contents[:1] = [f"{system}\n{first}" if system else first for first in contents[:1]]
-    if roles[-1:] == ["user"] and not needs_answer:
-        roles, contents = [*roles, "assistant"], [*contents, ""]
+    if not needs_answer:
+        answered = roles[-1:] == ["assistant"]
+        roles, contents = (
+            [*roles[: -1 if answered else None], "assistant"],
+            [*contents[: -1 if answered else None], ""],
+        )
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise UserError(
             f"{where}: roles are {', '.join(map(str, roles)) or 'none'}; expected user and assistant alternately, "

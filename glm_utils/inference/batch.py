@@ -4,19 +4,14 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizer
 
 from glm_utils.cli import UserError
-from glm_utils.device import free_bytes
+from glm_utils.inference.memory import fitting_batch_size
 
 PREFILL_TOKENS = 2048  # of prompts that go through the model together, padding included
 FIRST_NEW_TOKENS = 256  # that there is room for at first
-MAX_FAST_BATCH = 16  # of the CUDA kernels; on a CPU more brings nothing
-MAX_FORWARD_BATCH = 64  # of a GPU without them, where launches take the time
-MEMORY_SHARE = 0.9  # of the free memory
-GROWTH = 1.5  # while a cache doubles, the old one is there too
 
 
 @dataclass(frozen=True)
@@ -139,7 +134,8 @@ def generate_pending(
         return
     limit_to_context(queue, base.config.max_position_embeddings)
     num_slots = max(len(one.prompt_ids) + min(one.max_new_tokens, FIRST_NEW_TOKENS) for one in queue)
-    batch_size = min(batch_size or fitting_batch_size(base, queue), len(queue))
+    num_tokens = max(len(one.prompt_ids) + one.max_new_tokens for one in queue)
+    batch_size = min(batch_size or fitting_batch_size(base, num_tokens, PREFILL_TOKENS), len(queue))
     try:
         batch = base.continuous_batch(tokenizer, batch_size, num_slots, settings.temperature, settings.top_p)
     except ValueError as error:
@@ -242,28 +238,3 @@ def end_token_ids(model: PreTrainedModel) -> set[int]:
     """Return the end tokens of a model's generation config, which may be one, several or none."""
     found = model.generation_config.eos_token_id
     return set(found if isinstance(found, (list, tuple)) else [] if found is None else [found])
-
-
-def fitting_batch_size(model: PreTrainedModel, pending: Iterable[PendingAnswer]) -> int:
-    """Return how many sequences fit into the free memory, at most as many as are worth it.
-
-    Args:
-        model: The loaded model.
-        pending: What is to be generated.
-
-    Raises:
-        UserError: Not even one fits.
-    """
-    config = model.config
-    kv_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
-    num_tokens = max(len(one.prompt_ids) + one.max_new_tokens for one in pending)
-    num_slots = 1 << (num_tokens - 1).bit_length()
-    free = MEMORY_SHARE * free_bytes(model.device) - PREFILL_TOKENS * kv_bytes
-    num_fitting = int(free / (GROWTH * num_slots * kv_bytes))
-    if num_fitting < 1:
-        raise UserError(
-            f"{free_bytes(model.device) / 1e9:.2f} GB are free on {model.device}, too little for the keys and values "
-            f"of {num_tokens} tokens. Free some, or lower --max_new_tokens"
-        )
-    is_slow_gpu = model.device.type == "cuda" and model.dtype == torch.float32
-    return min(num_fitting, MAX_FORWARD_BATCH if is_slow_gpu else MAX_FAST_BATCH)
