@@ -153,8 +153,9 @@ def answer(
     ]
     if not pending:
         return
-    num_tokens = max(len(one.prompt_ids) for one in pending) + settings.max_new_tokens
-    source.check_fits(1, num_tokens, "an int4 model, --load_in_4bit or fewer --max_new_tokens")
+    longest = max(len(one.prompt_ids) for one in pending) + settings.max_new_tokens
+    context = source.checkpoint.model_config.max_position_embeddings
+    source.check_fits(1, min(longest, context), "an int4 model, --load_in_4bit or fewer --max_new_tokens")
     logger.info(f"loading {source.label}{f' with {source.adapter.directory}' if source.adapter else ''}")
     model = source.load(merge_adapter=True)
     num_done, num_generated, start = len(partial.answers), 0, time.monotonic()

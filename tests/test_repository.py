@@ -15,6 +15,7 @@ import pytest
 
 import chat_demo
 import evaluate_adapter
+import generate
 import inference_test
 import merge_lora_and_quantize
 import train_qlora
@@ -28,6 +29,7 @@ STAGES = (
     inference_test.inference_test,
     chat_demo.chat_demo,
     evaluate_adapter.evaluate_adapter,
+    generate.generate,
 )
 OWN_PACKAGES = {"glm_utils", "remote_scripts", "tests", "tools", "benchmarks"}
 REMOTE_PACKAGES = {"torch", "transformers", "sentencepiece"}
@@ -39,6 +41,7 @@ STAGE_PAGES = {  # the pages with flag tables, in the order of the tables
     "docs/merging": (merge_lora_and_quantize.merge_lora_and_quantize,),
     "docs/evaluation": (evaluate_adapter.evaluate_adapter,),
     "docs/inference": (chat_demo.chat_demo, inference_test.inference_test),
+    "docs/inference": (chat_demo.chat_demo, generate.generate, inference_test.inference_test),
 }
 TRANSLATED = ("README.md", "docs/installation.md", "docs/exports.md", *(f"{name}.md" for name in STAGE_PAGES))
 PAGE_DIRS = ("docs", "benchmarks", "data", "models/chatglm-tiny", "models/chatglm2-tiny")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -94,8 +95,11 @@ def write_output(path: Path, rows: list[dict], record: dict) -> None:
         with atomic_files(path.parent, last=path.name) as temporary_dir:
             write = write_csv if path.suffix.lower() == ".csv" else write_jsonl
             write(temporary_dir / path.name, rows)
+            with (temporary_dir / path.name).open("rb") as file:
+                os.fsync(file.fileno())  # the partial answers are deleted afterwards
             text = json.dumps(record, ensure_ascii=False, indent=2, default=str) + "\n"
-            (temporary_dir / f"{path.name}.run_config.json").write_text(text, "utf-8")
+            record_path = temporary_dir / f"{path.name}.run_config.json"
+            record_path.write_bytes(text.encode("utf-8", "backslashreplace"))  # file names need not be UTF-8
     except OSError as error:
         raise UserError(
             f"{path}: cannot be written ({error.strerror}); the answers are in its partial file"

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from loguru import logger
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizer
 
@@ -140,6 +141,8 @@ def generate_pending(
         batch = base.continuous_batch(tokenizer, batch_size, num_slots, settings.temperature, settings.top_p)
     except ValueError as error:
         raise UserError(str(error)) from error
+    path = "the fast path" if batch.is_fast else "the model's forward"
+    logger.info(f"{batch_size} sequences at once on {base.device} through {path}")
     end_ids = end_token_ids(base)
     try:
         for one in run_batch(batch, queue, end_ids, settings.seed):
