@@ -15,7 +15,7 @@ from loguru import logger
 
 from glm_utils.cli import UserError, run_cli
 from glm_utils.device import resolve_device
-from glm_utils.evaluation.job import find_sides, make_job
+from glm_utils.evaluation.job import MAX_NEW_TOKENS, NUM_SAMPLES, find_sides, make_job
 from glm_utils.evaluation.markdown_page import figure_table
 from glm_utils.evaluation.write import evaluate
 from glm_utils.inference.batch import GenerationSettings
@@ -30,8 +30,8 @@ def evaluate_adapter(
     model_path: str | list[str] | None = None,
     data_path: str = "data/dev.jsonl",
     output_dir: str = "saved_files/evaluation",
-    num_samples: int = 100,
-    max_new_tokens: int = 256,
+    num_samples: int = NUM_SAMPLES,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     temperature: float = 0.0,
     seed: int = 42,
     batch_size: int | None = None,

@@ -18,9 +18,15 @@ from loguru import logger
 from transformers import Trainer
 
 from glm_utils.checkpoint import open_checkpoint
-from glm_utils.cli import run_cli
+from glm_utils.cli import UserError, run_cli
+from glm_utils.device import resolve_device
 from glm_utils.encoding import EncodedExamples, encode_examples, show_sample
+from glm_utils.evaluation.job import MAX_NEW_TOKENS, NUM_SAMPLES, check_output_dir, find_sides, make_job
+from glm_utils.evaluation.metrics import check_packages
+from glm_utils.evaluation.sides import release_memory
+from glm_utils.evaluation.write import evaluate
 from glm_utils.files import atomic_files
+from glm_utils.inference.batch import GenerationSettings
 from glm_utils.training.lora_model import make_lora_model
 from glm_utils.training.preflight import plan_run
 from glm_utils.training.record import TrainingRecord, begin_run, make_record
@@ -47,6 +53,7 @@ def train_qlora(
     lora_targets: str | list[str] = "query_key_value",
     packing: bool = True,
     dry_run: bool = False,
+    evaluate_after: bool = False,
 ) -> None:
     """Train a LoRA adapter on a 4-bit ChatGLM base model.
 
@@ -68,10 +75,14 @@ def train_qlora(
         lora_targets: Modules that get LoRA: query_key_value, all-linear, or names joined by commas.
         packing: Pack the examples of a batch into one sequence instead of padding them; the gradients are the same.
         dry_run: Report trained weights, steps and memory, then stop before training.
+        evaluate_after: Judge the adapter on the evaluation data when it is written, as evaluate_adapter.py does; the
+            report goes to a directory beside output_dir, named output_dir + "_evaluation".
     """
     inputs = read_inputs(dict(locals()))
     base = open_checkpoint(model_name_or_path)
     settings = resolve_settings(inputs, base)
+    if evaluate_after:
+        check_evaluation(settings)
     checkpoint = choose_checkpoint(settings)
     encoded = encode_data(settings)
     model = make_lora_model(base, settings.compute_dtype, settings.lora_config, settings.training_args)
@@ -85,6 +96,17 @@ def train_qlora(
     results = run_trainer(trainer, checkpoint)
     save_adapter(trainer, record, results)
     trainer.end_processes()
+    if evaluate_after:
+        del model, trainer  # their memory is needed by the model that is judged, read back from the adapter's files
+        evaluate_run(settings)
+
+
+def check_evaluation(settings: TrainingSettings) -> None:
+    """Check before training what the evaluation behind it needs: data, packages and a directory."""
+    if "eval" not in settings.data_paths:
+        raise UserError("--evaluate_after true: no evaluation data. Give --eval_data_path")
+    check_packages()
+    check_output_dir(evaluation_dir(settings), sides=())
 
 
 def encode_data(settings: TrainingSettings) -> dict[str, EncodedExamples]:
@@ -134,6 +156,26 @@ def save_adapter(trainer: Trainer, record: TrainingRecord, results: dict) -> Non
     losses = ", ".join(f"{key} {value:.4f}" for key, value in results.items() if key.endswith("loss"))
     num_bytes = (output_dir / "adapter_model.safetensors").stat().st_size
     logger.success(f"adapter written to {output_dir}: {num_bytes:,} bytes, {losses}")
+
+
+def evaluation_dir(settings: TrainingSettings) -> Path:
+    """Return the directory of the evaluation behind the training."""
+    return settings.output_dir.with_name(f"{settings.output_dir.name}_evaluation")
+
+
+def evaluate_run(settings: TrainingSettings) -> None:
+    """Judge the adapter that was written, on the 4-bit base it was trained on, in the first process."""
+    if settings.training_args.process_index != 0:
+        return
+    release_memory()
+    device = resolve_device("cpu" if settings.training_args.use_cpu else "auto")
+    sides = find_sides(None, str(settings.output_dir), load_in_4bit=True, device=device)
+    generation = GenerationSettings(MAX_NEW_TOKENS, temperature=0, seed=settings.training_args.seed)
+    arguments = {"lora_path": str(settings.output_dir), "data_path": str(settings.data_paths["eval"])}
+    job = make_job(
+        sides, settings.data_paths["eval"], evaluation_dir(settings), generation, NUM_SAMPLES, arguments=arguments
+    )
+    logger.success(f"{evaluate(job).verdict}; report in {job.output_dir}")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,6 @@ STAGE_PAGES = {  # the pages with flag tables, in the order of the tables
     "docs/training": (train_qlora.train_qlora,),
     "docs/merging": (merge_lora_and_quantize.merge_lora_and_quantize,),
     "docs/evaluation": (evaluate_adapter.evaluate_adapter,),
-    "docs/inference": (chat_demo.chat_demo, inference_test.inference_test),
     "docs/inference": (chat_demo.chat_demo, generate.generate, inference_test.inference_test),
 }
 TRANSLATED = ("README.md", "docs/installation.md", "docs/exports.md", *(f"{name}.md" for name in STAGE_PAGES))

@@ -80,6 +80,29 @@ def assert_same_bits(first, second):
 # ---- the whole run
 
 
+@pytest.mark.slow
+def test_evaluation_behind_a_training(train, write, tmp_path, log_lines):
+    """--evaluate_after leaves a report whose loss after training is the training's eval_loss."""
+    eval_path = write("dev.json", EXAMPLES[:4])
+    base_dir = str(PROJECT_DIR / "models/chatglm2-tiny")
+    args = {"eval_strategy": "steps", "eval_steps": 4, "use_cpu": True}
+    out = train(args=args, eval_data_path=str(eval_path), model_name_or_path=base_dir, evaluate_after=True)
+    report = json.loads((tmp_path / "out_evaluation/report.json").read_text("utf-8"))
+    metrics = json.loads((out / "all_results.json").read_text("utf-8"))
+    assert report["figures"]["loss"]["after"] == pytest.approx(metrics["eval_loss"], rel=1e-4)
+    assert report["figures"]["loss"]["before"] > report["figures"]["loss"]["after"]
+    assert report["num_probe_questions"] == 160
+    assert any(report["verdict"] in line for line in log_lines)
+
+
+def test_evaluation_behind_a_training_is_checked_before_it(train, no_training, tmp_path, write):
+    with pytest.raises(UserError, match="--evaluate_after true: no evaluation data"):
+        train(args={"eval_strategy": "no"}, evaluate_after=True)
+    write("out_evaluation/notes.txt", "mine")
+    with pytest.raises(UserError, match="out_evaluation: not empty"):
+        train(eval_data_path=str(write("dev.json", EXAMPLES[:4])), evaluate_after=True)
+
+
 def test_whole_run(train, write, family, model_dir, log_lines):
     eval_path = write("dev.json", EXAMPLES[:4])
     args = {"eval_strategy": "steps", "eval_steps": 2, "report_to": "tensorboard"}
@@ -616,7 +639,7 @@ def test_flags_are_the_issues():
     parameters = inspect.signature(stage.train_qlora).parameters
     expected = "train_args_json model_name_or_path train_data_path eval_data_path seed max_input_length "
     expected += "max_output_length lora_rank lora_alpha lora_dropout resume_from_checkpoint prompt_text compute_dtype "
-    assert " ".join(parameters) == expected + "lora_targets packing dry_run"
+    assert " ".join(parameters) == expected + "lora_targets packing dry_run evaluate_after"
     defaults = {name: parameter.default for name, parameter in parameters.items()}
     assert defaults["model_name_or_path"] == FAMILIES[1].hub_ids[0] == "THUDM/chatglm2-6b"
     assert (defaults["max_input_length"], defaults["max_output_length"]) == (512, 1536)

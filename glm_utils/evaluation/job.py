@@ -23,6 +23,7 @@ from glm_utils.load_model import ModelSource, find_model
 from glm_utils.run_record import RUN_CONFIG_NAME, read_run_config
 
 STAGE = "evaluate_adapter"
+NUM_SAMPLES, MAX_NEW_TOKENS = 100, 256  # by default
 DEFAULT_LIMITS = {"max_input_length": 512, "max_output_length": 1536, "prompt_text": ""}  # those of train_qlora.py
 REMEDY = "an int4 model, --load_in_4bit, or a smaller --batch_size"
 
