@@ -1,4 +1,4 @@
-# make demo         train on the embedded default and see the answer change (a few minutes on two CPU cores)
+# make demo         train the two included tiny models and see the answer change (six minutes on two CPU cores)
 # make test         the test suite with the pinned versions; make test TESTS=tests/test_cli.py: one file
 # make lint         ruff check, ruff format --check, the copies in remote_scripts, mypy
 # make types        mypy alone
