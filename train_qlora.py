@@ -51,8 +51,7 @@ def train_qlora(
     """Train a LoRA adapter on a 4-bit ChatGLM base model.
 
     Args:
-        train_args_json: JSON file of transformers' TrainingArguments, today's keys or those of transformers 4.30.
-            Default: the file shipped for the base model's family.
+        train_args_json: JSON file of TrainingArguments, today's keys or those of 2023. Default: the one of the family.
         model_name_or_path: Directory of the base model, or its hub id.
         train_data_path: JSONL or JSON file of training examples. Default: the project's sample, data/train.jsonl.
         eval_data_path: The same for evaluation. Default: data/dev.jsonl with the sample, else no evaluation.
