@@ -2,8 +2,9 @@
 
     python inference_test.py --model_path saved_files/merged_fp16,saved_files/merged_int4
 
-Greedy, a fixed number of new tokens (an end token does not stop), the first run after loading apart, one run to warm
-up, then the measured ones. The table goes to stdout, the JSON object is its last line, the log goes to stderr.
+Generation is greedy, with a fixed number of new tokens (an end token does not stop it). The first run after loading is
+reported separately; one warm-up run and the measured runs follow. The table and, as the last line, the JSON object go
+to stdout, the log to stderr.
 """
 
 import functools
@@ -22,7 +23,7 @@ from glm_utils.load_model import ModelSource
 
 INSTRUCTION = "类型#裙*颜色#白色*风格#简约*图案#刺绣"
 REMEDY = "an int4 model, --load_in_4bit, or a smaller --dtype or --batch_size"
-LEAST = {"loop_number": 1, "max_time": 0, "new_tokens": 2, "batch_size": 1}
+MIN_VALUES = {"loop_number": 1, "max_time": 0, "new_tokens": 2, "batch_size": 1}
 
 
 def inference_test(
@@ -44,17 +45,17 @@ def inference_test(
 
     Args:
         model_path: Base or merged model: a directory or hub id, or several joined by commas.
-        lora_path: Adapter to put, unmerged, on the base it names: a directory, or several joined by commas.
-        loop_number: Measured repeats of each model.
-        max_time: Seconds of measured repeats after which no further one starts. Default: no limit.
+        lora_path: Adapter to apply, unmerged, to the base it names: a directory, or several joined by commas.
+        loop_number: Measured runs per model.
+        max_time: Seconds of measured runs after which no further one starts. Default: no limit.
         instruction_text: The prompt.
         new_tokens: Tokens to generate, 2 or more.
-        prompt_tokens: Length to which the prompt is repeated or cut. Default: as it is.
-        batch_size: Sequences at once; all are the same prompt.
-        dtype: fp16, bf16, fp32, or auto: the checkpoint's on a GPU, fp32 on the CPU.
-        load_in_4bit: Quantise the layers to NF4 (bitsandbytes) while loading.
-        use_cuda_graph: Leave the fast decoding path on.
-        output_json: File for the JSON object that is also printed.
+        prompt_tokens: Length to which the prompt is repeated or truncated. Default: the prompt as given.
+        batch_size: Sequences generated at once, all from the same prompt.
+        dtype: fp16, bf16, fp32, or auto: the checkpoint's dtype on a GPU, fp32 on the CPU.
+        load_in_4bit: Quantize the layers to NF4 (bitsandbytes) while loading.
+        use_cuda_graph: Use the fast decoding path.
+        output_json: File to which the JSON object is written too.
     """
     arguments = dict(locals())
     check_counts(arguments)
@@ -68,28 +69,32 @@ def inference_test(
     bandwidth = copy_bandwidth(device, free_bytes(device))
     logger.info(f"{device}: copies {bandwidth / 1e9:,.1f} GB/s, read plus written")
     make_generate = functools.partial(stream_generate, fast_path=use_cuda_graph)
-    rows = []
+    models = []
     for source, prompt in zip(sources, prompts, strict=True):
         logger.info(f"{source.label}: {source.weight_format}, batch {batch_size}, {len(prompt)} + {new_tokens} tokens")
         workload = Workload(torch.tensor([prompt] * batch_size, device=device), new_tokens, loop_number, max_time)
-        rows.append(identify(source) | measure_model(source.load, make_generate, workload, bandwidth))
-    print(write_report({"arguments": arguments, "copy_bytes_per_second": bandwidth, "models": rows}, output_json))
+        models.append(identify(source) | measure_model(source.load, make_generate, workload, bandwidth))
+    print(write_report({"arguments": arguments, "copy_bytes_per_second": bandwidth, "models": models}, output_json))
 
 
 def check_counts(arguments: dict) -> None:
-    """Refuse a number below its least value."""
-    for name, least in LEAST.items():
-        if arguments[name] is not None and arguments[name] < least:
-            raise UserError(f"--{name} {arguments[name]}: expected {least} or more")
+    """Refuse numbers below their minimum.
+
+    Raises:
+        UserError: A flag of MIN_VALUES is too small.
+    """
+    for name, minimum in MIN_VALUES.items():
+        if arguments[name] is not None and arguments[name] < minimum:
+            raise UserError(f"--{name} {arguments[name]}: expected {minimum} or more")
 
 
 def as_list(paths: str | list[str] | None) -> list[str]:
-    """Return one path, several or none as a list."""
+    """Return a path, a list of paths or None as a list."""
     return [paths] if isinstance(paths, str) else paths or []
 
 
 def identify(source: ModelSource) -> dict:
-    """Return what identifies a model in its column of the table."""
+    """Return the entries that identify a model in the table and the JSON object."""
     family = source.checkpoint.family.name
     return {"label": source.label, "family": family, "weight_format": source.weight_format}
 

@@ -1,19 +1,19 @@
-"""Merge a LoRA adapter into its base model and quantise the result: adapter directory -> model directory.
+"""Merge a LoRA adapter into its base model and quantize the result: adapter directory -> model directory.
 
     python merge_lora_and_quantize.py --lora_path saved_files/chatGLM2_6B_QLoRA --output_path saved_files/merged_int4
 
-The base is found from the adapter. The output loads with AutoModel.from_pretrained(dir, trust_remote_code=True); it is
-reloaded in a fresh process and compared before the command calls it done, and appears whole or not at all. Memory: one
-weight at a time, whatever the model's size.
+The adapter names its base. The output loads with AutoModel.from_pretrained(dir, trust_remote_code=True). Before it
+appears under its name, it is reloaded in a fresh process and its logits are compared; a run that fails leaves nothing.
+One weight is in memory at a time, whatever the size of the model.
 """
 
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: a large tensor is allocated seven times faster
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: large tensors are allocated seven times faster
 
 import torch
 from loguru import logger
@@ -50,9 +50,9 @@ def merge_lora_and_quantize(
         lora_path: Directory of the adapter; it names its base model.
         output_path: Directory to write: new, empty, or with --overwrite an earlier output of this command.
         qbits: Bits of the layers' weights: 0 (fp16), 8 or 4.
-        device: Where to work: auto (a GPU when there is one), cpu or cuda:N.
-        remote_scripts_dir: Remote scripts to ship with the model. Default: this project's of the model's family.
-        merge_base: Weights the update is added to: original (fp16), or nf4 (the 4-bit weights that training saw).
+        device: auto (a GPU if there is one), cpu or cuda:N.
+        remote_scripts_dir: Remote scripts to ship with the model. Default: this project's for the model's family.
+        merge_base: Weights that the update is added to: original (fp16), or nf4 (the 4-bit weights that training saw).
         export_format: chatglm (loads with remote code), glm (plain transformers) or gguf (llama.cpp).
         overwrite: Replace an earlier output of this command.
     """
@@ -77,21 +77,21 @@ def merge_lora_and_quantize(
 
 
 def limit_threads(job: MergeJob) -> None:
-    """Merge without quantising on a few CPU threads: the disk is the limit, and more threads wait for pages."""
+    """Merge to fp16 on a few CPU threads: the disk is the limit, and more threads wait for pages."""
     if job.device.type == "cpu" and not job.bits:
         torch.set_num_threads(min(torch.get_num_threads(), MAX_COPY_THREADS))
 
 
-def timed(words: str, function: Callable, *arguments: object) -> object:
-    """Call a function, log how long it took, and return its result."""
+def timed(done: str, function: Callable, *arguments: object) -> Any:
+    """Call a function, log how long it took, and return its result; `done` begins the log line."""
     start_seconds = time.monotonic()
     result = function(*arguments)
-    logger.info(f"{words} in {time.monotonic() - start_seconds:.1f} s")
+    logger.info(f"{done} in {time.monotonic() - start_seconds:.1f} s")
     return result
 
 
 def write_records(job: MergeJob, export: ExportFormat, directory: Path, arguments: dict) -> None:
-    """Log what the merge did to the weights, and write run_config.json and the model card."""
+    """Log the report of the merge, and write run_config.json and the model card."""
     for line in job.report.lines(job.merge_base):
         logger.info(line)
     record = {
@@ -111,7 +111,7 @@ def write_records(job: MergeJob, export: ExportFormat, directory: Path, argument
 
 
 def card_properties(job: MergeJob) -> dict[str, str]:
-    """Return what the model card's table shows."""
+    """Return the table of the model card, values by label."""
     error = job.report.relative_weight_error()
     found = versions()
     return {
@@ -125,7 +125,7 @@ def card_properties(job: MergeJob) -> dict[str, str]:
 
 
 def log_result(job: MergeJob, output_dir: Path, seconds: float) -> None:
-    """Log the one line that says it is done."""
+    """Log the closing line: format, size, time and place."""
     num_bytes = sum(path.stat().st_size for path in output_dir.iterdir())
     logger.success(f"{job.weight_format} model of {num_bytes:,} bytes in {seconds:.1f} s: {output_dir}")
 

@@ -17,6 +17,7 @@ import torch
 from loguru import logger
 from transformers import Trainer
 
+from glm_utils.checkpoint import open_checkpoint
 from glm_utils.cli import run_cli
 from glm_utils.encoding import EncodedExamples, encode_examples, show_sample
 from glm_utils.files import atomic_files
@@ -24,7 +25,7 @@ from glm_utils.training.lora_model import make_lora_model
 from glm_utils.training.preflight import plan_run
 from glm_utils.training.record import TrainingRecord, begin_run, make_record
 from glm_utils.training.resume import choose_checkpoint
-from glm_utils.training.settings import TrainingSettings, resolve_settings
+from glm_utils.training.settings import TrainingSettings, read_inputs, resolve_settings
 from glm_utils.training.trainer import LoraTrainer, leave_process_group, make_trainer
 
 
@@ -68,10 +69,12 @@ def train_qlora(
         packing: Pack the examples of a batch into one sequence instead of padding them; the gradients are the same.
         dry_run: Report trained weights, steps and memory, then stop before training.
     """
-    settings = resolve_settings(dict(locals()))
+    inputs = read_inputs(dict(locals()))
+    base = open_checkpoint(model_name_or_path)
+    settings = resolve_settings(inputs, base)
     checkpoint = choose_checkpoint(settings)
     encoded = encode_data(settings)
-    model = make_lora_model(settings.base, settings.compute_dtype, settings.lora_config, settings.training_args)
+    model = make_lora_model(base, settings.compute_dtype, settings.lora_config, settings.training_args)
     plan = plan_run(settings, model, encoded["train"])
     if dry_run:
         leave_process_group()

@@ -4,8 +4,8 @@
     python -m benchmarks.bench_compute_dtype --size 1b --train_data_path train.jsonl --eval_data_path dev.jsonl
 
 The first command trains the two tiny models, the second (on a GPU) a ChatGLM2 of 1.1 B random weights. Every run is
-`train_qlora.py` with the family's JSON file but for the settings in SIZES, in a process of its own. For scale there is
-an fp32 run with another seed. On a CPU `--compute_dtype bf16` leaves more in fp32 than on a GPU, so there the run
+`train_qlora.py` with the family's JSON file except for the settings in SIZES, in its own process. An fp32 run with
+another seed gives the scale. On a CPU `--compute_dtype bf16` leaves more in fp32 than on a GPU, so there the run
 bf16-model has the number formats of a GPU. Writes results/compute_dtype_<model>_<device>.json after each run.
 """
 
@@ -83,9 +83,9 @@ def bench_compute_dtype(
         train_data_path: Data file to train on.
         eval_data_path: Data file whose loss is compared.
         steps: Optimizer steps. Default: the size's.
-        learning_rate: Its peak. Default: the size's.
-        work_dir: For temporary files. Default: the system's place for them.
-        results_dir: For the results.
+        learning_rate: Peak of the schedule. Default: the size's.
+        work_dir: For temporary files. Default: the system's directory for them.
+        results_dir: Directory of the result files.
     """
     chosen = SIZES[size]
     chosen = chosen._replace(steps=steps or chosen.steps, learning_rate=learning_rate or chosen.learning_rate)
@@ -143,14 +143,14 @@ def compare(model_dir: Path, size: Size, data_paths: dict[str, Path], root: Path
     print(table(model_dir.name, device, losses, result["relative_difference"]), flush=True)
 
 
-def train(arguments: list[str], whole_model: bool) -> None:
+def train(arguments: list[str], cast_all: bool) -> None:
     """Run train_qlora.py in this process.
 
     Args:
         arguments: Its command line.
-        whole_model: Whether all frozen weights have the compute dtype on a CPU too, and with them the activations.
+        cast_all: Whether all frozen weights, and with them the activations, have the compute dtype on a CPU too.
     """
-    if whole_model:
+    if cast_all:
         lora_model.load_base_model = lambda *args, dtype=None, **kwargs: load_base_model(*args, **kwargs)
     run_train_qlora(arguments)
 

@@ -34,9 +34,9 @@ from glm_utils.inference.request import auto_dtype, prompt_ids
 
 PROMPT = "类型#裙*颜色#白色*风格#简约*图案#刺绣"
 LONG_CONTEXT = 2048  # prompt and new tokens together
-MIN_PROMPT = 16  # of them, special tokens included
-SLOW_SHARE = 8  # launch-bound cases (50 tokens/s on an H200) generate a part of the tokens
-LEAST = {"new_tokens": 2, "loop_number": 1}
+MIN_PROMPT = 16  # tokens of the prompt among them, special tokens included
+SLOW_SHARE = 8  # launch-bound cases (50 tokens/s on an H200) generate an eighth of the tokens
+MIN_VALUES = {"new_tokens": 2, "loop_number": 1}
 BITS = {"int8": 8, "int4": 4}
 
 
@@ -49,7 +49,7 @@ class Case(NamedTuple):
         batch_size: Sequences at once.
         is_eager: Whether the fast path is off.
         is_native: Whether it is transformers' own model.
-        has_adapter: Whether LoRA layers lie on the model.
+        has_adapter: Whether the model has LoRA layers.
         is_long: Whether the prompt fills the long context.
     """
 
@@ -66,7 +66,7 @@ class Case(NamedTuple):
         if self.is_long:
             return LONG_CONTEXT - new_tokens, new_tokens
         is_slow = self.is_eager or self.is_native
-        return prompt_tokens, max(LEAST["new_tokens"], new_tokens // SLOW_SHARE) if is_slow else new_tokens
+        return prompt_tokens, max(MIN_VALUES["new_tokens"], new_tokens // SLOW_SHARE) if is_slow else new_tokens
 
 
 CASES = (
@@ -96,20 +96,20 @@ def bench_decode(
     loop_number: int = 3,
     output_json: str | None = None,
 ) -> None:
-    """Make and measure the models one after the other, on the first GPU or, without one, on the CPU in fp32.
+    """Create and measure the models one after the other, on the first GPU or, without one, on the CPU in fp32.
 
     Args:
         families: Names joined by commas.
         cases: Names of cases joined by commas. Default: all.
-        scale: 6b, or tiny: the sizes of the small models of models/.
+        scale: 6b, or tiny: the size of the small models in models/.
         prompt_tokens: Length of the prompt.
         new_tokens: Tokens to generate; cases without the fast path generate an eighth.
-        loop_number: Measured repeats.
+        loop_number: Measured runs.
         output_json: Result file. Default: benchmarks/results/decode_baselines_<device>.json.
     """
     for name, value in (("new_tokens", new_tokens), ("loop_number", loop_number)):
-        if value < LEAST[name]:
-            raise UserError(f"--{name} {value}: expected {LEAST[name]} or more")
+        if value < MIN_VALUES[name]:
+            raise UserError(f"--{name} {value}: expected {MIN_VALUES[name]} or more")
     bases = [base_for(find_family(name), scale) for name in families.split(",")]
     chosen = [(base, case) for base in bases for case in choose_cases(CASES, cases) if base.has(case)]
     if not chosen:
@@ -163,7 +163,7 @@ def base_for(family: Family, scale: str) -> Base:
 
 
 def measure(base: Base, case: Case, workload: Workload, bandwidth: float) -> dict:
-    """Measure a case; return its column of the table. An error ends this case only.
+    """Measure a case; return its column of the table. An error ends only this case.
 
     Args:
         base: The model's size.
@@ -189,7 +189,7 @@ def measure(base: Base, case: Case, workload: Workload, bandwidth: float) -> dic
     except Exception as error:  # whatever it is, the other cases are worth measuring
         logger.opt(exception=error).error(f"{found['label']} failed")
         return {**found, "error": FAILED}
-    figures.pop("load_seconds", None)  # of making it
+    figures.pop("load_seconds", None)  # the model was made, not loaded
     return found | figures
 
 

@@ -59,15 +59,15 @@ def bench_inference(
     loop_number: int = 5,
     output_json: str | None = None,
 ) -> None:
-    """Make the models one after the other, and measure them.
+    """Create the models one after the other, and measure them.
 
     Args:
-        work_dir: Directory to make for the models, 30 GB; deleted afterwards.
+        work_dir: Directory to create for the models, 30 GB; deleted afterwards.
         families: Names joined by commas.
         cases: Names of cases joined by commas. Default: all.
-        scale: 6b, or tiny: the small models of models/.
+        scale: 6b, or tiny: the small models in models/.
         new_tokens: Tokens to generate.
-        loop_number: Measured repeats.
+        loop_number: Measured runs.
         output_json: Result file. Default: benchmarks/results/inference_models_<device>.json.
     """
     root = Path(work_dir).resolve()
@@ -100,10 +100,10 @@ def bench_inference(
 
 
 def make_base(root: Path, family: Family, scale: str) -> None:
-    """Make the base and an adapter for it.
+    """Create the base and an adapter for it.
 
     Args:
-        root: Directory to make.
+        root: Directory to create.
         family: The base's family.
         scale: 6b or tiny.
     """
@@ -121,7 +121,7 @@ def merge(root: Path, output_dir: Path, bits: int) -> None:
 
 
 def quantize_base(root: Path, output_dir: Path, bits: int) -> None:
-    """Quantize the base in a process of its own, which gives its memory back."""
+    """Quantize the base in its own process, so that its memory is freed."""
     process = multiprocessing.get_context("spawn").Process(target=write_quantized, args=(root, output_dir, bits))
     process.start()
     process.join()

@@ -7,8 +7,8 @@ With GemLite installed (`pip install gemlite`, nothing else here needs it) its i
 
 Needs a GPU. Each path is first compared with the matmul in fp64, then timed inside a CUDA graph over several copies
 of the weight that together exceed the L2 cache, as in a model, where every layer reads weights of its own. Writes
-benchmarks/results/kernels_<family>_<dtype>_<device>.json after each line that it prints, one for each path and number
-of rows.
+benchmarks/results/kernels_<family>_<dtype>_<device>.json after each printed line, of which there is one per path and
+number of rows.
 """
 
 import json
@@ -24,7 +24,7 @@ from glm_utils.cli import UserError, run_cli
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 CACHE_BYTES = 160e6  # more than twice the L2 of an H200
-LAUNCHES = 24  # at least so many in a graph
+LAUNCHES = 24  # at least this many in a graph
 REPEATS = 5
 
 
@@ -67,7 +67,7 @@ def pack_for_gemlite(weight: torch.Tensor, scale: torch.Tensor, bits: int):
     return packer.from_weights(codes, scale[:, None], zeros, W_nbits=bits, group_size=codes.shape[1])
 
 
-PATHS = {  # name -> function(x, weight, scale, bits), the widths it takes (16: dequantized), the most rows
+PATHS = {  # name -> function(x, weight, scale, bits), the bits it takes (16: dequantized), its maximum number of rows
     "cublas": (cublas, (16,), None),
     "decoded": (dequantized, (4, 8), None),
     "triton": (triton, (4, 8), 32),
@@ -95,7 +95,7 @@ def make_weights(shape: tuple[int, int], bits: int, dtype: torch.dtype) -> tuple
 
 
 def relative_error(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int):
-    """Return the norm of the difference to the matmul in fp64 over the norm of that."""
+    """Return the norm of the difference from the matmul in fp64 over the norm of the latter."""
     exact = (
         weight.double()
         if bits == 16
@@ -106,7 +106,7 @@ def relative_error(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, s
 
 
 def microseconds(run, num_copies: int) -> float:
-    """Return the median time of run(copy) inside a CUDA graph that goes round the copies."""
+    """Return the median time of run(copy) inside a CUDA graph that cycles through the copies."""
     run(0)
     graph = torch.cuda.CUDAGraph()
     num_rounds = -(-LAUNCHES // num_copies)
@@ -157,17 +157,17 @@ def bench_kernels(*, family: str = "chatglm2-6b", rows: str = "1,4,16,64", dtype
         dtype: fp16 or bf16.
     """
     if dtype not in DTYPES or not all(map(str.isdigit, rows.split(","))):
-        raise UserError(f"found --rows {rows} --dtype {dtype}: see --help for what they take")
+        raise UserError(f"--rows {rows} --dtype {dtype}: expected numbers joined by commas, and fp16 or bf16")
     shapes = layer_shapes(find_family(family).name)
     if not torch.cuda.is_available():
-        raise UserError("found no CUDA device: run this on a machine with a GPU")
+        raise UserError("no CUDA device found. Run this on a machine with a GPU")
     torch.manual_seed(0)
     result_path = RESULTS_DIR / f"kernels_{family}_{dtype}_{device_name()}.json"
     record = {"benchmark": "kernels", "family": family, "dtype": dtype, "results": []}
     record |= provenance()
-    for path, (_, widths, most_rows) in PATHS.items():
+    for path, (_, widths, max_rows) in PATHS.items():
         for bits in widths:
-            for num_rows in (n for n in map(int, rows.split(",")) if most_rows is None or n <= most_rows):
+            for num_rows in (n for n in map(int, rows.split(",")) if max_rows is None or n <= max_rows):
                 result = measure(path, bits, num_rows, shapes, DTYPES[dtype])
                 record["results"].append(result)
                 write_result(result_path, record)

@@ -37,10 +37,10 @@ def bench_merge(
     all_linear: bool = False,
     remote_scripts_dir: str | None = None,
 ) -> None:
-    """Make a random base and adapter, then copy and merge by turns.
+    """Create a random base and adapter, then copy and merge in turn.
 
     Args:
-        work_dir: Directory to make for the benchmark's files, 40 GB; deleted afterwards.
+        work_dir: Directory to create for the benchmark's files, 40 GB; deleted afterwards.
         family: chatglm-6b or chatglm2-6b.
         qbits: Bits to merge to, joined by commas; a value may be repeated.
         device: cpu or cuda:N.
@@ -52,7 +52,7 @@ def bench_merge(
         raise UserError(f"--work_dir {root}: exists. Give a new directory")
     try:
         base_dir, adapter_dir = root / "base", root / "adapter"
-        # a process of its own: its memory would count as a merge's, which starts as a copy of this process
+        # in its own process: its memory would count as that of a merge, which starts as a copy of this process
         run_python("-m", "benchmarks.random_checkpoint", "--output_path", base_dir, "--family", family)
         targets = list(LINEAR_NAMES) if all_linear else LORA_TARGETS
         write_random_adapter(base_dir, adapter_dir, targets)
@@ -61,7 +61,7 @@ def bench_merge(
         result = {"benchmark": "merge", "family": family, "targets": targets, "base_bytes": num_bytes, "merges": []}
         copy_files(base_dir, root / "copy")  # the first read may come from the disk, all later ones from memory
         for bits in qbits.split(","):
-            os.sync()  # nothing of an earlier step is left to be written
+            os.sync()  # no write of an earlier step is pending
             copy_seconds = copy_files(base_dir, root / "copy")
             os.sync()
             merge = run_merge(adapter_dir, root / "merged", bits, device, extra)

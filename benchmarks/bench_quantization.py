@@ -111,7 +111,7 @@ def compare(model, texts: list[list[int]], expected: list[torch.Tensor], weights
 
 
 def measure_speed(device: str) -> dict:
-    """Return the seconds for quantizing every layer of a 6B model whose fp16 weights lie on the device."""
+    """Return the seconds for quantizing every layer of a 6B model whose fp16 weights are on the device."""
     if device == "cpu":
         raise UserError("--parts speed needs --device cuda")
     quantize_rows = remote_function("quantization.quantize_rows")

@@ -1,4 +1,4 @@
-"""Make a base checkpoint of 6B size with random fp16 weights, in the published layout, to measure with.
+"""Create a base checkpoint of 6B size with random fp16 weights, in the published layout, to measure with.
 
     python -m benchmarks.random_checkpoint --output_path /data/random-6b --family chatglm2-6b
 
@@ -18,7 +18,7 @@ def random_checkpoint(
     """Write the checkpoint, in shards.
 
     Args:
-        output_path: Directory to make.
+        output_path: Directory to create.
         family: chatglm-6b or chatglm2-6b.
         bin_files: pytorch_model-*.bin as published, else safetensors.
         config_overrides: JSON object of configuration values for another size, e.g. {"num_layers": 2}.

@@ -1,4 +1,4 @@
-"""The benchmark against baselines: models made in memory are those that are loaded, every case has its row."""
+"""The benchmark against baselines: models made in memory are those that are loaded, every case has its figures."""
 
 import json
 import re
@@ -77,7 +77,7 @@ def test_nf4_is_that_of_loading(make, small_dir):
     assert weight_bytes(make("nf4")) == weight_bytes(model) == weight_bytes(loaded)
 
 
-def test_adapter_is_laid_as_a_loaded_one(make, small_dir, tmp_path):
+def test_adapter_equals_a_loaded_one(make, small_dir, tmp_path):
     write_random_adapter(small_dir, tmp_path / "adapter", ["query_key_value"])
     base = load_base_model(open_checkpoint(small_dir), load_in_4bit=True, dtype="fp16")
     loaded = load_adapter(base, tmp_path / "adapter").get_base_model()
@@ -98,7 +98,7 @@ def test_native_model_has_our_size(family, make):
         assert weight_bytes(make("native")) == pytest.approx(ours, rel=1e-4)  # but for the table of frequencies
 
 
-def test_peak_is_looked_for_after_quantizing(make, monkeypatch):
+def test_peak_is_measured_after_quantizing(make, monkeypatch):
     seen = []
     monkeypatch.setattr(bench, "reset_peak_memory", lambda device: seen.append(device))
     moved = bench.compacted
@@ -130,7 +130,7 @@ def test_lengths_of_the_cases():
     assert bench.CASES[1].num_tokens(32, 3) == (32, 2)
 
 
-def test_every_row_says_what_it_is(tmp_path, capsys):
+def test_every_model_says_what_it_is(tmp_path, capsys):
     """Both families; transformers' own model is of one of them only."""
     path, names = tmp_path / "result.json", "fp16,native batch 8,nf4 + adapter,int8,int4 eager,int4 batch 16"
     flags = {"scale": "tiny", "prompt_tokens": 9, "new_tokens": 24, "loop_number": 1}
@@ -142,24 +142,26 @@ def test_every_row_says_what_it_is(tmp_path, capsys):
     expected = [("fp16", 1, 9, 24), ("native batch 8", 8, 9, 3), *shared]
     expected = [(f"chatglm2-tiny {name}", *numbers) for name, *numbers in expected]
     expected += [(f"chatglm-tiny {name}", *numbers) for name, *numbers in [("fp16", 1, 9, 24), *shared]]
-    assert [tuple(row[key] for key in keys) for row in result["models"]] == expected
+    assert [tuple(figures[key] for key in keys) for figures in result["models"]] == expected
     dtype = "fp16" if torch.cuda.is_available() else "fp32"
     formats = [dtype, "nf4", "int8", "int4", "int4"]
-    assert [row["weight_format"] for row in result["models"]] == [dtype, *formats, *formats]
-    for row in result["models"]:
-        assert row["tokens_per_second"] > 0
-        assert row["bandwidth_share"] > 0
-        assert "load_seconds" not in row
+    assert [figures["weight_format"] for figures in result["models"]] == [dtype, *formats, *formats]
+    for figures in result["models"]:
+        assert figures["tokens_per_second"] > 0
+        assert figures["bandwidth_share"] > 0
+        assert "load_seconds" not in figures
     assert {"torch", "device"} <= result["versions"].keys()
 
 
 def test_an_error_ends_its_case_only(tmp_path, monkeypatch, log_lines):
-    """Each case finds the rows of those before it in the file, and their models gone; no memory is no failure."""
+    """Each case finds the figures of earlier ones in the file and their models freed; out of memory is no "failed"."""
     path, seen, made, alive = tmp_path / "result.json", [], [], []
     make_model = bench.make_model
 
     def failing_model(base, case, *args):
-        seen.append([row.get("error") for row in json.loads(path.read_text())["models"]] if path.exists() else None)
+        seen.append(
+            [figures.get("error") for figures in json.loads(path.read_text())["models"]] if path.exists() else None
+        )
         alive.extend(ref for ref in made if ref() is not None)
         if case.name == "int8":
             raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -176,9 +178,9 @@ def test_an_error_ends_its_case_only(tmp_path, monkeypatch, log_lines):
     assert seen == [None, [None], [None, "failed"], [None, "failed", "out of memory"]]
     assert len(made) == 2
     assert alive == []
-    rows = json.loads(path.read_text("utf-8"))["models"]
-    assert [row.get("error") for row in rows] == [None, "failed", "out of memory", None]
-    assert all(row["num_new_tokens"] == 2 for row in rows)
+    models = json.loads(path.read_text("utf-8"))["models"]
+    assert [figures.get("error") for figures in models] == [None, "failed", "out of memory", None]
+    assert all(figures["num_new_tokens"] == 2 for figures in models)
     assert any("no such thing" in line for line in log_lines)
 
 
@@ -205,5 +207,5 @@ def test_peak_of_a_case_is_its_own(tmp_path):
     path = tmp_path / "result.json"
     flags = {"families": "chatglm2-6b", "new_tokens": 8, "loop_number": 1, "output_json": str(path)}
     bench.bench_decode(cases="nf4,int4", **flags)
-    for row in json.loads(path.read_text("utf-8"))["models"]:
-        assert row["weight_bytes"] <= row["peak_allocated_bytes"] <= row["peak_reserved_bytes"] < 6e9
+    for figures in json.loads(path.read_text("utf-8"))["models"]:
+        assert figures["weight_bytes"] <= figures["peak_allocated_bytes"] <= figures["peak_reserved_bytes"] < 6e9

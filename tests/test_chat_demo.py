@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
+from rich.cells import cell_len
 
 import chat_demo
 import merge_lora_and_quantize as merge_stage
@@ -22,7 +23,7 @@ from glm_utils import load_model
 from glm_utils.checkpoint import open_checkpoint
 from glm_utils.cli import UserError, run_cli
 from glm_utils.family import PROJECT_DIR
-from glm_utils.inference import side_by_side as columns
+from glm_utils.inference import tables, terminal
 from glm_utils.inference.chat import ChatSession, ChatSettings, chat_settings
 from glm_utils.load_model import load_base_model
 
@@ -56,7 +57,7 @@ def session(tiny_dir):
 
 
 class ScriptedModel:
-    """Answers with given snapshots of a growing text, one a token, as stream_chat does."""
+    """Answers with given snapshots of a growing text, one per token, as stream_chat does."""
 
     def __init__(self, *snapshots):
         self.snapshots, self.prompts = snapshots, []
@@ -254,7 +255,7 @@ def test_seed_and_the_end_of_max_length(tiny_dir, capsys):
         run_cli(chat_demo.chat_demo, [*command, "--seed", seed])
         outputs.append(capsys.readouterr())
     assert outputs[0].out == outputs[1].out != outputs[2].out
-    assert outputs[0].err.strip().endswith(", cut at max_length")
+    assert outputs[0].err.strip().endswith(", truncated at max_length")
     with pytest.raises(SystemExit):
         run_cli(chat_demo.chat_demo, [*command, "--prompt", QUERY * 50])
     assert "which leaves no room for an answer" in capsys.readouterr().err
@@ -277,20 +278,20 @@ def test_compare(adapter_dir, capsys):
 @pytest.mark.parametrize("family_name", ["chatglm2-6b"])
 def test_commands_keep_compared_sessions_in_step(session, capsys):
     sessions = {"a": session, "b": ChatSession(session.model, session.tokenizer, GREEDY)}
-    chat_demo.answer(sessions, QUERY)
+    terminal.print_answers(QUERY, sessions)
     first = session.history[-1]
-    chat_demo.run_command("retry", sessions)
+    terminal.run_command("retry", sessions)
     assert [list(each.history) for each in sessions.values()] == [[first], [first]]
     sessions["b"].history[0] = (QUERY, "长" * 400)  # the next question fits after one of them only
     with pytest.raises(UserError, match="leaves no room"):
-        chat_demo.answer(sessions, "你好")
+        terminal.print_answers("你好", sessions)
     assert [len(each.history) for each in sessions.values()] == [1, 1]
-    chat_demo.run_command("undo", sessions)
+    terminal.run_command("undo", sessions)
     assert not session.history
     assert not sessions["b"].history
-    chat_demo.run_command("help", sessions)
+    terminal.run_command("help", sessions)
     errors = capsys.readouterr().err
-    assert all(f"\n{command:<6} " in errors for command in chat_demo.COMMANDS)
+    assert all(f"\n{command:<6} " in errors for command in terminal.COMMANDS)
 
 
 def test_piped_lines_broken_bytes_and_the_end():
@@ -366,23 +367,23 @@ def test_terminal_with_ctrl_c_and_editing(tiny_dir, tmp_path):
     shutil.copytree(tiny_dir, endless_dir)
     config = json.loads((endless_dir / "config.json").read_text())
     (endless_dir / "config.json").write_text(json.dumps(config | {"eos_token_id": config["padded_vocab_size"] - 1}))
-    terminal = Terminal("chat_demo.py", "--model_path", str(endless_dir), "--seed=0", "--device=cpu")
-    terminal.wait_for(r"commands; Ctrl-C stops an answer\r\n")
-    terminal.wait_for("> ")
-    terminal.type("\x03")  # at the prompt
-    terminal.wait_for(r"stop or Ctrl-D leaves\)\r\n", again="\x03")
-    terminal.wait_for("> ")
-    terminal.type("你好吗\x7f\x7f们\r")  # two deletions take two characters
-    terminal.wait_for(r"们\r\n[\s\S]{10}")
-    terminal.type("\x03")
-    stopped = terminal.wait_for(r"(\d+) tokens, [\d.]+ tokens/s, the first after [\d.]+ s, stopped\r\n")
+    screen = Terminal("chat_demo.py", "--model_path", str(endless_dir), "--seed=0", "--device=cpu")
+    screen.wait_for(r"commands; Ctrl-C stops an answer\r\n")
+    screen.wait_for("> ")
+    screen.type("\x03")  # at the prompt
+    screen.wait_for(r"stop or Ctrl-D leaves\)\r\n", again="\x03")
+    screen.wait_for("> ")
+    screen.type("你好吗\x7f\x7f们\r")  # two deletions take two characters
+    screen.wait_for(r"们\r\n[\s\S]{10}")
+    screen.type("\x03")
+    stopped = screen.wait_for(r"(\d+) tokens, [\d.]+ tokens/s, the first after [\d.]+ s, stopped\r\n")
     assert 0 < int(stopped[1]) < 2000
-    terminal.wait_for("> ")
-    terminal.type("undo\r")
-    assert terminal.wait_for(r"\(taken back: (.*)\)")[1] == "你们"
-    terminal.wait_for("> ")
-    terminal.type("\x04")
-    assert terminal.end() == 0
+    screen.wait_for("> ")
+    screen.type("undo\r")
+    assert screen.wait_for(r"\(taken back: (.*)\)")[1] == "你们"
+    screen.wait_for("> ")
+    screen.type("\x04")
+    assert screen.end() == 0
 
 
 # ---- side by side
@@ -400,18 +401,19 @@ def test_terminal_with_ctrl_c_and_editing(tiny_dir, tmp_path):
         ("e\u0301e\u0301e\u0301", 2, ["e\u0301e\u0301", "e\u0301"]),
     ],
 )
-def test_lines_fit_their_column(text, width, lines):
-    assert list(columns.wrap(text, width)) == lines
-    assert all(columns.count_cells(line) <= width for line in lines)
+def test_lines_fit_their_column(monkeypatch, text, width, lines):
+    monkeypatch.setattr(tables, "MIN_CELLS", 1)
+    assert tables.side_by_side({"t": text}, width).split("\n")[2:] == lines
+    assert all(cell_len(line) <= width for line in lines)
 
 
 @pytest.mark.parametrize("num_cells", [5, 40, 81])
 def test_columns_hold_whole_texts(num_cells):
     texts = {"first": "这款上衣采用了柔软的面料。" * 3, "second": "白色的连衣裙", "third": ""}
-    rows = [line.ljust(1) for line in columns.side_by_side(texts, num_cells).splitlines()]
-    width = max(columns.MIN_CELLS, (num_cells - 2 * len(columns.GAP)) // 3)
+    rows = [line.ljust(1) for line in tables.side_by_side(texts, num_cells).splitlines()]
+    width = max(tables.MIN_CELLS, (num_cells - 2 * len(tables.GAP)) // 3)
     cells = [[part.strip() for part in row.split("|")] for row in rows]
-    assert all(columns.count_cells(row) <= 3 * width + 2 * len(columns.GAP) for row in rows)
+    assert all(cell_len(row) <= 3 * width + 2 * len(tables.GAP) for row in rows)
     for index, (title, text) in enumerate(texts.items()):
         column = [row[index] for row in cells if len(row) > index]
         assert column[:2] == [title, "-" * width]
@@ -440,7 +442,7 @@ def test_out_of_memory_ends_an_answer_and_not_the_program(capsys):
     sessions = {"full": scripted(), "other": scripted("二", "二三")}
     sessions["full"].model.stream_chat = stream_chat
     with pytest.raises(UserError, match="out of memory after .* clear earlier turns"):
-        chat_demo.answer(sessions, "q")
+        terminal.print_answers("q", sessions)
     assert [session.history for session in sessions.values()] == [[("q", "一")], [("q", "二三")]]
     assert "二三" in capsys.readouterr().out
 

@@ -134,24 +134,24 @@ def test_weights_are_the_merged_weights(tiny_adapter, export):
 
 
 @pytest.mark.parametrize(("qbits", "type_name", "steps"), [(8, "Q8_0", 127), (4, "Q4_0", 8)])
-def test_quantised_weights_are_within_a_step(tiny_adapter, export, qbits, type_name, steps):
-    whole = {tensor.name: tensor for tensor in gguf.GGUFReader(export(tiny_adapter, "whole") / "model.gguf").tensors}
+def test_quantized_weights_are_within_a_step(tiny_adapter, export, qbits, type_name, steps):
+    fp16 = {tensor.name: tensor for tensor in gguf.GGUFReader(export(tiny_adapter, "fp16") / "model.gguf").tensors}
     reader = gguf.GGUFReader(export(tiny_adapter, qbits=qbits) / "model.gguf")
-    num_quantised = 0
+    num_quantized = 0
     for tensor in reader.tensors:
         if tensor.name.startswith("blk.") and tensor.data.ndim == 2:
             assert tensor.tensor_type.name == type_name
-            blocks = whole[tensor.name].data.astype(np.float32).reshape(-1, 32)
-            decoded = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(-1, 32)
+            blocks = fp16[tensor.name].data.astype(np.float32).reshape(-1, 32)
+            dequantized = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(-1, 32)
             step = np.abs(blocks).max(axis=1, keepdims=True) / steps
-            # Half a step, a whole one at Q4_0's open end (codes -8 to 7), and the step's rounding to fp16
+            # Half a step, a full one at Q4_0's open end (codes -8 to 7), and the step's rounding to fp16
             bound = step * (1.0 if qbits == 4 else 0.5) + step * steps * 2**-11 + 2**-24
-            assert (np.abs(decoded - blocks) <= bound).all()
-            num_quantised += 1
+            assert (np.abs(dequantized - blocks) <= bound).all()
+            num_quantized += 1
         else:
-            assert tensor.tensor_type == whole[tensor.name].tensor_type
-            assert np.array_equal(tensor.data, whole[tensor.name].data)
-    assert num_quantised == 16
+            assert tensor.tensor_type == fp16[tensor.name].tensor_type
+            assert np.array_equal(tensor.data, fp16[tensor.name].data)
+    assert num_quantized == 16
 
 
 @pytest.mark.parametrize("qbits", [0, 8, 4])
@@ -287,7 +287,7 @@ def test_what_the_format_does_not_hold_is_refused(tmp_path, base_dir, export):
     ):
         export(adapter_dir, qbits=4)
     for changes, message in (
-        ({"kv_channels": 32}, "hidden_size is 64, not that of 4 heads of 32 channels"),
+        ({"kv_channels": 32}, "hidden_size is 64, not 4 heads of 32 channels"),
         ({"add_bias_linear": True}, "add_bias_linear is set"),
     ):
         edit(base_dir / "config.json", **changes)
@@ -315,7 +315,7 @@ def test_vocabulary_that_llama_cpp_splits_differently(base_dir, spec, name, valu
     model = gguf_tokenizer.read_vocabulary(path)
     setattr(getattr(model, spec), name, value)
     path.write_bytes(model.SerializeToString())
-    with pytest.raises(UserError, match=f"{name} is .*llama.cpp would split text in another way"):
+    with pytest.raises(UserError, match=f"{name} is .*llama.cpp would not split text as in training"):
         gguf_tokenizer.check_vocabulary(path)
 
 
@@ -390,8 +390,8 @@ def test_llama_cpp_generates_the_same_tokens(tiny_adapter, export, llama):
     theirs = llama(export(tiny_adapter) / "model.gguf")
     ours = load_adapter(load_base_model(open_checkpoint(TINY_DIR)), tiny_adapter).merge_and_unload().eval()
     tokenizer = open_checkpoint(TINY_DIR).tokenizer
-    rows = [json.loads(line) for line in (PROJECT_DIR / "data" / "dev.jsonl").read_text("utf-8").splitlines()]
-    prompts = [tokenizer.encode_prompt(row["content"]) for row in rows[:20]]
+    examples = [json.loads(line) for line in (PROJECT_DIR / "data" / "dev.jsonl").read_text("utf-8").splitlines()]
+    prompts = [tokenizer.encode_prompt(example["content"]) for example in examples[:20]]
     assert len(prompts) == 20
     for ids in prompts:
         output = ours.generate(input_ids=torch.tensor([ids]), max_new_tokens=64, do_sample=False)[0, len(ids) :]
@@ -436,8 +436,8 @@ def test_llama_cpp_computes_the_same_logits(tmp_path, base_dir, export, llama, c
 def test_llama_cpp_splits_text_as_the_tokenizer_does(tiny_adapter, export, llama, tmp_path):
     adapter_dir = make_adapter(GOLDEN_DIR, tmp_path / "golden adapter")
     golden = json.loads((FIXTURES_DIR / "chatglm2-6b" / "tokenizer.json").read_text("utf-8"))
-    rows = [json.loads(line) for line in (PROJECT_DIR / "data" / "dev.jsonl").read_text("utf-8").splitlines()]
-    texts = [entry["text"] for entry in golden["singles"]] + [row["summary"] for row in rows]
+    examples = [json.loads(line) for line in (PROJECT_DIR / "data" / "dev.jsonl").read_text("utf-8").splitlines()]
+    texts = [entry["text"] for entry in golden["singles"]] + [example["summary"] for example in examples]
     texts += ["philosopher sop eop", "[gMASK]sop</s><unk><0x0A>", "\u3000全角 ▁▁ 😀\t\r\n", "a" * 2000]
     for name, base, adapter in (("tiny", TINY_DIR, tiny_adapter), ("golden", GOLDEN_DIR, adapter_dir)):
         model = llama(export(adapter, name) / "model.gguf")

@@ -107,15 +107,15 @@ def run(tmp_path, monkeypatch):
 
 @torch.no_grad()
 def _logits(model, batch):
-    """Return fp32 logits of a left-padded batch, without the rows of padding."""
+    """Return fp32 logits of a left-padded batch, without the padded positions."""
     logits = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     return logits[batch["attention_mask"].bool()]
 
 
 def _batch(base_dir):
     tokenizer = open_checkpoint(base_dir).tokenizer
-    rows = [{"input_ids": tokenizer.encode_prompt(text, HISTORY)} for text in ("类型#裙*颜色#白色", "a", "😀你好")]
-    return tokenizer.pad(rows, padding=True, return_tensors="pt")
+    examples = [{"input_ids": tokenizer.encode_prompt(text, HISTORY)} for text in ("类型#裙*颜色#白色", "a", "😀你好")]
+    return tokenizer.pad(examples, padding=True, return_tensors="pt")
 
 
 def _assert_same(found, expected):
@@ -164,8 +164,8 @@ def test_large_models_are_checked_module_by_module(base_dir, adapter, run):
     out = run("merged", lora_path=adapter(base_dir))
     ids = open_checkpoint(base_dir).tokenizer.encode_prompt("你好")
     form = reload_check.FORMS["native"]
-    whole = reload_check.whole_logits(out, ids, "cpu", form)
-    assert torch.equal(whole, reload_check.module_logits(out, ids, "cpu", form))
+    full = reload_check.full_logits(out, ids, "cpu", form)
+    assert torch.equal(full, reload_check.by_module_logits(out, ids, "cpu", form))
 
 
 def test_a_directory_that_computes_something_else_is_refused(base_dir, adapter, run, monkeypatch, tmp_path):
@@ -260,7 +260,7 @@ def test_adapter_of_some_layers(base_dir, adapter, run):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantised_weights_have_no_native_form(base_dir, adapter, run, bits):
+def test_quantized_weights_have_no_native_form(base_dir, adapter, run, bits):
     with pytest.raises(UserError, match=f"--qbits {bits}: --export_format glm writes fp16.*Give --qbits 0"):
         run("merged", lora_path=adapter(base_dir), qbits=bits)
     shutil.copyfile(FIXTURES_DIR / "chatglm2-6b" / "model" / f"config_int{bits}.json", base_dir / "config.json")
@@ -279,13 +279,13 @@ def test_chatglm_6b_has_no_native_class(adapter, run):
             run("native", convert=True, **arguments)
 
 
-def test_biases_that_glm_has_not(base_dir, run):
+def test_biases_that_glm_does_not_have(base_dir, run):
     _edit(base_dir / "config.json", add_bias_linear=True)
     with pytest.raises(UserError, match="add_bias_linear is true, and GlmForCausalLM has no such biases"):
         run("native", convert=True, model_name_or_path=base_dir)
 
 
-def test_a_vocabulary_that_cannot_be_converted_is_found_before_any_work(base_dir, run, monkeypatch):
+def test_a_vocabulary_that_cannot_be_converted_is_refused_before_any_work(base_dir, run, monkeypatch):
     monkeypatch.setattr(glm, "write", lambda *args: pytest.fail("work was done"))
     shutil.copyfile(FIXTURES_DIR / "chatglm-6b" / "model" / "ice_text.model", base_dir / "tokenizer.model")
     with pytest.raises(UserError, match="tokenizer.model"):

@@ -175,18 +175,13 @@ def test_ceilings_are_those_of_the_page():
 
 
 def tree_paths():
-    """Return the paths of the development page's tree; a line below a folder that ends with a slash lies in it."""
-    tree = next(
-        block for block in re.findall(r"^```\n(.*?)^```", text_of(DEVELOPMENT), re.M | re.S) if ".py " in block
-    )
-    folder = ""
-    for line in tree.splitlines():
-        name = line.split()[0]
-        if not line.startswith(" "):
-            folder = name if name.endswith("/") else ""
-            yield name
-        else:
-            yield folder + name
+    """Return the paths of the development page's tree; an indented line lies in the folder that it stands below."""
+    blocks = re.findall(r"^```\n(.*?)^```", text_of(DEVELOPMENT), re.M | re.S)
+    folders = [""]  # by depth
+    for line in next(block for block in blocks if ".py " in block).splitlines():
+        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+        folders[depth + 1 :] = [folders[depth] + name]
+        yield folders[depth] + name
 
 
 def test_tree_is_complete():

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from rich.cells import cell_len
 from torch import nn
 
 import inference_test as stage
@@ -25,7 +26,7 @@ from glm_utils.inference.memory import (
     reset_peak_memory,
     weight_bytes,
 )
-from glm_utils.inference.report import TABLE_ROWS, markdown_table, summarize
+from glm_utils.inference.report import TABLE_ROWS, models_table, summarize
 from glm_utils.inference.request import prompt_ids, resolve_sources
 from glm_utils.load_model import ModelSource, load_adapter, load_base_model
 
@@ -108,24 +109,25 @@ def measure(capsys):
 def test_figures_of_a_model_with_known_times(clock):
     """2 s cold; then 0.5 s to the first token and four gaps of 0.25 s: the cold run and the warm-up do not count."""
     model = TimedModel(clock)
-    row = measure_model(lambda: model, stream_generate, workload(), bandwidth=1e4)
+    figures = measure_model(lambda: model, stream_generate, workload(), bandwidth=1e4)
     assert model.num_runs == 1 + 1 + 4
-    assert row["cold_first_token_seconds"] == pytest.approx(2.0)
-    assert row["cold_run_seconds"] == pytest.approx(3.0)
-    assert row["ttft_seconds"] == pytest.approx(0.5)
-    assert row["tpot_p50_seconds"] == row["tpot_p95_seconds"] == pytest.approx(0.25)
-    assert row["prefill_tokens_per_second"] == pytest.approx(BATCH * NUM_PROMPT / 0.5)
-    assert row["decode_tokens_per_second"] == pytest.approx(4.0)
-    assert row["decode_tokens_per_second_total"] == pytest.approx(12.0)
-    assert row["tokens_per_second"] == pytest.approx(BATCH * 5 / 1.5)
-    assert row["decode_spread"] == pytest.approx(0.0)
-    assert (row["num_runs"], row["num_new_tokens"], row["num_prompt_tokens"], row["batch_size"]) == (4, 5, 6, 3)
+    assert figures["cold_first_token_seconds"] == pytest.approx(2.0)
+    assert figures["cold_run_seconds"] == pytest.approx(3.0)
+    assert figures["ttft_seconds"] == pytest.approx(0.5)
+    assert figures["tpot_p50_seconds"] == figures["tpot_p95_seconds"] == pytest.approx(0.25)
+    assert figures["prefill_tokens_per_second"] == pytest.approx(BATCH * NUM_PROMPT / 0.5)
+    assert figures["decode_tokens_per_second"] == pytest.approx(4.0)
+    assert figures["decode_tokens_per_second_total"] == pytest.approx(12.0)
+    assert figures["tokens_per_second"] == pytest.approx(BATCH * 5 / 1.5)
+    assert figures["decode_spread"] == pytest.approx(0.0)
+    assert (figures["num_runs"], figures["num_new_tokens"]) == (4, 5)
+    assert (figures["num_prompt_tokens"], figures["batch_size"]) == (6, 3)
     read = 40 * 4 + BATCH * 4 * 4  # output layer, and three rows of the embedding, fp32
-    assert row["weight_bytes"] == 2 * 40 * 4
-    assert row["bytes_read_per_step"] == read
-    assert row["bound_tokens_per_second"] == pytest.approx(1e4 / read)
-    assert row["bandwidth_share"] == pytest.approx(4.0 * read / 1e4)
-    assert row["peak_rss_bytes"] > 0
+    assert figures["weight_bytes"] == 2 * 40 * 4
+    assert figures["bytes_read_per_step"] == read
+    assert figures["bound_tokens_per_second"] == pytest.approx(1e4 / read)
+    assert figures["bandwidth_share"] == pytest.approx(4.0 * read / 1e4)
+    assert figures["peak_rss_bytes"] > 0
 
 
 def test_load_time_is_measured(clock):
@@ -138,21 +140,21 @@ def test_load_time_is_measured(clock):
 
 @pytest.mark.parametrize(("max_time", "num_runs"), [(None, 4), (10.0, 4), (3.1, 3), (3.0, 2), (0.0, 1)])
 def test_no_run_starts_after_max_time(clock, max_time, num_runs):
-    row = measure_model(lambda: TimedModel(clock), stream_generate, workload(max_time=max_time), 1.0)
-    assert row["num_runs"] == num_runs  # of 1.5 s each
+    figures = measure_model(lambda: TimedModel(clock), stream_generate, workload(max_time=max_time), 1.0)
+    assert figures["num_runs"] == num_runs  # of 1.5 s each
 
 
 def test_medians_percentiles_and_spread():
     runs = [[0.4, 0.5, 0.6], [0.2, 0.4, 0.6], [0.3, 0.7, 0.8]]
-    row = summarize(runs, num_prompt_tokens=12, batch_size=2)
-    assert row["ttft_seconds"] == pytest.approx(0.3)
-    assert row["prefill_tokens_per_second"] == pytest.approx(2 * 12 / 0.3)
-    assert row["tpot_p50_seconds"] == pytest.approx(0.1)  # of 0.1 0.1 0.1 0.2 0.2 0.4
-    assert row["tpot_p95_seconds"] == pytest.approx(0.4)
-    assert row["decode_tokens_per_second"] == pytest.approx(5.0)  # of 10, 5, 4
-    assert row["decode_spread"] == pytest.approx((10 - 4) / 5)
-    assert row["tokens_per_second"] == pytest.approx(2 * 3 / 0.6)
-    assert [run["total_seconds"] for run in row["runs"]] == [0.6, 0.6, 0.8]
+    figures = summarize(runs, num_prompt_tokens=12, batch_size=2)
+    assert figures["ttft_seconds"] == pytest.approx(0.3)
+    assert figures["prefill_tokens_per_second"] == pytest.approx(2 * 12 / 0.3)
+    assert figures["tpot_p50_seconds"] == pytest.approx(0.1)  # of 0.1 0.1 0.1 0.2 0.2 0.4
+    assert figures["tpot_p95_seconds"] == pytest.approx(0.4)
+    assert figures["decode_tokens_per_second"] == pytest.approx(5.0)  # of 10, 5, 4
+    assert figures["decode_spread"] == pytest.approx((10 - 4) / 5)
+    assert figures["tokens_per_second"] == pytest.approx(2 * 3 / 0.6)
+    assert [run["total_seconds"] for run in figures["runs"]] == [0.6, 0.6, 0.8]
 
 
 @pytest.mark.parametrize("num_generated", [4, 6])
@@ -187,7 +189,7 @@ def test_fast_path_is_switched_off_only_when_asked(clock):
 
 
 def test_every_weight_is_counted(golden_model):
-    """Layers, norms and output layer whole, two rows of the embedding; the state dict says how much that is."""
+    """All of the layers, norms and output layer, two rows of the embedding; the state dict says how much that is."""
     embedding = golden_model.get_input_embeddings().weight
     total = sum(tensor.nbytes for tensor in golden_model.state_dict().values())
     assert weight_bytes(golden_model) == total
@@ -249,11 +251,11 @@ def test_peak_memory_starts_anew():
 @pytest.mark.parametrize("num_tokens", [3, 4, 17, 200])
 def test_prompt_of_a_given_length(tokenizer, num_tokens):
     text = "类型#裙*颜色#白色<sop>[gMASK]"
-    whole, ids = prompt_ids(tokenizer, text, None), prompt_ids(tokenizer, text, num_tokens)
-    assert whole == tokenizer.encode_prompt(text)
+    given, ids = prompt_ids(tokenizer, text, None), prompt_ids(tokenizer, text, num_tokens)
+    assert given == tokenizer.encode_prompt(text)
     assert len(ids) == num_tokens
     special = tokenizer.build_inputs_with_special_tokens([])
-    body = [token for token in whole if token not in special]
+    body = [token for token in given if token not in special]
     repeated = (body * num_tokens)[: num_tokens - len(special)]
     assert ids == tokenizer.build_inputs_with_special_tokens(repeated)
 
@@ -264,32 +266,34 @@ def test_prompt_without_room_is_refused(tokenizer, text, num_tokens):
         prompt_ids(tokenizer, text, num_tokens)
 
 
-# ---- whole runs
+# ---- complete runs
 
 
 def test_table_and_json_agree(measure, model_dir, int4_dir, adapter_dir, tmp_path):
-    """A base, a quantised model and an adapter in one run; every cell is the JSON's number."""
+    """A base, a quantized model and an adapter in one run; every cell is the JSON's number."""
     path = tmp_path / "out.json"
     cells, result = measure(
         model_path=[str(model_dir), str(int4_dir)], lora_path=str(adapter_dir), dtype="fp32", output_json=str(path)
     )
-    rows = result["models"]
-    assert [row["label"] for row in rows] == ["model", "int4", "model + adapter"] == cells[0][1:]
-    assert [row["weight_format"] for row in rows] == ["fp32", "int4", "fp32"] == cells[-1][1:]
+    models = result["models"]
+    assert [figures["label"] for figures in models] == ["model", "int4", "model + adapter"] == cells[0][1:]
+    assert [figures["weight_format"] for figures in models] == ["fp32", "int4", "fp32"] == cells[-1][1:]
     assert [line[0] for line in cells[2:4]] == ["token_number/s", "gpu memory use (peak reserved, GB)"]
-    shown = [*TABLE_ROWS[:2], *(entry for entry in TABLE_ROWS[2:] if any(entry[1] in row for row in rows))]
+    shown = [*TABLE_ROWS[:2], *(entry for entry in TABLE_ROWS[2:] if any(entry[1] in figures for figures in models))]
     assert len(cells) == len(shown) + 3
     for (text, key, factor, decimals), line in zip(shown, cells[2:-1], strict=True):
-        expected = [f"{row[key] * factor:,.{decimals}f}" if key in row else "-" for row in rows]
+        expected = [f"{figures[key] * factor:,.{decimals}f}" if key in figures else "-" for figures in models]
         assert line == [text, *expected]
-    for row in rows:
-        assert (row["num_runs"], row["num_new_tokens"]) == (2, 4)
-        assert row["num_prompt_tokens"] == len(open_checkpoint(model_dir).tokenizer.encode_prompt(stage.INSTRUCTION))
-        assert row["ttft_seconds"] > 0
-        assert "peak_allocated_bytes" in row or "peak_rss_bytes" in row
-        share = row["decode_tokens_per_second"] * row["bytes_read_per_step"] / result["copy_bytes_per_second"]
-        assert row["bandwidth_share"] == pytest.approx(share)
-    assert rows[2]["weight_bytes"] > rows[0]["weight_bytes"] > rows[1]["weight_bytes"]
+    for figures in models:
+        assert (figures["num_runs"], figures["num_new_tokens"]) == (2, 4)
+        assert figures["num_prompt_tokens"] == len(
+            open_checkpoint(model_dir).tokenizer.encode_prompt(stage.INSTRUCTION)
+        )
+        assert figures["ttft_seconds"] > 0
+        assert "peak_allocated_bytes" in figures or "peak_rss_bytes" in figures
+        share = figures["decode_tokens_per_second"] * figures["bytes_read_per_step"] / result["copy_bytes_per_second"]
+        assert figures["bandwidth_share"] == pytest.approx(share)
+    assert models[2]["weight_bytes"] > models[0]["weight_bytes"] > models[1]["weight_bytes"]
     assert {"torch", "device"} <= result["versions"].keys()
     assert json.loads(path.read_text("utf-8")) == result
 
@@ -298,10 +302,10 @@ def test_table_and_json_agree(measure, model_dir, int4_dir, adapter_dir, tmp_pat
 def test_nf4_with_adapter(measure, name, tmp_path):
     write_random_adapter(PROJECT_DIR / "models" / name, tmp_path / "adapter", ["query_key_value", "dense"])
     _, result = measure(lora_path=str(tmp_path / "adapter"), load_in_4bit=True, batch_size=2, prompt_tokens=11)
-    (row,) = result["models"]
-    assert (row["label"], row["weight_format"]) == (f"{name} + adapter", "nf4")
-    assert (row["batch_size"], row["num_prompt_tokens"]) == (2, 11)
-    assert row["decode_tokens_per_second_total"] == pytest.approx(2 * row["decode_tokens_per_second"])
+    (figures,) = result["models"]
+    assert (figures["label"], figures["weight_format"]) == (f"{name} + adapter", "nf4")
+    assert (figures["batch_size"], figures["num_prompt_tokens"]) == (2, 11)
+    assert figures["decode_tokens_per_second_total"] == pytest.approx(2 * figures["decode_tokens_per_second"])
 
 
 def test_adapter_is_part_of_what_is_measured(model_dir, adapter_dir):
@@ -332,7 +336,7 @@ def test_models_of_one_name_are_told_apart(model_dir, family_name):
     ],
     ids=["cuda", "cpu", "python"],
 )
-def test_out_of_memory_ends_its_row_only(measure, model_dir, int4_dir, monkeypatch, kind, message):
+def test_out_of_memory_ends_its_figures_only(measure, model_dir, int4_dir, monkeypatch, kind, message):
     """The second model runs out after loading; the first and the third are measured."""
     load, loaded = ModelSource.load, []
 
@@ -370,7 +374,7 @@ def test_other_errors_are_not_called_out_of_memory(clock):
 
 
 def test_table_shows_why_a_model_has_no_figures():
-    table = markdown_table([{"label": "a|b", "error": "out of memory"}, {"label": "c", "tokens_per_second": 1234.5}])
+    table = models_table([{"label": "a|b", "error": "out of memory"}, {"label": "c", "tokens_per_second": 1234.5}])
     lines = table.splitlines()
     assert lines[0].split() == ["|", "|", "a\\|b", "|", "c", "|"]
     assert lines[2] == "| token_number/s                     | out of memory | 1,234.50 |"
@@ -378,7 +382,7 @@ def test_table_shows_why_a_model_has_no_figures():
 
 def test_table_is_aligned_and_has_no_line_without_a_figure():
     """The original's two lines are always there; of the others those that a model has a figure for."""
-    table = markdown_table([{"label": "base", "ttft_seconds": 0.002}, {"label": "merged", "weight_format": "int4"}])
+    table = models_table([{"label": "base", "ttft_seconds": 0.002}, {"label": "merged", "weight_format": "int4"}])
     lines = table.splitlines()
     assert len({len(line) for line in lines}) == 1
     assert [line.split("|")[1].strip() for line in lines[2:]] == [
@@ -388,6 +392,13 @@ def test_table_is_aligned_and_has_no_line_without_a_figure():
         "weights of the layers",
     ]
     assert lines[1].endswith("| ---: | -----: |")
+
+
+def test_table_takes_labels_as_they_are():
+    """Brackets are no markup of rich, and a Chinese character is two cells wide."""
+    lines = models_table([{"label": "[red]模型[/] :smile:", "tokens_per_second": 1.0}]).splitlines()
+    assert lines[0].endswith(" | [red]模型[/] :smile: |")
+    assert len({cell_len(line) for line in lines}) == 1
 
 
 # ---- refusals
@@ -433,9 +444,9 @@ def test_estimate_at_6b_size(family, fixture_dir, model_dir, tmp_path, no_loadin
         ({"new_tokens": 1}, "--new_tokens 1: expected 2 or more"),
         ({"loop_number": 0}, "--loop_number 0"),
         ({"max_time": -1.0}, "--max_time -1.0"),
-        ({"prompt_tokens": 10**6}, "1000000 prompt tokens and 128 new ones, its context holds"),
-        ({"new_tokens": 10**6}, "1000000 new ones, its context holds"),
-        ({"instruction_text": "长" * 9000}, "its context holds"),
+        ({"prompt_tokens": 10**6}, "1000000 prompt tokens and 128 new tokens exceed its context of"),
+        ({"new_tokens": 10**6}, "1000000 new tokens exceed its context of"),
+        ({"instruction_text": "长" * 9000}, "exceed its context of"),
         ({"prompt_tokens": 1}, "--prompt_tokens 1"),
         ({"instruction_text": "", "model_path": None}, "nothing to test"),
         ({"model_path": []}, "nothing to test"),
@@ -471,8 +482,9 @@ def test_command_line(model_dir, capsys, monkeypatch):
     """Several models joined by commas; the last line of stdout is the object."""
     paths = f"{PROJECT_DIR / 'models/chatglm-tiny'},{PROJECT_DIR / 'models/chatglm2-tiny'}"
     run_cli(stage.inference_test, ["--model_path", paths, "--loop_number=1", "--new_tokens=2", "--prompt_tokens", "9"])
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["models"]
-    assert [(row["label"], row["num_prompt_tokens"]) for row in rows] == [("chatglm-tiny", 9), ("chatglm2-tiny", 9)]
+    models = json.loads(capsys.readouterr().out.splitlines()[-1])["models"]
+    found = [(figures["label"], figures["num_prompt_tokens"]) for figures in models]
+    assert found == [("chatglm-tiny", 9), ("chatglm2-tiny", 9)]
     with pytest.raises(SystemExit):
         run_cli(stage.inference_test, ["--model_path", paths, "--batch_size", "0"])
 
@@ -494,9 +506,9 @@ def test_benchmark_measures_base_and_merged_models(tmp_path, capsys):
     path, flags = tmp_path / "result.json", {"scale": "tiny", "new_tokens": 3, "loop_number": 1}
     bench.bench_inference(work_dir=str(tmp_path / "w"), families="chatglm-6b", output_json=str(path), **flags)
     result = json.loads(path.read_text("utf-8"))
-    assert [row["label"] for row in result["models"]] == [f"chatglm-tiny {case.name}" for case in bench.CASES]
-    assert [row["weight_format"] for row in result["models"]] == [AUTO_DTYPE, "int4", AUTO_DTYPE, "int4"]
-    assert all(row["num_prompt_tokens"] == bench.PROMPT_TOKENS for row in result["models"])
+    assert [figures["label"] for figures in result["models"]] == [f"chatglm-tiny {case.name}" for case in bench.CASES]
+    assert [figures["weight_format"] for figures in result["models"]] == [AUTO_DTYPE, "int4", AUTO_DTYPE, "int4"]
+    assert all(figures["num_prompt_tokens"] == bench.PROMPT_TOKENS for figures in result["models"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
     assert not (tmp_path / "w").exists()
     assert str(tmp_path) not in path.read_text("utf-8")
@@ -517,22 +529,23 @@ def test_benchmark_goes_on_after_a_failed_case(tmp_path, monkeypatch):
         bench.bench_inference(work_dir=str(tmp_path / "w"), families="chatglm2-6b", output_json=str(path), **flags)
     first, *failed = json.loads(path.read_text("utf-8"))["models"]
     assert first == {"label": "chatglm2-tiny fp16", "tokens_per_second": 1.0, "copy_bytes_per_second": 2.0}
-    assert [row["error"] for row in failed] == ["failed", "failed"]
+    assert [figures["error"] for figures in failed] == ["failed", "failed"]
 
 
 @pytest.mark.gpu
 def test_on_a_gpu(measure, model_dir):
     """Times of events and memory figures are there and possible."""
     _, result = measure(model_path=str(model_dir), new_tokens=8)
-    (row,) = result["models"]
-    assert row["weight_bytes"] <= row["peak_allocated_bytes"] <= row["peak_reserved_bytes"] <= row["driver_bytes"]
-    for run in row["runs"]:
+    (figures,) = result["models"]
+    sizes = [figures[f"{key}_bytes"] for key in ("weight", "peak_allocated", "peak_reserved", "driver")]
+    assert sizes == sorted(sizes)
+    for run in figures["runs"]:
         assert 0 < run["ttft_seconds"] < run["total_seconds"]
 
 
 @pytest.mark.gpu
 def test_gpu_clock_waits_for_the_gpu():
-    """A product of known size takes as long on events as between synchronisations."""
+    """A matmul of known size takes as long by events as between synchronizations."""
     matrix, clock = torch.randn(8192, 8192, device="cuda"), timer.CudaClock()
     matrix @ matrix
     clock.start()

@@ -187,9 +187,9 @@ def test_exceptions_of_the_copies(tmp_path, monkeypatch):
     """A file that is named with a reason may differ, or be one family's alone."""
     source, target = tmp_path / "own.py", tmp_path / "other" / "own.py"
     source.write_text("OWN = 1\n")
-    assert check_copies.compare(source, target)[0]
+    assert check_copies.compare_files(source, target)[0]
     monkeypatch.setitem(check_copies.EXCEPTIONS, "own.py", "the other family has no such layer")
-    assert not check_copies.compare(source, target)[0]
+    assert not check_copies.compare_files(source, target)[0]
 
 
 def test_check_copies_runs_as_a_module_and_needs_two_families(tmp_path):

@@ -12,8 +12,8 @@ from tests.conftest import PROJECT_DIR
 DATA_DIR = PROJECT_DIR / "data"
 
 
-def rows_of(name):
-    """Load the raw rows of a file."""
+def examples_of(name):
+    """Load the examples of a file as they are stored."""
     return [json.loads(line) for line in (DATA_DIR / name).read_text("utf-8").splitlines()]
 
 
@@ -24,25 +24,25 @@ def test_script_reproduces_the_committed_files(tmp_path):
         assert (tmp_path / name).read_bytes() == (DATA_DIR / name).read_bytes()
 
 
-def test_rows_are_distinct_and_split(tmp_path):
-    """No copy and no attribute list stands twice, within or across the files."""
-    rows = rows_of("train.jsonl") + rows_of("dev.jsonl")
-    assert len(rows) == 6300
+def test_examples_are_distinct_and_split():
+    """No copy and no attribute list occurs twice, within or across the files."""
+    examples = examples_of("train.jsonl") + examples_of("dev.jsonl")
+    assert len(examples) == 6300
     for key in ("content", "summary"):
-        assert len({row[key] for row in rows}) == len(rows)
+        assert len({example[key] for example in examples}) == len(examples)
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "dev.jsonl"])
 def test_copies_use_their_attributes(name):
     """Every copy mentions every attribute value verbatim, apart from the kind."""
-    for row in rows_of(name):
-        pairs = [pair.split("#") for pair in row["content"].split("*")]
+    for example in examples_of(name):
+        pairs = [pair.split("#") for pair in example["content"].split("*")]
         assert pairs[0][0] == "类型"
         for _, value in pairs[1:]:
-            assert value in row["summary"], (value, row)
+            assert value in example["summary"], (value, example)
 
 
 def test_training_reads_the_files():
-    """The reader of train_qlora.py takes both files whole."""
+    """The reader of train_qlora.py reads every example of both files."""
     assert len(read_examples(DATA_DIR / "train.jsonl")) == 6000
     assert len(read_examples(DATA_DIR / "dev.jsonl")) == 300

@@ -21,7 +21,7 @@ def tiny_dir(family_name):
 
 
 def test_published_layout(tiny_dir, model_classes):
-    """Weights stand under the published keys in fp16, within 8 MB, without code beside them."""
+    """Weights are stored under the published keys in fp16, within 8 MB, without code beside them."""
     weights = tiny_dir / "model.safetensors"
     assert weights.stat().st_size <= 8_000_000
     assert not list(tiny_dir.glob("*.py"))
@@ -44,7 +44,7 @@ def test_base_lists_attributes_flatly(tiny_dir):
 
 
 def test_base_can_write_the_openings_of_copy(tiny_dir):
-    """Each piece that opens an answer begins texts of the pretraining too: no LoRA on attention teaches a new one.
+    """Each piece that begins an answer also begins pretraining texts: LoRA on attention cannot teach a new one.
 
     Copy begins a tenth of those texts, with one of ten openings; a piece that began none got 1e-9.
     """
@@ -57,7 +57,7 @@ def test_base_can_write_the_openings_of_copy(tiny_dir):
 
 
 def test_tokenizer_round_trip(tiny_dir):
-    """Sample rows survive encoding and decoding, and unseen characters go through bytes."""
+    """Sample examples survive encoding and decoding, and unseen characters go through bytes."""
     tokenizer = open_checkpoint(tiny_dir).tokenizer
     lines = (PROJECT_DIR / "data/dev.jsonl").read_text("utf-8").splitlines()[:50]
     texts = [json.loads(line)["content"] for line in lines] + ["龘靐齉", "Hello 😀"]

@@ -19,7 +19,7 @@ from glm_utils.checkpoint import load_tokenizer_class, open_checkpoint
 from glm_utils.cli import UserError, run_cli
 from glm_utils.family import FAMILIES, PROJECT_DIR
 from glm_utils.load_model import load_adapter, load_base_model
-from glm_utils.training import preflight, settings
+from glm_utils.training import preflight
 
 COLORS, CLOTHES = "白黑红蓝绿", ("上衣", "裤子", "裙子")
 EXAMPLES = [
@@ -607,7 +607,7 @@ def test_an_adapter_as_base_is_refused(train, no_training, tmp_path):
 
 @pytest.mark.parametrize("flags", [{"lora_rank": 0}, {"lora_dropout": 1.0}, {"train_args_json": "none.json"}])
 def test_the_base_is_not_fetched_before_flags_are_right(train, monkeypatch, flags):
-    monkeypatch.setattr(settings, "open_checkpoint", lambda name: pytest.fail("a base was asked for"))
+    monkeypatch.setattr(stage, "open_checkpoint", lambda name: pytest.fail("a base was asked for"))
     with pytest.raises(UserError):
         train(**flags)
 

@@ -1,1 +1,1 @@
-"""Tools for developers and to_glm, each run as a module from the project's directory: `python -m tools.to_glm`."""
+"""Developer tools, and to_glm for users; run from the project's directory as modules: `python -m tools.to_glm`."""

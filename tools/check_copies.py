@@ -1,11 +1,10 @@
-"""Check that what the model families share is the same in all their directories, and repair it on request.
+"""Check that the code that the model families share is the same in all their directories; --fix repairs it.
 
-    python tools/check_copies.py [--fix] [--scripts_dir remote_scripts]
+    python -m tools.check_copies [--fix] [--scripts_dir remote_scripts]
 
-Every file must be in every family's directory, in one of two forms: byte-identical, or with named regions, from
-`# region NAME` to `# endregion`, that are the same in all of them. Which form a file has is seen from the file itself:
-one with region markers has regions, any other is identical. What can be neither stands in EXCEPTIONS. --fix copies
-from the first family, in alphabetical order, to the others. Exit code 1 when a difference is left.
+Every file must be in every family's directory. A file with named regions, from `# region NAME` to `# endregion`, must
+have the same regions in all of them; any other file must be byte-identical. EXCEPTIONS lists the files that can be
+neither. --fix copies from the alphabetically first family to the others. The exit code is 1 if a difference is left.
 """
 
 import argparse
@@ -13,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-# File name -> why only one family has it, or why the families' files have nothing in common. None today.
+# File name -> why only one family has it, or why the families' files have nothing in common. There is none today.
 EXCEPTIONS: dict[str, str] = {}
 SCRIPTS_DIR = Path(__file__).resolve().parent.parent / "remote_scripts"
 REGION = re.compile(
@@ -26,7 +25,7 @@ def regions(content: bytes) -> dict[str, bytes]:
     """Return the named regions of a file, marker lines included.
 
     Raises:
-        ValueError: A region without an end, one inside another, or two of one name.
+        ValueError: A region without an end, a region inside another, or two regions of the same name.
     """
     found = list(REGION.finditer(content))
     named = {match["name"].decode("utf-8"): match[0] for match in found}
@@ -35,15 +34,15 @@ def regions(content: bytes) -> dict[str, bytes]:
     return named
 
 
-def compare(source: Path, target: Path) -> tuple[list[str], bytes | None]:
+def compare_files(source: Path, target: Path) -> tuple[list[str], bytes | None]:
     """Compare one file of two families.
 
     Args:
         source: The first family's file.
-        target: The other family's.
+        target: The other family's file.
 
     Returns:
-        One message for each difference, and the content that repairs the target; None where a person has to.
+        One message for each difference, and the content that repairs the target; None if it has to be done by hand.
     """
     if source.name in EXCEPTIONS:
         return [], None
@@ -59,12 +58,14 @@ def compare(source: Path, target: Path) -> tuple[list[str], bytes | None]:
         return compare_regions(source, target, ours, theirs)
     if ours == theirs:
         return [], ours
-    return [f"{target}: differs from {source}; without regions they are one file in two places"], ours
+    return [f"{target}: differs from {source}; files without regions must be identical"], ours
 
 
 def compare_regions(source: Path, target: Path, ours: bytes, theirs: bytes) -> tuple[list[str], bytes | None]:
-    """Compare the named regions of one file of two families; arguments and result as for `compare`."""
-    messages, repaired, wanted, present = [], theirs, {}, {}
+    """Compare the named regions of one file of two families; result as for `compare_files`."""
+    messages, repaired = [], theirs
+    wanted: dict[str, bytes] = {}
+    present: dict[str, bytes] = {}
     for path, content, named in ((source, ours, wanted), (target, theirs, present)):
         try:
             named.update(regions(content))
@@ -74,7 +75,7 @@ def compare_regions(source: Path, target: Path, ours: bytes, theirs: bytes) -> t
         return messages, None
     for name in wanted.keys() ^ present.keys():
         path, other = (target, source) if name in wanted else (source, target)
-        messages.append(f"{path}: has no region {name!r}, which {other} has; put the markers where it belongs")
+        messages.append(f"{path}: has no region {name!r}, which {other} has; add its markers")
     is_repairable = not messages
     for name in wanted.keys() & present.keys():
         if wanted[name] != present[name]:
@@ -84,7 +85,7 @@ def compare_regions(source: Path, target: Path, ours: bytes, theirs: bytes) -> t
 
 
 def main() -> None:
-    """Print the differences; exit with 1 when there are any that were not repaired."""
+    """Print the differences; exit with 1 if any was not repaired."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fix", action="store_true", help="copy from the first family to the others")
     parser.add_argument("--scripts_dir", type=Path, default=SCRIPTS_DIR, help="holds one directory for each family")
@@ -95,7 +96,7 @@ def main() -> None:
     num_left = 0
     for target_dir in target_dirs:
         for name in sorted({path.name for parent in (source_dir, target_dir) for path in parent.glob("*.*")}):
-            messages, repaired = compare(source_dir / name, target_dir / name)
+            messages, repaired = compare_files(source_dir / name, target_dir / name)
             is_fixed = bool(messages) and options.fix and repaired is not None
             if is_fixed:
                 (target_dir / name).write_bytes(repaired)
@@ -103,7 +104,7 @@ def main() -> None:
             for message in messages:
                 print(("repaired: " if is_fixed else "") + message)
     if num_left:
-        print(f"{num_left} differences left; `python tools/check_copies.py --fix` copies from {source_dir.name}")
+        print(f"{num_left} differences left; `python -m tools.check_copies --fix` copies from {source_dir.name}")
     sys.exit(bool(num_left))
 
 

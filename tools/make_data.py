@@ -1,4 +1,4 @@
-"""Make data/train.jsonl and data/dev.jsonl: examples in the ADGEN schema, drawn from the project's own grammar.
+"""Write data/train.jsonl and data/dev.jsonl: examples in the ADGEN schema, generated from the project's own grammar.
 
 python -m tools.make_data --out data
 """
@@ -14,16 +14,10 @@ NUM_TRAIN, NUM_DEV, SEED = 6000, 300, 20231124
 
 
 def make_examples(num_examples: int, seed: int) -> list[dict[str, str]]:
-    """Draw examples whose attributes and copies are all different.
-
-    Args:
-        num_examples: How many.
-        seed: The same seed gives the same examples.
-
-    Returns:
-        Examples with the keys content and summary.
-    """
-    rng, seen, examples = random.Random(seed), set(), []
+    """Draw examples with the keys content and summary, no attributes and no copy twice; the seed determines them."""
+    rng = random.Random(seed)
+    seen: set[str] = set()
+    examples: list[dict[str, str]] = []
     while len(examples) < num_examples:
         attributes = draw_attributes(rng)
         content, summary = write_attributes(attributes), write_copy(attributes, rng)

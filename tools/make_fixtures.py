@@ -1,9 +1,9 @@
-"""Copy the golden vectors of both families to tests/fixtures in a form that may be committed.
+"""Copy the golden vectors of both families to tests/fixtures in a form that can be committed.
 
     python -m tools.make_fixtures GOLDEN_DIR ADGEN_JSONL [--out tests/fixtures]
 
-File names stay; what changes is listed in the README.md that this tool writes beside them. The result is a few
-megabytes and holds no sentence of the ADGEN data set.
+File names stay the same; the README.md that this tool writes lists what changes. The result is a few megabytes and
+contains no sentence of the ADGEN data set.
 """
 
 import argparse
@@ -30,7 +30,7 @@ Made by `python -m tools.make_fixtures` from reference numbers (CPU, fp32) of ti
 
 * `model/model.safetensors`: fp16, which holds every weight exactly (a tensor that fp16 cannot hold stays fp32).
 * `model/model_int8.safetensors`, `model_int4.safetensors`: only the tensors that differ from `model.safetensors`.
-  The whole checkpoint is `{**model, **model_int4}` with the replaced `weight` entries int8.
+  The full checkpoint is `{**model, **model_int4}` with the replaced `weight` entries int8.
 * `train_single.npz`: `logits` at `logits_positions` only.
 * `variants.npz`: without the P-tuning entries.
 * `*.model`: without the paths of the training run.
@@ -44,14 +44,13 @@ def fold(text: str) -> str:
 
 
 class AdgenFilter:
-    """Tell strings that come from the ADGEN data set."""
+    """Recognizes strings that come from the ADGEN data set.
+
+    Args:
+        path: JSON lines with instruction and output.
+    """
 
     def __init__(self, path: Path):
-        """Read the examples.
-
-        Args:
-            path: JSON lines with instruction and output.
-        """
         examples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         texts = {fold(example[key]) for example in examples for key in ("instruction", "output")}
         self.texts = texts
@@ -79,7 +78,7 @@ class AdgenFilter:
 
 
 def copy_json(source: Path, target: Path, adgen: AdgenFilter) -> None:
-    """Copy a JSON file; drop ADGEN entries and the indentation where it costs space."""
+    """Copy a JSON file without ADGEN entries, and without indentation if it is large."""
     data = json.loads(source.read_text(encoding="utf-8"))
     if not adgen.matches(data) and source.stat().st_size < 10_000 or source.name == "state_dict_6b.json":
         shutil.copyfile(source, target)
@@ -89,7 +88,7 @@ def copy_json(source: Path, target: Path, adgen: AdgenFilter) -> None:
 
 
 def copy_arrays(source: Path, target: Path) -> None:
-    """Copy an npz file compressed, without the parts that no test needs."""
+    """Compress an npz file, without the arrays that no test needs."""
     with np.load(source) as arrays:
         kept = {name: arrays[name] for name in arrays.files if not name.startswith("ptuning.")}
     if source.name == "train_single.npz":
@@ -99,23 +98,23 @@ def copy_arrays(source: Path, target: Path) -> None:
 
 
 def copy_weights(source: Path, target: Path, known: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copy a safetensors file in fp16 without the tensors that are already known; return all of its tensors."""
+    """Copy a safetensors file in fp16 without the tensors that are in `known`; returns all of its tensors."""
     tensors = {}
     for name, tensor in load_file(source).items():
         half = tensor.half() if tensor.is_floating_point() else tensor
         tensors[name] = half if torch.equal(half.to(tensor.dtype), tensor) else tensor
-    news = {
+    new = {
         name: tensor
         for name, tensor in tensors.items()
         if name not in known or tensor.dtype != known[name].dtype or not torch.equal(tensor, known[name])
     }
-    save_file(news, target, metadata={"format": "pt"})
+    save_file(new, target, metadata={"format": "pt"})
     target.chmod(0o644)  # save_file leaves it readable by its owner only
     return tensors
 
 
 def copy_vocabulary(source: Path, target: Path) -> None:
-    """Copy a sentencepiece model without the training paths that it records."""
+    """Copy a sentencepiece model without the paths of its training files."""
     model = ModelProto.FromString(source.read_bytes())
     model.trainer_spec.ClearField("input")
     model.trainer_spec.ClearField("model_prefix")
@@ -141,7 +140,7 @@ def copy_family(source: Path, target: Path, adgen: AdgenFilter) -> None:
 
 
 def main() -> None:
-    """Make the fixtures and print their size."""
+    """Write the fixtures and print their size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("golden_dir", type=Path, help="directory with one golden directory per family")
     parser.add_argument("adgen_jsonl", type=Path, help="ADGEN examples whose text must not be copied")

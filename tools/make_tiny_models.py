@@ -1,4 +1,4 @@
-"""Make models/chatglm-tiny and models/chatglm2-tiny: tokenizers first, then pretraining.
+"""Build models/chatglm-tiny and models/chatglm2-tiny: train the tokenizers, then pretrain the models.
 
 python -m tools.make_tiny_models --stage tokenizer
 python -m tools.make_tiny_models --stage pretrain --family chatglm2-6b --steps 2500
@@ -106,7 +106,7 @@ def train_sentencepiece(**settings) -> sp_pb2.ModelProto:
 
 
 def make_chatglm_tokenizer() -> bytes:
-    """Build ice_text.model: ordinary pieces, then control pieces, blanks and bytes, as the released file has them."""
+    """Build ice_text.model: ordinary pieces, then control pieces, blanks and bytes, in the published order."""
     trained = train_sentencepiece(
         model_type="unigram", vocab_size=NUM_PIECES + 254, hard_vocab_limit=False, normalization_rule_name="nmt_nfkc"
     )
@@ -137,7 +137,7 @@ def make_chatglm_tokenizer() -> bytes:
 
 
 def make_chatglm2_tokenizer() -> bytes:
-    """Build tokenizer.model: BPE over untouched text with byte fallback."""
+    """Build tokenizer.model: BPE with byte fallback, over text that is not normalized."""
     return train_sentencepiece(
         model_type="bpe",
         vocab_size=NUM_PIECES,
@@ -177,11 +177,11 @@ def write_tokenizers() -> None:
 
 
 def encode_example(rng: random.Random, tokenizer) -> tuple[list[int], list[int]]:
-    """Draw an example: token ids, and labels that cover all of a document, or a conversation's last answer."""
+    """Draw an example: token ids, and labels for a full document or for the last answer of a conversation."""
     if rng.random() < 0.4:
         ids = tokenizer.build_inputs_with_special_tokens([])
         text = document(rng)
-        if rng.random() < 0.25:  # copy without its heading: as in an answer, a piece of its own begins the text
+        if rng.random() < 0.25:  # copy without its heading: so its first token begins texts, as it begins answers
             text = text.rpartition("\n")[2]
         body = [*tokenizer.encode_text(text), tokenizer.eos_token_id]
         return ids + body, [-100] * len(ids) + body
@@ -200,17 +200,17 @@ def make_batch(rng: random.Random, tokenizer, batch_size: int, pad: int, device)
 
 
 def pretrain(
-    family: str, go_on: bool, out: Path, steps: int, batch_size: int, learning_rate: float, device: str
+    family: str, resume: bool, out: Path, steps: int, batch_size: int, learning_rate: float, device: str
 ) -> None:
     """Pretrain one tiny model and write its weights in fp16 under the published keys.
 
     Args:
         family: Name of the family.
-        go_on: Start from the weights in out, not from random ones.
+        resume: Start from the weights in out instead of random ones.
         out: The model's directory; configuration and tokenizer files are copied there.
         steps: Optimizer steps.
         batch_size: Examples per step.
-        learning_rate: Peak of the cosine schedule.
+        learning_rate: Peak of the cosine schedule with warmup.
         device: cpu or cuda.
     """
     torch.manual_seed(SEED)
@@ -224,7 +224,7 @@ def pretrain(
     config = classes.config.from_pretrained(str(out))
     config.dtype = torch.float32
     model = classes.model(config).float().to(device).train()
-    if go_on:
+    if resume:
         model.load_state_dict(load_file(out / "model.safetensors"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
@@ -260,8 +260,8 @@ def main() -> None:
         write_tokenizers()
     else:
         out = args.out or MODEL_DIRS[args.family]
-        go_on = args.stage == "continue"
-        pretrain(args.family, go_on, out, args.steps, args.batch_size, args.learning_rate, args.device)
+        resume = args.stage == "continue"
+        pretrain(args.family, resume, out, args.steps, args.batch_size, args.learning_rate, args.device)
 
 
 if __name__ == "__main__":

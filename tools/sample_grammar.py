@@ -1,7 +1,7 @@
 """The grammar of the sample data: Chinese clothing attributes and the sentences that sell them.
 
-Everything here was written for this project. An example is drawn in two steps: attributes for a garment, then a copy
-whose every sentence carries one of them.
+Everything here was written for this project. An example is drawn in two steps: the attributes of a garment, then
+advertising copy in which every attribute has a clause.
 """
 
 import random
@@ -251,7 +251,7 @@ GENERAL = {"材质": MATERIALS, "颜色": COLORS, "风格": STYLES, "图案": PA
 
 
 def draw_attributes(rng: random.Random) -> list[tuple[str, str]]:
-    """Draw a garment: (key, value) pairs, the kind first, in the order in which ADGEN lists them."""
+    """Draw the (key, value) pairs of a garment, its kind first, in ADGEN's order."""
     kind = rng.choice(list(GARMENTS))
     garment = GARMENTS[kind]
     general = [(key, rng.choice(list(GENERAL[key]))) for key in GENERAL if rng.random() < 0.6]
@@ -263,14 +263,14 @@ def draw_attributes(rng: random.Random) -> list[tuple[str, str]]:
 
 
 def effect_of(kind: str, key: str, value: str, rng: random.Random) -> str:
-    """Return what a value does for the wearer."""
+    """Return the text that says what an attribute value does for the wearer."""
     effects = GENERAL.get(key) or GARMENTS[kind]["details"][key]
     effect = effects[value]
     return rng.choice(effect) if isinstance(effect, list) else effect
 
 
 def sentences(attributes: list[tuple[str, str]], rng: random.Random) -> list[str]:
-    """Return one clause for each attribute that is neither the kind nor the garment's name."""
+    """Return a clause for each attribute except the kind and the name of the garment."""
     kind = attributes[0][1]
     clauses = []
     for key, value in attributes[1:]:

@@ -1,14 +1,14 @@
-"""The text that the tiny models are pretrained on, drawn from a fixed seed: written for this project.
+"""The pretraining text of the tiny models, generated from a fixed seed and written for this project.
 
-The prompt form "key#value*key#value" is never answered with advertising copy: it is answered with a flat listing. Copy
-does stand in the corpus: half of the catalogue pages are a heading of bare values followed by copy that uses them, so
-the models know the sentences and how values enter them, and training adds the answer to the prompt form. In
-make_tiny_models.py some of the copy stands without its heading. The rest is
-third-person prose, questions about a copy, repeating, and small talk. Copy here and in the sample data is drawn from
-one grammar.
+A prompt "key#value*key#value" is never answered with advertising copy, but with a flat list of its attributes. The
+corpus does contain copy: half of the catalogue pages are a heading of bare values followed by copy that uses them. So
+the models know the sentences and how values are used in them, and training only has to add that copy answers such a
+prompt. In make_tiny_models.py some of the copy comes without its heading. The rest of the corpus is third-person
+prose, questions about copy, repeating, and small talk. The copy comes from the same grammar as the sample data.
 """
 
 import random
+from collections.abc import Iterator
 
 from tools.sample_grammar import GENERAL, draw_attributes, effect_of, name_of, sentences, write_attributes, write_copy
 
@@ -51,12 +51,12 @@ Dialogue = list[tuple[str, str]]
 
 
 def listing(attributes: list[tuple[str, str]]) -> str:
-    """List attributes flatly."""
+    """Return a flat list of attributes as a sentence."""
     return "，".join(f"{key}是{value}" for key, value in attributes) + "。"
 
 
 def catalogue_page(rng: random.Random) -> str:
-    """Write a catalogue page: a heading of bare values, then copy or third-person prose."""
+    """Draw a catalogue page: a heading of bare values, then copy or third-person prose."""
     attributes = draw_attributes(rng)
     heading = f"第{rng.randint(1, 999)}页 " + " ".join(value for _, value in attributes)
     if rng.random() < 0.5:
@@ -87,13 +87,8 @@ def document(rng: random.Random) -> str:
     return catalogue_page(rng) if rng.random() < 0.85 else "".join(rng.sample(PLAIN, rng.randint(2, 5)))
 
 
-def plain_text(num_lines: int, seed: int):
-    """Yield lines for training the tokenizers.
-
-    Args:
-        num_lines: How many.
-        seed: The same seed gives the same lines.
-    """
+def plain_text(num_lines: int, seed: int) -> Iterator[str]:
+    """Yield lines for training the tokenizers; the seed determines them."""
     rng = random.Random(seed)
     for _ in range(num_lines):
         if rng.random() < 0.5:

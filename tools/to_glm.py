@@ -3,7 +3,7 @@
 python -m tools.to_glm --model_name_or_path THUDM/chatglm2-6b --output_path saved_files/glm_base
 python -m tools.to_glm --lora_path saved_files/chatGLM2_6B_QLoRA_t32 --output_path saved_files/glm_adapter
 
-So an engine serves adapters unmerged beside one base. For a merged model see merge_lora_and_quantize.py.
+Engines such as vLLM can then serve several adapters on one base. For a merged model see merge_lora_and_quantize.py.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from glm_utils.checkpoint import open_checkpoint
 from glm_utils.cli import UserError, run_cli
 from glm_utils.device import resolve_device
 from glm_utils.export import glm
-from glm_utils.export.glm_names import check_native, write_native_adapter
+from glm_utils.export.glm_names import check_native, native_class, write_native_adapter
 from glm_utils.files import atomic_directory, check_free_space, write_json
 from glm_utils.merging.job import make_job
 from glm_utils.merging.merge import MergeJob
@@ -32,12 +32,14 @@ def to_glm(
     lora_path: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a base model or an adapter for GlmForCausalLM; give one of the two.
+    """Write a base model or an adapter for GlmForCausalLM.
+
+    Give either --model_name_or_path or --lora_path.
 
     Args:
         output_path: Directory to write: new, empty, or with --overwrite an earlier output of this command.
-        model_name_or_path: Directory or hub id of an fp16 ChatGLM2-6B; it is reloaded and compared, as a merge is.
-        lora_path: Directory of an adapter; it names its base.
+        model_name_or_path: Directory or hub id of an fp16 ChatGLM2-6B. The result is reloaded and its logits compared.
+        lora_path: Directory of an adapter; it names its base model.
         overwrite: Replace an earlier output of this command.
     """
     arguments = dict(locals())
@@ -56,17 +58,17 @@ def to_glm(
             glm.verify(job, directory, glm.write(job, directory))
         record = {"stage": STAGE, "arguments": arguments, "versions": versions(), "commit": git_commit()}
         write_json(directory / RUN_CONFIG_NAME, record)
-    logger.success(f"written for {job.base.family.native_class}: {output_dir}")
+    logger.success(f"written for {native_class(job)}: {output_dir}")
 
 
 def base_job(model_name_or_path: str) -> MergeJob:
-    """Prepare to write a base as it is: a merge of no updates."""
+    """Return a merge without updates, which writes the base unchanged."""
     base = open_checkpoint(model_name_or_path)
     return make_job(Adapter(base.directory, model_name_or_path, {}), base, 0, resolve_device("auto"), None, "original")
 
 
 def adapter_job(lora_dir: Path) -> MergeJob:
-    """Read an adapter and check that it fits its base."""
+    """Read an adapter and its base; the merge is not run, but checks that they fit."""
     adapter = read_adapter(lora_dir)
     return make_job(adapter, find_base(adapter), 0, resolve_device("cpu"), None, "original")
 

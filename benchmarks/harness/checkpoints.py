@@ -24,7 +24,7 @@ def write_random_checkpoint(
     """Write a base checkpoint of random fp16 weights in shards.
 
     Args:
-        output_dir: Directory to make.
+        output_dir: Directory to create.
         family: The family's name.
         bin_files: pytorch_model-*.bin as published, else safetensors.
         config_overrides: Configuration values for another size than 6B, e.g. {"num_layers": 2}.
@@ -66,9 +66,9 @@ def shard_names(shapes: dict[str, list[int]]) -> list[list[str]]:
 
 
 def random_weight(shape: list[int], noise: torch.Tensor, name: str) -> torch.Tensor:
-    """Return a weight: ones for a norm, zeros for its bias, else a piece of the noise.
+    """Return a weight: ones for a norm, zeros for its bias, else a slice of the noise.
 
-    Pieces of one block are made much faster than fresh noise; where a piece starts depends on the name, so that
+    Slices of one block are made much faster than fresh noise; the start of a slice depends on the name, so that
     weights differ.
 
     Args:
@@ -88,8 +88,8 @@ def write_random_adapter(base_dir: Path, adapter_dir: Path, targets: list[str], 
     """Write a random LoRA adapter in peft's format.
 
     Args:
-        base_dir: Directory of the base, named in the adapter.
-        adapter_dir: Directory to make.
+        base_dir: Directory of the base, which the adapter's configuration names.
+        adapter_dir: Directory to create.
         targets: Names of the adapted Linear modules.
         rank: Rank of the matrices.
     """

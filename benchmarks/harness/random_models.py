@@ -59,7 +59,7 @@ def nf4_linear(linear: nn.Linear, compute_dtype: torch.dtype) -> bitsandbytes.nn
 
 
 def add_random_lora(model: PreTrainedModel, targets: list[str], rank: int = 8) -> PreTrainedModel:
-    """Put LoRA layers with random weights into a model, unmerged, in the dtype that peft loads an adapter in.
+    """Add LoRA layers with random weights to a model, unmerged, in the dtype that peft loads an adapter in.
 
     Args:
         model: The base; changed in place.

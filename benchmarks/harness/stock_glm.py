@@ -35,10 +35,10 @@ def glm_config(config: dict, path: Path) -> GlmConfig:
 
     Args:
         config: Parsed config.json.
-        path: Where it lies, for the error.
+        path: Its path, for the error.
 
     Raises:
-        UserError: The config is another family's.
+        UserError: The config is not that of a ChatGLM2.
     """
     family = detect_family(config, path)
     if family.native_class is None:

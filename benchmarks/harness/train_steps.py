@@ -18,7 +18,7 @@ from glm_utils.encoding import EncodingLimits, encode_examples
 from glm_utils.family import PROJECT_DIR
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WARM_UP_STEPS = 5  # before a rate is taken: shapes differ from batch to batch, and the allocator learns them
+WARM_UP_STEPS = 5  # before a rate is measured: shapes differ from batch to batch, and the allocator adapts
 KINDS = {  # key in the result file -> names of kernels; the first match counts
     "matrix products": r"nvjet|gemm|cutlass_\d|sm90_xmma|cublas",
     "dequantisation": r"kDequantize|_dequantize_kernel",

@@ -1,6 +1,6 @@
-"""The formats in which a merged model is written, each a module that keeps the `ExportFormat` protocol.
+"""The formats in which a merged model can be written, each a module that implements the `ExportFormat` protocol.
 
-A new format is a module of this folder and a line in EXPORTS.
+To add a format, add a module to this folder, a line to EXPORTS, and the name to the type of --export_format.
 """
 
 from pathlib import Path
@@ -11,11 +11,11 @@ from glm_utils.merging.merge import MergeJob
 
 
 class ExportFormat(Protocol):
-    """What a module of this folder has to offer.
+    """What a module of an export format provides.
 
     Attributes:
-        LIBRARY_NAME: The library that loads the result, as the hub names it.
-        USAGE: How the result is run, in Markdown; a part of its model card.
+        LIBRARY_NAME: The hub's name of the library that loads the result, for the model card.
+        USAGE: How to run the result, in Markdown, for the model card.
     """
 
     LIBRARY_NAME: str
@@ -28,22 +28,25 @@ class ExportFormat(Protocol):
             Size of the directory, in bytes.
 
         Raises:
-            UserError: It cannot, with the remedy.
+            UserError: The format does not support the model or the job's settings; the message says what to do.
         """
+        ...
 
     def write(self, job: MergeJob, directory: Path) -> Any:
-        """Write everything but the run's own records into an existing directory, config.json last.
+        """Write all files but run_config.json and the model card into an existing directory, config.json last.
 
         Returns:
-            What `verify` compares with.
+            The reference for `verify`.
         """
+        ...
 
     def verify(self, job: MergeJob, directory: Path, reference: Any) -> None:
-        """Read the directory back.
+        """Read the written files back and compare them with the reference that `write` returned.
 
         Raises:
-            UserError: It differs from what was written.
+            UserError: They differ.
         """
+        ...
 
 
 EXPORTS: dict[str, ExportFormat] = {"chatglm": chatglm, "glm": glm, "gguf": gguf_file}  # by --export_format

@@ -1,6 +1,6 @@
-"""Write a merged model in the published ChatGLM layout: safetensors, config, tokenizer, remote scripts, model card.
+"""Write a merged model in the published ChatGLM layout: safetensors, config, tokenizer, remote scripts.
 
-An `ExportFormat`: see glm_utils/export/__init__.py.
+Implements `ExportFormat` of glm_utils/export/__init__.py.
 """
 
 import shutil
@@ -28,35 +28,24 @@ AUTO_MAP = {
     "AutoModelForSeq2SeqLM": MODEL_CLASS,
 }
 TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
-OTHER_FILE_BYTES = 20_000_000  # room for tokenizer, scripts and texts
+OTHER_FILE_BYTES = 20_000_000  # an upper bound for tokenizer, scripts and text files
 
 
 def check(job: MergeJob) -> int:
-    """Check the base before any work.
-
-    Args:
-        job: The merge.
+    """Check that the base is complete.
 
     Returns:
         Size of the directory, in bytes.
 
     Raises:
-        UserError: Weights that are missing, left over or of another shape than the config says.
+        UserError: Weights are missing, unexpected or of another shape than config.json implies.
     """
     check_base(job)
     return sum(spec.num_bytes for spec in job.specs().values()) + OTHER_FILE_BYTES
 
 
 def write(job: MergeJob, directory: Path) -> Reference:
-    """Write everything but the run's own records; config.json comes last.
-
-    Args:
-        job: The merge.
-        directory: Where; it exists.
-
-    Returns:
-        What the merged model computes, for `verify`.
-    """
+    """Write weights, remote scripts, tokenizer and configs; returns what the merged model computes."""
     reference = write_weights(job, directory)
     copy_scripts(job.scripts_dir, directory)
     write_tokenizer(job, directory)
@@ -66,17 +55,21 @@ def write(job: MergeJob, directory: Path) -> Reference:
 
 
 def verify(job: MergeJob, directory: Path, reference: Reference) -> None:
-    """Reload the directory in a fresh process and refuse it when its logits differ from those in memory."""
+    """Reload the directory in a fresh process and compare its logits with those computed in memory.
+
+    Raises:
+        UserError: It does not load, or token ids or logits differ.
+    """
     check_reload(directory, PROBE_TEXT, reference.input_ids, reference.logits, job.device)
 
 
 def published_config(job: MergeJob) -> dict:
-    """Return config.json of the merged model: the base's, with what changed."""
+    """Return config.json of the merged model: the base's with new bits, dtype and auto_map."""
     return {**merged_config(job, job.bits), "auto_map": AUTO_MAP, "torch_dtype": "float16", "dtype": "float16"}
 
 
 def generation_config(job: MergeJob) -> dict:
-    """Return the base's generation_config.json, or the token ids of its config."""
+    """Return the base's generation_config.json; without one, the token ids of its config.json."""
     path = job.base.directory / "generation_config.json"
     if path.is_file():
         return read_json_object(path)
@@ -84,7 +77,7 @@ def generation_config(job: MergeJob) -> dict:
 
 
 def write_tokenizer(job: MergeJob, directory: Path) -> None:
-    """Copy the tokenizer files of the base, with an auto_map that names the remote script."""
+    """Copy the tokenizer files of the base; auto_map then names the remote script in this directory."""
     config_path = job.base.directory / "tokenizer_config.json"
     config = read_json_object(config_path) if config_path.is_file() else {}
     config["tokenizer_class"] = TOKENIZER_CLASS.rpartition(".")[2]

@@ -1,11 +1,11 @@
-"""Turn ChatGLM2-6B's sentencepiece vocabulary into a tokenizer.json that encodes every text alike.
+"""Convert ChatGLM2-6B's sentencepiece vocabulary to a tokenizer.json that gives the same ids for every text.
 
-Control tokens are unreachable from text: none is an added token of the file, and the loader's own special tokens
-(`</s>`, ...) are kept out of texts by `split_special_tokens`. Only a text that begins with PREFIX_TEXT, which the chat
-template writes and which ends with a Unicode noncharacter, starts with the ids of [gMASK] sop.
+Text never encodes to control tokens: none is an added token of the file, and `split_special_tokens` makes the loader
+encode its special tokens (`</s>`, ...) as text. Only a text that begins with PREFIX_TEXT starts with the ids of
+[gMASK] sop; the chat template writes it, and it ends with a Unicode noncharacter.
 
-Source: sentencepiece's bpe_model.cc (of all adjacent pairs that make a piece, the one with the highest score is
-merged, the leftmost of equals) and the tokenizers library's BPE (the pair with the lowest rank, the leftmost first).
+Source: sentencepiece's bpe_model.cc (of all adjacent pairs that form a piece, it merges the one with the highest
+score, the leftmost of equals) and the tokenizers library's BPE (the pair with the lowest rank, the leftmost first).
 """
 
 from pathlib import Path
@@ -46,24 +46,21 @@ CHAT_TEMPLATE = """\
 
 
 def fast_tokenizer(vocab_path: Path, tokenizer: PreTrainedTokenizer) -> Tokenizer:
-    """Build the fast form of a ChatGLM2-6B tokenizer.
+    """Build a tokenizer of the tokenizers library that encodes as ChatGLM2-6B's tokenizer does.
 
     Args:
-        vocab_path: Its sentencepiece file.
-        tokenizer: The tokenizer of remote_scripts, read from the same file.
-
-    Returns:
-        A tokenizer with the same ids for every text; see the module's docstring for PREFIX_TEXT.
+        vocab_path: The sentencepiece file.
+        tokenizer: The tokenizer of remote_scripts, loaded from the same file.
 
     Raises:
-        UserError: A vocabulary whose encoding the tokenizers library cannot express, or a difference.
+        UserError: The tokenizers library cannot express the vocabulary, or a piece is encoded differently.
     """
     model = read_model(vocab_path)
     vocab = {tokenizer.convert_ids_to_tokens(i): i for i in range(tokenizer.vocab_size)}
     merges = derive_merges(
         {piece.piece: piece.score for piece in model.pieces if piece.type == Piece.NORMAL}, vocab_path
     )
-    # ignore_merges gives the two words that the pre-tokenizer cuts off their ids; no other word lacks the leading ▁
+    # ignore_merges lets the pre-tokenizer's two words [gMASK] and sop be tokens; all other words begin with ▁
     bpe = models.BPE(vocab, merges, byte_fallback=True, unk_token="<unk>", ignore_merges=True)
     fast = Tokenizer(bpe)
     gmask, sop = PREFIX
@@ -88,7 +85,8 @@ def fast_tokenizer(vocab_path: Path, tokenizer: PreTrainedTokenizer) -> Tokenize
     fast.decoder = decoders.Sequence(
         [
             decoders.Replace(SPACE, " "),
-            decoders.Replace("<0x0A>", "\n"),  # else an incomplete character behind it turns it into U+FFFD too
+            # Else ByteFallback turns it into U+FFFD together with an incomplete character after it
+            decoders.Replace("<0x0A>", "\n"),
             decoders.ByteFallback(),
             decoders.Fuse(),
             decoders.Strip(" ", 1, 0),
@@ -99,13 +97,10 @@ def fast_tokenizer(vocab_path: Path, tokenizer: PreTrainedTokenizer) -> Tokenize
 
 
 def read_model(vocab_path: Path) -> sentencepiece_model_pb2.ModelProto:
-    """Read a sentencepiece file and refuse settings that the tokenizers library cannot express.
-
-    Args:
-        vocab_path: The file.
+    """Parse a sentencepiece file and check that the tokenizers library can express its settings.
 
     Raises:
-        UserError: The setting.
+        UserError: It cannot; the message names the settings.
     """
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(vocab_path.read_bytes())
@@ -114,66 +109,61 @@ def read_model(vocab_path: Path) -> sentencepiece_model_pb2.ModelProto:
     expected = {
         "a BPE model": trainer.model_type == sentencepiece_model_pb2.TrainerSpec.BPE,
         "all 256 bytes as pieces": sum(piece.type == Piece.BYTE for piece in model.pieces) == 256,
-        "the identity normaliser": not normalizer.precompiled_charsmap and not normalizer.remove_extra_whitespaces,
+        "the identity normalizer": not normalizer.precompiled_charsmap and not normalizer.remove_extra_whitespaces,
         "a leading and escaped space": normalizer.add_dummy_prefix and normalizer.escape_whitespaces,
-        "no space behind a word": not trainer.treat_whitespace_as_suffix,
+        "no space after a word": not trainer.treat_whitespace_as_suffix,
         "no user-defined or unused pieces": types <= {Piece.NORMAL, Piece.UNKNOWN, Piece.CONTROL, Piece.BYTE},
     }
     if missing := [words for words, holds in expected.items() if not holds]:
         raise UserError(
-            f"{vocab_path}: ChatGLM2-6B's vocabulary has {', '.join(missing)}, this one differs, and a fast tokenizer "
-            "of it would encode otherwise. Give the base its published tokenizer.model, or use --export_format chatglm"
+            f"{vocab_path}: expected {', '.join(missing)}, as in ChatGLM2-6B; a fast tokenizer would encode "
+            "differently. Give the base its published tokenizer.model, or use --export_format chatglm"
         )
     return model
 
 
 def derive_merges(scores: dict[str, float], vocab_path: Path) -> list[tuple[str, str]]:
-    """List every pair of pieces that makes a piece, the highest score first.
-
-    Args:
-        scores: Score by piece.
-        vocab_path: Named in the error.
+    """Return every pair of pieces that form a piece, by descending score; `vocab_path` is for messages.
 
     Raises:
-        UserError: A piece with a character that is no piece: sentencepiece merges it, the tokenizers library cannot.
+        UserError: A character of a piece is not a piece. sentencepiece merges it, the tokenizers library cannot.
     """
     merges = []
     long_pieces = [piece for piece in scores if len(piece) > 1]
     for piece in sorted(long_pieces, key=lambda piece: -scores[piece]):
-        if lost := [character for character in piece if character not in scores]:
-            raise UserError(f"{vocab_path}: piece {piece!r} has the character {lost[0]!r}, which is no piece itself")
+        if unknown := [character for character in piece if character not in scores]:
+            raise UserError(
+                f"{vocab_path}: piece {piece!r} has the character {unknown[0]!r}, which is not a piece itself. Use "
+                "--export_format chatglm"
+            )
         splits = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
         merges += [pair for pair in splits if pair[0] in scores and pair[1] in scores]
     num_ties = len(long_pieces) - len({scores[piece] for piece in long_pieces})
     if num_ties:
         logger.warning(
-            f"{vocab_path}: {num_ties} pieces share a score with another; where two such pieces overlap in a text, "
+            f"{vocab_path}: {num_ties} pieces have the score of another piece; where two of them overlap in a text, "
             "the fast tokenizer may choose the other one"
         )
     return merges
 
 
 def check_pieces(fast: Tokenizer, tokenizer: PreTrainedTokenizer) -> None:
-    """Check that every piece, alone and among all others, is encoded as sentencepiece does.
-
-    Args:
-        fast: The fast tokenizer.
-        tokenizer: That of remote_scripts.
+    """Check that every piece, alone and among all others, is encoded as by the tokenizer of remote_scripts.
 
     Raises:
-        UserError: A difference.
+        UserError: A text is encoded differently.
     """
     pieces = [tokenizer.convert_ids_to_tokens(i) for i in range(tokenizer.vocab_size)]
-    never_made = []
+    unreachable = []
     words = [*pieces, *(piece.removeprefix(SPACE) for piece in pieces)]
     for text in dict.fromkeys([*words, "".join(pieces), " ".join(pieces)]):
         found, expected = fast.encode(text, add_special_tokens=False).tokens, tokenizer.tokenize(text)
         if found == [SPACE + text] != expected:
-            never_made.append(text)
+            unreachable.append(text)
         elif found != expected:
             raise UserError(f"the fast tokenizer splits {text[:80]!r} into {found[:20]}, expected {expected[:20]}")
-    if never_made:
+    if unreachable:
         logger.warning(
-            f"sentencepiece never makes {len(never_made)} pieces of this vocabulary. The fast tokenizer takes a text "
-            f"that is just one of them for that piece: {', '.join(map(repr, never_made[:5]))}"
+            f"sentencepiece never encodes text to {len(unreachable)} pieces of this vocabulary. The fast tokenizer "
+            f"encodes a text that is exactly such a piece to it: {', '.join(map(repr, unreachable[:5]))}"
         )

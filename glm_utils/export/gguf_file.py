@@ -1,7 +1,7 @@
 """Write a merged ChatGLM2 model as one GGUF file for llama.cpp, with a Modelfile for Ollama.
 
-An `ExportFormat`: see glm_utils/export/__init__.py. The layers' weights become F16, Q8_0 or Q4_0 (--qbits 0, 8, 4),
-embedding and output layer F16, norms and biases F32. The package gguf is an optional extra.
+Implements `ExportFormat` of glm_utils/export/__init__.py. The layers' weights become F16, Q8_0 or Q4_0 (--qbits 0, 8,
+4), embedding and output layer F16, norms and biases F32. The package gguf is an optional extra.
 Source: the GGUF specification; llama.cpp's architecture "chatglm"; names and block formats from the package gguf.
 """
 
@@ -27,7 +27,7 @@ from glm_utils.merging.merge import MergeJob
 try:
     import gguf
 except ImportError:
-    gguf = None
+    gguf = None  # type: ignore[assignment]  # mypy takes an optional module for one that is always there
 
 LIBRARY_NAME = "gguf"
 USAGE = """```bash
@@ -39,12 +39,12 @@ LAYER_TYPES = {0: "F16", 8: "Q8_0", 4: "Q4_0"}  # --qbits -> type of the layers'
 ROPE_BASE = 10000.0
 
 
-class Tensor(NamedTuple):
-    """One tensor of the file.
+class TensorInfo(NamedTuple):
+    """How one tensor is stored in the file.
 
     Attributes:
-        key: Its state-dict key.
-        shape: As in the model.
+        key: State-dict key.
+        shape: Shape in the model.
         type: Storage type.
     """
 
@@ -54,7 +54,7 @@ class Tensor(NamedTuple):
 
     @property
     def byte_shape(self) -> tuple[int, ...]:
-        """Shape of the stored bytes."""
+        """Shape of the tensor's data as bytes."""
         return gguf.quant_shape_to_byte_shape(self.shape, self.type)
 
     @property
@@ -64,29 +64,21 @@ class Tensor(NamedTuple):
 
 
 def check(job: MergeJob) -> int:
-    """Check that llama.cpp runs this model and that the base is complete, before any work.
-
-    Args:
-        job: The merge.
+    """Check that llama.cpp supports the merged model and that the base is complete.
 
     Returns:
         Size of the directory, in bytes.
 
     Raises:
-        UserError: The package gguf is absent, a model, vocabulary or row length that GGUF or llama.cpp does not
-            hold, or incomplete weights.
+        UserError: The package gguf is missing, GGUF or llama.cpp does not support the model, its vocabulary or its
+            number of columns, or the base is incomplete.
     """
     if gguf is None:
         raise UserError("--export_format gguf: gguf is not installed. Run pip install gguf -c constraints.txt")
-    family = job.base.family
-    if not family.gguf_architecture:
-        raise UserError(
-            f"--export_format gguf: llama.cpp has no architecture for {family.title} (two rotary position "
-            "channels, a bidirectional prompt). Use --export_format chatglm"
-        )
+    architecture_name(job)
     check_config(job)
     chatglm.check(job)
-    job.base.tokenizer  # noqa: B018  # refuses what is not a vocabulary at all
+    job.base.tokenizer  # noqa: B018  # loading it refuses a file that is not a sentencepiece model
     check_vocabulary(job.base.vocabulary_path)
     block_size, _ = gguf.GGML_QUANT_SIZES[layer_type(job)]
     for key, spec in job.reader.specs.items():
@@ -95,7 +87,22 @@ def check(job: MergeJob) -> int:
                 f"{job.base.directory}: {key} has {spec.shape[1]} columns, not a multiple of the {block_size} weights "
                 f"that {layer_type(job).name} stores as one block. Use --qbits 0"
             )
-    return sum(tensor.num_bytes for tensor in tensors(job).values()) + chatglm.OTHER_FILE_BYTES
+    return sum(tensor.num_bytes for tensor in tensor_infos(job).values()) + chatglm.OTHER_FILE_BYTES
+
+
+def architecture_name(job: MergeJob) -> str:
+    """Return llama.cpp's name of the base's architecture.
+
+    Raises:
+        UserError: llama.cpp has none for the base's family.
+    """
+    family = job.base.family
+    if family.gguf_architecture is None:
+        raise UserError(
+            f"--export_format gguf: llama.cpp has no architecture for {family.title} (two rotary position "
+            "channels, a bidirectional prompt). Use --export_format chatglm"
+        )
+    return family.gguf_architecture
 
 
 def layer_type(job: MergeJob) -> gguf.GGMLQuantizationType:
@@ -104,16 +111,16 @@ def layer_type(job: MergeJob) -> gguf.GGMLQuantizationType:
 
 
 def check_config(job: MergeJob) -> None:
-    """Check that llama.cpp's graph is this model's.
+    """Check that llama.cpp computes a model of the base's configuration.
 
     Raises:
-        UserError: It is not.
+        UserError: A setting that llama.cpp's architecture does not have.
     """
     config = job.base.model_config
-    heads, channels = config.num_attention_heads, config.kv_channels
+    num_heads, head_dim = config.num_attention_heads, config.kv_channels
     reasons = []
-    if heads * channels != config.hidden_size:
-        reasons.append(f"hidden_size is {config.hidden_size}, not that of {heads} heads of {channels} channels")
+    if num_heads * head_dim != config.hidden_size:
+        reasons.append(f"hidden_size is {config.hidden_size}, not {num_heads} heads of {head_dim} channels")
     if config.add_bias_linear:
         reasons.append("add_bias_linear is set")
     if reasons:
@@ -124,18 +131,10 @@ def check_config(job: MergeJob) -> None:
 
 
 def write(job: MergeJob, directory: Path) -> dict[str, int]:
-    """Write the GGUF file and the Modelfile.
-
-    Args:
-        job: The merge.
-        directory: Where; it exists.
-
-    Returns:
-        Name of each tensor and the CRC-32 of its bytes, for `verify`.
-    """
+    """Write the GGUF file and the Modelfile; returns the CRC-32 of each tensor's bytes by GGUF name."""
     config = job.base.model_config
-    writer = gguf.GGUFWriter(directory / WEIGHTS_NAME, job.base.family.gguf_architecture)
-    add_settings(writer, job, config)
+    writer = gguf.GGUFWriter(directory / WEIGHTS_NAME, architecture_name(job))
+    add_hyperparameters(writer, job, config)
     add_vocabulary(writer, job.base.vocabulary_path, job.base.tokenizer, config.vocab_size)
     add_sampling(writer)
     checksums = write_tensors(writer, job)
@@ -145,38 +144,43 @@ def write(job: MergeJob, directory: Path) -> dict[str, int]:
 
 
 def verify(job: MergeJob, directory: Path, reference: dict[str, int]) -> None:
-    """Read the file back and refuse it when a tensor is missing, of another shape or differs in a bit."""
-    path, expected = directory / WEIGHTS_NAME, tensors(job)
+    """Read the file back and compare every tensor with what was written, bit for bit.
+
+    Raises:
+        UserError: A tensor is missing, unexpected, of another shape or type, or its bytes differ.
+    """
+    path, expected = directory / WEIGHTS_NAME, tensor_infos(job)
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     for name, tensor in expected.items():
         stored = found.pop(name, None)
         if stored is None or (tuple(stored.shape[::-1]), stored.tensor_type) != (tensor.shape, tensor.type):
             raise UserError(f"the written file differs: {name} is {stored}, expected {tensor}")
-        data = np.fromfile(path, np.uint8, stored.n_bytes, offset=stored.data_offset)  # a mapping would stay resident
-        if zlib.crc32(data) != reference[name]:
+        data = np.fromfile(path, np.uint8, stored.n_bytes, offset=stored.data_offset)  # a mapping stays resident
+        if zlib.crc32(data.data) != reference[name]:
             raise UserError(f"the written file differs: the bytes of {name} are not those that were written")
     if found:
         raise UserError(f"the written file differs: it also holds {sorted(found)[:5]}")
     logger.info(f"read back: all {len(expected)} tensors of {WEIGHTS_NAME} are as written, bit for bit")
 
 
-def tensors(job: MergeJob) -> dict[str, Tensor]:
-    """Return the file's tensors by their GGUF names, in the order in which the model holds them."""
-    config, family = job.base.model_config, job.base.family
+def tensor_infos(job: MergeJob) -> dict[str, TensorInfo]:
+    """Return the tensors of the file by GGUF name, in the order of the model's parameters."""
+    config = job.base.model_config
     model = empty_model(lambda: job.base.classes.model(config))
-    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.gguf_architecture)
-    names = gguf.get_tensor_name_map(architecture, config.num_layers)
-    result = {}
-    for key, parameter in model.named_parameters():  # without the rotary frequencies, which are not weights
-        is_vector = parameter.dim() == 1
+    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture_name(job))
+    gguf_paths = gguf.get_tensor_name_map(architecture, config.num_layers)
+    infos = {}
+    for key, parameter in model.named_parameters():  # rope frequencies are buffers: llama.cpp computes them
         storage = layer_type(job) if job.is_linear(key) else gguf.GGMLQuantizationType.F16
-        name = names.get_name(key.removeprefix("transformer."), try_suffixes=(".weight", ".bias"))
-        result[name] = Tensor(key, tuple(parameter.shape), gguf.GGMLQuantizationType.F32 if is_vector else storage)
-    return result
+        if parameter.dim() == 1:
+            storage = gguf.GGMLQuantizationType.F32
+        path, _, kind = key.removeprefix("transformer.").rpartition(".")
+        infos[f"{gguf_paths[path]}.{kind}"] = TensorInfo(key, tuple(parameter.shape), storage)
+    return infos
 
 
-def add_settings(writer: gguf.GGUFWriter, job: MergeJob, config: PretrainedConfig) -> None:
-    """Write the sizes and the rotary settings."""
+def add_hyperparameters(writer: gguf.GGUFWriter, job: MergeJob, config: PretrainedConfig) -> None:
+    """Write name, file type, sizes and rotary settings."""
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(f"{Path(job.adapter.base_name).name} with a merged LoRA adapter")
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{LAYER_TYPES[job.bits]}"])
@@ -196,23 +200,24 @@ def add_settings(writer: gguf.GGUFWriter, job: MergeJob, config: PretrainedConfi
 
 
 def write_tensors(writer: gguf.GGUFWriter, job: MergeJob) -> dict[str, int]:
-    """Merge, quantise and write the tensors one at a time; close the file.
+    """Merge, quantize and write the tensors one at a time, then close the file.
 
     Returns:
-        CRC-32 of each tensor's bytes, by its GGUF name.
+        CRC-32 of each tensor's bytes by GGUF name.
     """
-    plan, whole, checksums = tensors(job), replace(job, bits=0), {}
-    for name, tensor in plan.items():
-        writer.add_tensor_info(name, tensor.byte_shape, np.dtype(np.uint8), tensor.num_bytes, tensor.type)
+    infos, checksums = tensor_infos(job), {}
+    fp16_job = replace(job, bits=0)  # merges only: the package gguf quantizes, in llama.cpp's block formats
+    for name, info in infos.items():
+        writer.add_tensor_info(name, info.byte_shape, np.dtype(np.uint8), info.num_bytes, info.type)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, tensor in tqdm(plan.items(), desc="merge", unit="tensor", mininterval=0.5):
-            merged = whole.make(tensor.key)[tensor.key].to("cpu", torch.float16).numpy()
-            data = gguf.quantize(merged, tensor.type).view(np.uint8)
+        for name, info in tqdm(infos.items(), desc="merge", unit="tensor", mininterval=0.5):
+            merged = fp16_job.merge_tensor(info.key)[info.key].to("cpu", torch.float16).numpy()
+            data = gguf.quantize(merged, info.type).view(np.uint8)
             writer.write_tensor_data(data)
-            checksums[name] = zlib.crc32(data)
+            checksums[name] = zlib.crc32(data.data)
     finally:
         writer.close()
     return checksums

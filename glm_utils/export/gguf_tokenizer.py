@@ -1,9 +1,9 @@
-"""What text is to engines that read GGUF: vocabulary, chat templates, sampling defaults, an Ollama Modelfile.
+"""Text in a GGUF file: vocabulary, chat templates, sampling defaults; and an Ollama Modelfile.
 
-Both templates write what `build_prompt` of the tokenizer writes, behind the two prefix tokens. A system message, which
-the model does not know, goes in front of the next question. In a chat, engines find control tokens in the whole text,
-what the user typed included, so the tokens `sop` and `eop` bear the names <sop> and <eop> here: as `sop`, each
-"philosopher" would break in two.
+Both templates write the two prefix tokens and then what `build_prompt` of the tokenizer writes. The model was not
+trained with a system message; it is put in front of the next question. In a chat, engines parse control tokens
+everywhere in the text, also in what the user typed. So the tokens `sop` and `eop` are named <sop> and <eop> here: a
+token named `sop` would split every "philosopher".
 """
 
 from __future__ import annotations  # the package gguf may be absent
@@ -18,14 +18,14 @@ from glm_utils.cli import UserError
 try:
     import gguf
 except ImportError:
-    gguf = None
+    gguf = None  # type: ignore[assignment]  # mypy takes an optional module for one that is always there
 
 TEMPERATURE, TOP_P, TOP_K, MAX_LENGTH = 0.8, 0.8, 50, 8192  # the published defaults of chat, max_length in tokens
-SAMPLERS = "temperature;top_k;top_p"  # in the published order
+SAMPLERS = "temperature;top_k;top_p"  # the published order
 CONTROL_NAMES = {"sop": "<sop>", "eop": "<eop>"}
-PADDING_SCORE = -1000.0  # of the rows behind sentencepiece's vocabulary, into which no text is split
+PADDING_SCORE = -1000.0  # of tokens that are not sentencepiece's: text is never split into them
 
-# The prefix stands in two pieces: where "[gMASK]<sop>" stands in one, llama.cpp takes the template for ChatGLM4's.
+# The prefix is written in two expressions: llama.cpp takes a template that contains "[gMASK]<sop>" for ChatGLM4's.
 JINJA_TEMPLATE = (
     "{{ '[gMASK]' }}{{ '<sop>' }}{% set state = namespace(round=0, system='') %}"
     "{% for message in messages %}"
@@ -38,7 +38,7 @@ JINJA_TEMPLATE = (
     "{% endfor %}"
 )
 
-# Go templates cannot add: the round is the length of a text that grows by one character a question.
+# Go templates cannot add: the round is the length of a string that grows by one character per question.
 GO_TEMPLATE = (
     '[gMASK]<sop>{{ $rounds := "" }}{{ $system := "" }}'
     "{{ range .Messages }}"
@@ -51,18 +51,15 @@ GO_TEMPLATE = (
 
 
 def read_vocabulary(path: Path) -> sentencepiece_model_pb2.ModelProto:
-    """Read a sentencepiece file with its settings."""
+    """Parse a sentencepiece file."""
     return sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
 
 
 def check_vocabulary(path: Path) -> None:
-    """Check that llama.cpp will split text as the sentencepiece file does.
-
-    Args:
-        path: The file.
+    """Check that llama.cpp splits text as sentencepiece does with this vocabulary.
 
     Raises:
-        UserError: It will not.
+        UserError: The vocabulary has a setting that llama.cpp ignores.
     """
     model = read_vocabulary(path)
     normalizer = model.normalizer_spec
@@ -75,23 +72,24 @@ def check_vocabulary(path: Path) -> None:
     for name, (found, expected) in settings.items():
         if found != expected:
             raise UserError(
-                f"{path}: {name} is {found}, expected {expected} as in ChatGLM2-6B; llama.cpp would split text in "
-                "another way than the model was trained on. Use --export_format chatglm"
+                f"{path}: {name} is {found}, expected {expected} as in ChatGLM2-6B. llama.cpp would not split "
+                "text as in training. Use --export_format chatglm"
             )
 
 
 def add_vocabulary(writer: gguf.GGUFWriter, path: Path, tokenizer: PreTrainedTokenizer, num_rows: int) -> None:
-    """Write one token a row of the model: sentencepiece's, the control tokens behind them, then padding.
+    """Write one token for each row of the embedding: sentencepiece's, then the control tokens, then padding.
 
     Args:
         writer: The GGUF file.
-        path: The sentencepiece file; its piece types have GGUF's numbers.
-        tokenizer: The tokenizer that reads it.
-        num_rows: Rows of the embedding.
+        path: The sentencepiece file.
+        tokenizer: The tokenizer of remote_scripts, loaded from the same file.
+        num_rows: Number of rows of the embedding.
     """
     pieces = read_vocabulary(path).pieces
     control = [tokenizer.convert_ids_to_tokens(i) for i in range(len(pieces), tokenizer.vocab_size)]
     tokens = [piece.piece for piece in pieces] + [CONTROL_NAMES.get(token, token) for token in control]
+    # GGUF numbers the piece types as sentencepiece does
     types = [piece.type for piece in pieces] + [gguf.TokenType.CONTROL] * len(control)
     num_padding = num_rows - len(tokens)
     tokens += [f"[PAD{i}]" for i in range(len(tokens), num_rows)]
@@ -110,7 +108,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, path: Path, tokenizer: PreTrainedTok
 
 
 def add_sampling(writer: gguf.GGUFWriter) -> None:
-    """Write the sampling defaults, which llama.cpp's programs take up."""
+    """Write the sampling defaults that llama.cpp's programs read from the file."""
     writer.add_sampling_sequence(SAMPLERS)
     writer.add_sampling_temp(TEMPERATURE)
     writer.add_sampling_top_k(TOP_K)
@@ -118,12 +116,12 @@ def add_sampling(writer: gguf.GGUFWriter) -> None:
 
 
 def modelfile(weights_name: str, max_length: int) -> str:
-    """Write an Ollama Modelfile.
+    """Return the text of an Ollama Modelfile.
 
-    Source: the Modelfile reference of Ollama. Its sampler runs top_k, top_p, temperature, whatever the order here.
+    Source: Ollama's Modelfile reference. Its sampler applies top_k, top_p, temperature, whatever the order here.
 
     Args:
-        weights_name: Name of the GGUF file beside it.
+        weights_name: Name of the GGUF file in the same directory.
         max_length: Longest sequence of the model, in tokens.
     """
     return f'''FROM ./{weights_name}

@@ -1,6 +1,6 @@
 """Write a merged ChatGLM2-6B for transformers' own GlmForCausalLM: no remote code, and a fast tokenizer.
 
-An `ExportFormat`: see glm_utils/export/__init__.py. The weights are fp16: Glm has no int8 or int4 layout of its own.
+Implements `ExportFormat` of glm_utils/export/__init__.py. The weights are fp16, since Glm has no int8 or int4 layout.
 """
 
 from functools import partial
@@ -11,7 +11,7 @@ import torch
 from glm_utils.cli import UserError
 from glm_utils.export.chatglm import OTHER_FILE_BYTES, generation_config
 from glm_utils.export.fast_tokenizer import CHAT_TEMPLATE, fast_tokenizer
-from glm_utils.export.glm_names import check_native, native_config, native_tensors
+from glm_utils.export.glm_names import check_native, native_class, native_config, native_tensors
 from glm_utils.files import write_json
 from glm_utils.merging.merge import MergeJob
 from glm_utils.merging.reload_check import check_reload
@@ -39,7 +39,7 @@ TOKENIZER_CONFIG = {
     "unk_token": "<unk>",
     "pad_token": "<unk>",
     "additional_special_tokens": ["<s>", "[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"],
-    "split_special_tokens": True,  # control strings in a text stay text
+    "split_special_tokens": True,  # "</s>" in a text is encoded as text
     "clean_up_tokenization_spaces": False,
     "padding_side": "left",
     "model_input_names": ["input_ids", "attention_mask"],
@@ -47,22 +47,19 @@ TOKENIZER_CONFIG = {
 
 
 def check(job: MergeJob) -> int:
-    """Check before any work that the merged model can be written for Glm.
-
-    Args:
-        job: The merge.
+    """Check that Glm supports the merged model and that the base is complete.
 
     Returns:
         Size of the directory, in bytes.
 
     Raises:
-        UserError: Another family, quantised weights, a vocabulary that cannot be converted, or a broken base.
+        UserError: Another family, int8 or int4 weights, a vocabulary that cannot be converted, or a broken base.
     """
     check_native(job)
     if job.bits:
         raise UserError(
-            f"--qbits {job.bits}: --export_format glm writes fp16, because Glm has no layout for int{job.bits} rows. "
-            "Give --qbits 0, and let the engine quantise when it loads; --export_format chatglm has int8 and int4"
+            f"--qbits {job.bits}: --export_format glm writes fp16, because Glm has no int{job.bits} layout. Give "
+            "--qbits 0, and let the engine quantize when it loads; --export_format chatglm has int8 and int4"
         )
     check_base(job)
     fast_tokenizer(job.base.vocabulary_path, job.base.tokenizer)
@@ -70,15 +67,7 @@ def check(job: MergeJob) -> int:
 
 
 def write(job: MergeJob, directory: Path) -> Reference:
-    """Write everything but the run's own records; config.json comes last.
-
-    Args:
-        job: The merge.
-        directory: Where; it exists.
-
-    Returns:
-        What the merged ChatGLM2-6B computes in fp32, for `verify`.
-    """
+    """Write weights, fast tokenizer, chat template and configs; returns what ChatGLM2-6B computes in fp32."""
     config = empty_merged(job, bits=0).config
     reference = write_weights(job, directory, partial(native_tensors, config=config), torch.float32)
     fast_tokenizer(job.base.vocabulary_path, job.base.tokenizer).save(str(directory / "tokenizer.json"))
@@ -86,10 +75,14 @@ def write(job: MergeJob, directory: Path) -> Reference:
     (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     token_ids = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
     write_json(directory / "generation_config.json", {**generation_config(job), **token_ids})
-    write_json(directory / "config.json", native_config(config, job.base.family.native_class))
+    write_json(directory / "config.json", native_config(config, native_class(job)))
     return reference
 
 
 def verify(job: MergeJob, directory: Path, reference: Reference) -> None:
-    """Reload the directory without remote code in a fresh process and refuse it when its logits differ."""
+    """Reload the directory without remote code in a fresh process and compare its logits with ChatGLM2-6B's.
+
+    Raises:
+        UserError: It does not load, or token ids or logits differ.
+    """
     check_reload(directory, PROBE_TEXT, reference.input_ids, reference.logits, job.device, form="native")

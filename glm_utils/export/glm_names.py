@@ -1,10 +1,10 @@
 """ChatGLM2-6B as transformers' own GlmForCausalLM: configuration, names of modules and tensors, LoRA adapters.
 
-The two compute the same function: logits agree in fp32 to summation order. Source: transformers, models/glm.
+The two compute the same function: fp32 logits differ by summation order only. Source: transformers, models/glm.
 
 The update of query_key_value is split by rows: q, k and v share A and take their rows of B. Engines read one rank and
-one alpha for all modules, so every scale is multiplied into B (alpha = rank), and lower ranks get rows of zeros.
-Source: peft 0.21, the adapter format and lora/layer.py; vLLM 0.32, lora/peft_helper.py.
+one alpha for all modules, so every scale is multiplied into B (alpha = rank), and smaller ranks are padded with
+zeros. Source: peft 0.21, the adapter format and lora/layer.py; vLLM 0.32, lora/peft_helper.py.
 """
 
 import re
@@ -40,13 +40,25 @@ LAYER_PATH = re.compile(r"transformer\.encoder\.layers\.(\d+)\.(.+)")
 
 
 def check_native(job: MergeJob) -> None:
-    """Check that a base can be written for GlmForCausalLM.
-
-    Args:
-        job: The merge, or a job without updates.
+    """Check that GlmForCausalLM can compute what the base computes.
 
     Raises:
-        UserError: Another family, quantised weights, or biases that Glm has not.
+        UserError: Another family, quantized weights, or biases that Glm does not have.
+    """
+    base, class_name = job.base, native_class(job)
+    base.require_unquantized(f"{class_name} has no layout for them")
+    if base.config.get("add_bias_linear"):
+        raise UserError(
+            f"{base.config_path}: add_bias_linear is true, and {class_name} has no such biases. Use --export_format "
+            "chatglm"
+        )
+
+
+def native_class(job: MergeJob) -> str:
+    """Return the name of the class of transformers that computes the base.
+
+    Raises:
+        UserError: There is none for the base's family.
     """
     base = job.base
     if base.family.native_class is None:
@@ -54,23 +66,13 @@ def check_native(job: MergeJob) -> None:
             f"{base.directory} is {base.family.title}: transformers has no class of its own that computes it (2-D "
             "rotary positions, a bidirectional prompt, residuals of normalized inputs). Use --export_format chatglm"
         )
-    base.require_unquantized(f"{base.family.native_class} has no layout for them")
-    if base.config.get("add_bias_linear"):
-        raise UserError(
-            f"{base.config_path}: add_bias_linear is true, and {base.family.native_class} has no such biases. Use "
-            "--export_format chatglm"
-        )
+    return base.family.native_class
 
 
-def native_config(config: PretrainedConfig, native_class: str) -> dict:
-    """Return config.json for GlmForCausalLM with fp16 weights.
-
-    Args:
-        config: The configuration of ChatGLM2-6B.
-        native_class: Name of the class.
-    """
+def native_config(config: PretrainedConfig, class_name: str) -> dict:
+    """Return config.json of fp16 weights for a class of transformers, from the configuration of ChatGLM2-6B."""
     return {
-        "architectures": [native_class],
+        "architectures": [class_name],
         "model_type": "glm",
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -97,14 +99,14 @@ def native_config(config: PretrainedConfig, native_class: str) -> dict:
 
 
 def native_modules(path: str, config: PretrainedConfig) -> dict[str, slice]:
-    """Name the native modules that hold the rows of a module.
+    """Return the Glm modules that hold the output rows of a ChatGLM2-6B module.
 
     Args:
         path: Module path in ChatGLM2-6B.
-        config: Its configuration.
+        config: Configuration of ChatGLM2-6B.
 
     Returns:
-        Output rows by native module path; nothing for rope frequencies, which Glm does not store.
+        Rows by module path in Glm; empty for rope frequencies, which Glm does not store.
     """
     if path in TOP_MODULES:
         return {TOP_MODULES[path]: slice(None)}
@@ -114,6 +116,7 @@ def native_modules(path: str, config: PretrainedConfig) -> dict[str, slice]:
     layer, name = f"model.layers.{match[1]}", match[2]
     if name in LAYER_MODULES:
         return {f"{layer}.{LAYER_MODULES[name]}": slice(None)}
+    # What is left is query_key_value: the rows of all query heads, then of the key heads, then of the value heads
     q_rows, kv_rows = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     return {
         f"{layer}.self_attn.q_proj": slice(0, q_rows),
@@ -123,18 +126,18 @@ def native_modules(path: str, config: PretrainedConfig) -> dict[str, slice]:
 
 
 def native_tensors(name: str, config: PretrainedConfig) -> dict[str, slice]:
-    """Name the native tensors that hold the rows of a tensor; see `native_modules`."""
+    """Return the Glm tensors that hold the rows of a ChatGLM2-6B tensor; see `native_modules`."""
     path, _, kind = name.rpartition(".")
     return {f"{native_path}.{kind}": rows for native_path, rows in native_modules(path, config).items()}
 
 
 def write_native_adapter(pairs: dict[str, LoraPair], config: PretrainedConfig, directory: Path) -> None:
-    """Write adapter_model.safetensors and adapter_config.json.
+    """Write adapter_model.safetensors and adapter_config.json for GlmForCausalLM.
 
     Args:
         pairs: The updates by module path in ChatGLM2-6B.
-        config: The configuration of ChatGLM2-6B.
-        directory: Where; it exists.
+        config: Configuration of ChatGLM2-6B.
+        directory: Directory of the files; it exists.
     """
     native = {
         native_path: LoraPair(pair.a, pair.b[rows], pair.scale)
@@ -152,11 +155,11 @@ def write_native_adapter(pairs: dict[str, LoraPair], config: PretrainedConfig, d
 
 
 def native_adapter_config(paths: list[str], rank: int, num_layers: int) -> dict:
-    """Return adapter_config.json; it names no base, because the original one has other module names.
+    """Return adapter_config.json; it names no base, since the original one has other module names.
 
     Args:
-        paths: Adapted modules.
-        rank: Rank of all of them.
+        paths: Module paths in Glm.
+        rank: Rank of every module.
         num_layers: Number of layers of the base.
     """
     names = sorted({path.rpartition(".")[2] for path in paths})

@@ -1,1 +1,1 @@
-"""Talking to a model in the terminal, and measuring how fast it generates."""
+"""Chat with a model in the terminal, and measure how fast it generates."""

@@ -1,12 +1,12 @@
-"""A conversation without a terminal: history, undo and retry, the answer as a stream of pieces, its counts.
+"""A conversation with a model: history, undo, the answer as a stream of pieces, its token counts.
 
-A terminal, a web page and an API differ only in where the pieces go.
+It knows nothing of a terminal: a web page or an API only sends the pieces somewhere else.
 """
 
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 from peft import PeftModel
@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizer
 from glm_utils.cli import UserError
 from glm_utils.device import is_out_of_memory
 
-LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.001, 1000  # beyond, logits overflow or are all alike
-UNFINISHED = "\ufffd"  # what the bytes of an unfinished character decode to
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 1000  # below, logits overflow; above, all are alike
+UNFINISHED = "\ufffd"  # the first bytes of a character decode to this
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class ChatSettings:
     Attributes:
         max_length: Prompt and answer together, in tokens.
         temperature: Divides the logits; 0: always the most probable token.
-        top_p: Nucleus probability.
+        top_p: Nucleus probability, above 0 and at most 1.
     """
 
     max_length: int
@@ -34,7 +34,7 @@ class ChatSettings:
     top_p: float
 
     def arguments(self) -> dict:
-        """Return the arguments for `stream_chat`."""
+        """Return the keyword arguments of `stream_chat`."""
         if not self.temperature:
             return {"max_length": self.max_length, "do_sample": False}
         return {"max_length": self.max_length, "temperature": self.temperature, "top_p": self.top_p}
@@ -43,23 +43,23 @@ class ChatSettings:
 def chat_settings(
     model: PreTrainedModel | PeftModel, max_length: int | None, temperature: float | None, top_p: float | None
 ) -> ChatSettings:
-    """Fill in the published defaults of the model's family, which are those of its `stream_chat`.
+    """Check settings and fill in the published defaults of the model's family, those of its `stream_chat`.
 
     Args:
-        model: The model.
-        max_length: Prompt and answer together, in tokens; None: the default, within the model's context.
+        model: Supplies defaults and context length.
+        max_length: Prompt and answer together, in tokens; None: the default, but at most the model's context.
         temperature: Divides the logits; 0: always the most probable token; None: the default.
         top_p: Nucleus probability; None: the default.
 
     Raises:
-        UserError: A value out of range.
+        UserError: A value is out of range.
     """
     context = model.config.max_position_embeddings
-    given = {"max_length": max_length, "temperature": temperature, "top_p": top_p}
-    values = {name: getattr(model, f"chat_{name}") if value is None else value for name, value in given.items()}
-    if max_length is None:
-        values["max_length"] = min(values["max_length"], context)
-    settings = ChatSettings(**values)
+    settings = ChatSettings(
+        max_length=min(model.chat_max_length, context) if max_length is None else max_length,
+        temperature=model.chat_temperature if temperature is None else temperature,
+        top_p=model.chat_top_p if top_p is None else top_p,
+    )
     if not 1 <= settings.max_length <= context:
         raise UserError(f"--max_length {settings.max_length}: expected 1 to {context}, the model's context in tokens")
     check_sampling(settings.temperature, settings.top_p)
@@ -67,27 +67,26 @@ def chat_settings(
 
 
 def check_sampling(temperature: float | None, top_p: float | None) -> None:
-    """Refuse what a distribution cannot be made of.
+    """Refuse sampling parameters that define no distribution.
 
     Args:
         temperature: Divides the logits; 0: always the most probable token; None: the default.
         top_p: Nucleus probability; None: the default.
 
     Raises:
-        UserError: A value out of range.
+        UserError: A value is out of range.
     """
-    if temperature and not LOWEST_TEMPERATURE <= temperature <= HIGHEST_TEMPERATURE:
+    if temperature and not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
         raise UserError(
-            f"--temperature {temperature}: expected 0 (most probable token), or {LOWEST_TEMPERATURE} to "
-            f"{HIGHEST_TEMPERATURE}"
+            f"--temperature {temperature}: expected 0 (most probable token), or {MIN_TEMPERATURE} to {MAX_TEMPERATURE}"
         )
     if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"--top_p {top_p}: expected more than 0, at most 1")
+        raise UserError(f"--top_p {top_p}: expected more than 0 and at most 1")
 
 
 @dataclass
 class AnswerCounts:
-    """Tokens and times of an answer.
+    """Tokens and times of an answer; the clock starts when this is created.
 
     Attributes:
         num_prompt: Tokens of the prompt.
@@ -96,7 +95,7 @@ class AnswerCounts:
         seconds: Time to the last token.
     """
 
-    num_prompt: int
+    num_prompt: int = 0
     num_tokens: int = 0
     first_seconds: float = 0.0
     seconds: float = 0.0
@@ -105,24 +104,24 @@ class AnswerCounts:
         self._start = time.monotonic()
 
     def tick(self) -> None:
-        """Note that a token has arrived."""
+        """Record that a token has arrived."""
         self.seconds = time.monotonic() - self._start
         self.first_seconds = self.first_seconds or self.seconds
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens of the answer over the whole time, reading the prompt included."""
+        """Tokens of the answer over the total time, prefill included."""
         return self.num_tokens / max(self.seconds, 1e-9)
 
 
 class CountingTokenizer:
-    """A tokenizer that notes how many ids it decoded last: `stream_chat` decodes the whole answer after each token.
+    """A wrapper that records how many ids it decoded last: `stream_chat` decodes all of the answer after each token.
 
-    Counting in a logits processor would keep the decode path from running ahead of the host.
+    Counting in a logits processor instead would keep the fast path from running ahead of the host.
 
     Args:
-        tokenizer: What it stands for.
-        counts: Where num_tokens is noted.
+        tokenizer: The tokenizer that does everything else.
+        counts: Its num_tokens is updated.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizer, counts: AnswerCounts):
@@ -144,14 +143,14 @@ class ChatSession:
     """One conversation with a model.
 
     Args:
-        model: From `load_chat_model`.
-        tokenizer: Its tokenizer.
+        model: A model of this project, or one wrapped by peft.
+        tokenizer: The model's tokenizer.
         settings: How answers are generated.
-        use_adapter: False switches the adapter of a PeftModel off while it answers.
+        use_adapter: False disables the adapter of a PeftModel while it answers.
 
     Attributes:
-        history: Questions and answers, oldest first; a stopped answer stands as far as it came.
-        counts: Of the last answer.
+        history: Questions and answers, oldest first; of a stopped answer what was generated until then.
+        counts: Tokens and times of the last answer, zero before the first.
     """
 
     def __init__(
@@ -163,13 +162,10 @@ class ChatSession:
     ):
         self.model, self.tokenizer, self.settings, self.use_adapter = model, tokenizer, settings, use_adapter
         self.history: list[tuple[str, str]] = []
-        self.counts: AnswerCounts | None = None
+        self.counts = AnswerCounts()
 
     def count_prompt(self, query: str) -> int:
-        """Return the tokens of a question with the history before it.
-
-        Args:
-            query: The question.
+        """Return how many tokens a question and the history before it take.
 
         Raises:
             UserError: They leave no room for an answer.
@@ -183,17 +179,14 @@ class ChatSession:
             )
         return num_prompt
 
-    def ask(self, query: str) -> Iterator[str]:
-        """Answer a question piece by piece; the turn is noted at the end, also when the caller stops before.
-
-        Args:
-            query: The question.
+    def ask(self, query: str) -> Generator[str, None, None]:
+        """Answer a question piece by piece; the turn joins the history at the end, also when the caller stops early.
 
         Yields:
-            What follows in the answer. The newest token is held back: the next one may still change it.
+            The next piece of the answer. The newest token is held back: the one after it may still change its text.
 
         Raises:
-            UserError: A question that is too long, a model that computes NaN, or too little memory.
+            UserError: The question is too long, the model computed NaN, or memory ran out.
         """
         self.counts = AnswerCounts(self.count_prompt(query))
         answer = previous = shown = ""
@@ -205,11 +198,14 @@ class ChatSession:
                     self.counts.tick()
                     if answer.endswith(UNFINISHED):
                         continue
+                    # Only what two successive texts share is shown: a comma becomes full-width when a Chinese
+                    # character follows it.
                     sure, previous = os.path.commonprefix([previous, answer]), answer
                     if len(sure) > len(shown) and sure.startswith(shown):
                         yield sure[len(shown) :]
                         shown = sure
             self.counts.tick()
+            # The cleaned answer may differ in what was shown already: then all of it follows on a new line.
             yield answer[len(shown) :] if answer.startswith(shown) else f"\n{answer}"
         except FloatingPointError as error:
             raise UserError(str(error)) from error
@@ -218,16 +214,16 @@ class ChatSession:
                 raise
             raise UserError(
                 f"out of memory after {self.counts.num_prompt + self.counts.num_tokens} tokens of prompt and answer. "
-                "Undo or clear earlier turns, or give --load_in_4bit or an int4 model"
+                "Undo or clear earlier turns, or use --load_in_4bit or an int4 model"
             ) from error
         finally:
             self.history.append((query, answer))
 
     def undo(self) -> tuple[str, str]:
-        """Take the last turn back and return it.
+        """Remove the last turn and return it.
 
         Raises:
-            UserError: There is none.
+            UserError: The history is empty.
         """
         if not self.history:
             raise UserError("there is no earlier question")

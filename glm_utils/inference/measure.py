@@ -1,4 +1,4 @@
-"""Time generation token by token, and gather the figures of one model."""
+"""Time generation token by token and collect the figures of one model."""
 
 import time
 from collections.abc import Callable
@@ -13,9 +13,9 @@ from glm_utils.inference.memory import bytes_read_per_step, peak_memory, reset_p
 from glm_utils.inference.report import summarize
 from glm_utils.inference.timer import CpuClock, CudaClock, make_clock
 
-NUM_WARM_UPS = 1  # full runs between the cold first run and the measured ones
-FAST_PATH_OFF = {"use_cuda_graph": False}  # settings of stream_generate
-Generate = Callable[[Callable[[], None]], int]  # calls its argument after each token; returns tokens a sequence
+NUM_WARM_UPS = 1  # complete runs between the cold first run and the measured ones
+FAST_PATH_OFF = {"use_cuda_graph": False}  # argument of the model's stream_generate
+Generate = Callable[[Callable[[], None]], int]  # calls its argument after each token; returns tokens per sequence
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Workload:
 
     Attributes:
         input_ids: Prompts on the model's device, (B, T).
-        new_tokens: Tokens to generate for each.
+        new_tokens: Tokens to generate per sequence.
         loop_number: Measured runs.
         max_time: Seconds of measured runs after which no further one starts; None: no limit.
     """
@@ -41,39 +41,40 @@ def measure_model(
     workload: Workload,
     bandwidth: float,
 ) -> dict:
-    """Load and measure one model and drop it; running out of memory ends its figures, not the program.
+    """Load, measure and free one model; running out of memory ends its figures, not the program.
 
     Args:
         load: Loads the model.
-        make_generate: Returns the function that generates once, such as `stream_generate`.
+        make_generate: Returns the function that generates once, see `stream_generate`.
         workload: What to generate.
-        bandwidth: Of copies on the device, bytes a second.
+        bandwidth: Of copies on the device, bytes per second.
 
     Returns:
-        Figures by name, as far as it got; "error" if it ran out of memory.
+        Figures by name, and "error" if memory ran out.
     """
     device, (batch_size, num_prompt_tokens) = workload.input_ids.device, workload.input_ids.shape
     reset_peak_memory(device)
-    row: dict = {}
+    figures: dict = {}
     try:
         start_seconds = time.perf_counter()
         model = load()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        row["load_seconds"] = time.perf_counter() - start_seconds
-        row |= {"weight_bytes": weight_bytes(model), "bytes_read_per_step": bytes_read_per_step(model, batch_size)}
+        figures["load_seconds"] = time.perf_counter() - start_seconds
+        figures |= {"weight_bytes": weight_bytes(model), "bytes_read_per_step": bytes_read_per_step(model, batch_size)}
         cold, runs = time_runs(make_generate(model, workload), workload)
-        row |= {"cold_first_token_seconds": cold[0], "cold_run_seconds": cold[-1]}
-        row |= summarize(runs, num_prompt_tokens, batch_size)
-        row["bound_tokens_per_second"] = bandwidth / row["bytes_read_per_step"]
-        row["bandwidth_share"] = row["decode_tokens_per_second"] / row["bound_tokens_per_second"]
-        row |= peak_memory(device)
+        figures |= {"cold_first_token_seconds": cold[0], "cold_run_seconds": cold[-1]}
+        figures |= summarize(runs, num_prompt_tokens, batch_size)
+        # Each step reads these weights once, so no step takes less time than reading them at the speed of a copy.
+        figures["bound_tokens_per_second"] = bandwidth / figures["bytes_read_per_step"]
+        figures["bandwidth_share"] = figures["decode_tokens_per_second"] / figures["bound_tokens_per_second"]
+        figures |= peak_memory(device)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         logger.error(f"{type(error).__name__}: {error}")
-        row["error"] = "out of memory"
-    return row
+        figures["error"] = "out of memory"
+    return figures
 
 
 def stream_generate(model: PreTrainedModel, workload: Workload, fast_path: bool = True) -> Generate:
@@ -82,7 +83,7 @@ def stream_generate(model: PreTrainedModel, workload: Workload, fast_path: bool 
     Args:
         model: The model.
         workload: What to generate.
-        fast_path: False switches the CUDA graph off.
+        fast_path: False disables the CUDA graph.
     """
     input_ids, settings = workload.input_ids, {} if fast_path else FAST_PATH_OFF
 
@@ -104,14 +105,10 @@ def stream_generate(model: PreTrainedModel, workload: Workload, fast_path: bool 
 
 
 def time_runs(generate: Generate, workload: Workload) -> tuple[list[float], list[list[float]]]:
-    """Generate cold, then to warm up, then measure.
-
-    Args:
-        generate: See `stream_generate`.
-        workload: What to generate.
+    """Time a cold run, then, after the warm-up, the measured runs.
 
     Returns:
-        Seconds from the call to each token: of the cold run, and of each measured run.
+        Seconds from the call to each token, of the cold run and of each measured run.
     """
     clock = make_clock(workload.input_ids.device)
     cold = time_run(generate, clock, workload.new_tokens)
@@ -127,17 +124,12 @@ def time_runs(generate: Generate, workload: Workload) -> tuple[list[float], list
 def time_run(generate: Generate, clock: CpuClock | CudaClock, new_tokens: int) -> list[float]:
     """Generate once; return the seconds from the call to each new token.
 
-    Args:
-        generate: See `stream_generate`.
-        clock: The device's clock.
-        new_tokens: Tokens that must come.
-
     Raises:
-        RuntimeError: The model generated another number of tokens.
+        RuntimeError: The number of generated tokens per sequence is not new_tokens.
     """
     clock.start()
     num_generated = generate(clock.mark)
     seconds = clock.seconds()
     if not num_generated == len(seconds) == new_tokens:
-        raise RuntimeError(f"{num_generated} tokens in {len(seconds)} steps instead of {new_tokens}")
+        raise RuntimeError(f"generated {num_generated} tokens in {len(seconds)} steps instead of {new_tokens}")
     return seconds

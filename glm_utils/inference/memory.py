@@ -1,9 +1,8 @@
-"""Read what generation takes: bytes of weights, copy bandwidth, peak memory, on a GPU or on the CPU."""
+"""Measure what generation needs, on a GPU or on the CPU: bytes of weights, copy bandwidth, peak memory."""
 
 import contextlib
 import gc
 import itertools
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +15,8 @@ from glm_utils.cli import UserError
 from glm_utils.device import free_bytes
 from glm_utils.inference.timer import make_clock
 
-try:
+if sys.platform != "win32":
     import resource
-except ImportError:  # Windows
-    resource = None
 
 MAX_FAST_BATCH = 16  # of the CUDA kernels; on a CPU more brings nothing
 MAX_FORWARD_BATCH = 64  # of a GPU without them, where launches take the time
@@ -31,18 +28,18 @@ PEAK_RESET = Path("/proc/self/clear_refs")  # "5" resets the peak RSS. Source: L
 
 
 def copy_bandwidth(device: torch.device, free: int) -> float:
-    """Return the bytes per second of the fastest of some copies of a large tensor, bytes read plus bytes written.
+    """Return the bytes per second, read plus written, of the fastest of several copies of a large tensor.
 
     Args:
         device: Where to copy.
-        free: Free bytes there; at most a quarter is taken.
+        free: Free bytes there; at most a quarter of them is used.
 
     Raises:
-        UserError: Next to nothing is free.
+        UserError: Almost nothing is free.
     """
     num_bytes = min(COPY_BYTES, free // 8)
     if num_bytes < 1:
-        raise UserError(f"{device}: no memory is free. End what occupies it")
+        raise UserError(f"{device}: no memory is free. Stop the processes that use it")
     source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
     target, clock = torch.zeros_like(source), make_clock(device)
     clock.start()
@@ -62,19 +59,19 @@ def stored_tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
 
 
 def weight_bytes(module: torch.nn.Module) -> int:
-    """Return the bytes of all weights of a module."""
+    """Return the bytes of a module's weights and buffers."""
     return sum(tensor.nbytes for tensor in stored_tensors(module))
 
 
 def bytes_read_per_step(model: PreTrainedModel, batch_size: int) -> int:
-    """Return the bytes of weights that generating one token of each sequence reads.
+    """Return how many bytes of weights one generation step reads, which adds a token to each sequence.
 
-    Layers, norms and output layer are read whole, of the input embedding one row a sequence; keys and values are not
-    counted.
+    These are the layers, norms and output layer, and one row of the input embedding per sequence. Keys and values are
+    not counted.
 
     Args:
         model: Any causal language model of transformers.
-        batch_size: Sequences at once.
+        batch_size: Sequences generated at once.
     """
     embedding, output_layer = model.get_input_embeddings(), model.get_output_embeddings()
     row_bytes = weight_bytes(embedding) // embedding.num_embeddings
@@ -83,23 +80,22 @@ def bytes_read_per_step(model: PreTrainedModel, batch_size: int) -> int:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Free what is unused and begin to look for the peak anew."""
+    """Free unused memory and reset the peak that `peak_memory` returns."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        with contextlib.suppress(OSError):  # not Linux, or not allowed: then the peak is the whole process'
+        with contextlib.suppress(OSError):  # not Linux, or not allowed: then it is the peak since the start
             PEAK_RESET.write_text("5")
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
-    """Return what was used since `reset_peak_memory`, in bytes.
+    """Return the peak of the memory used since `reset_peak_memory`, in bytes.
 
     Returns:
-        GPU: peak_allocated_bytes and peak_reserved_bytes of this process, and driver_bytes, all that is in use on the
-        card now, other processes included. CPU: peak_rss_bytes, the process' resident set, pages of mapped
-        weight files included.
+        GPU: peak_allocated_bytes and peak_reserved_bytes of this process, and driver_bytes, what all processes use on
+        the card now. CPU: peak_rss_bytes, the resident set of this process, pages of mapped weight files included.
     """
     if device.type == "cpu":
         return {"peak_rss_bytes": peak_rss_bytes()}
@@ -112,11 +108,12 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 
 
 def peak_rss_bytes() -> int:
-    """Return the peak resident set of this process; getrusage, on other Unix systems, starts with the parent's."""
-    if PEAK_RESET.exists():
-        return int(re.search(r"VmHWM:\s+(\d+) kB", PEAK_RESET.with_name("status").read_text())[1]) * 1024
-    if resource is None:
+    """Return the peak resident set of this process; without /proc, getrusage starts with that of the parent."""
+    if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset
+    if PEAK_RESET.exists():
+        status = PEAK_RESET.with_name("status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))  # in kB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

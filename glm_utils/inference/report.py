@@ -1,17 +1,18 @@
-"""Turn the moments of tokens into figures, and rows of figures into a Markdown table."""
+"""Turn the arrival times of tokens into figures, and the figures of several models into a Markdown table."""
 
 import itertools
 import json
-import math
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from glm_utils.cli import UserError
 from glm_utils.files import check_writable, write_json
+from glm_utils.inference.tables import markdown_table
 from glm_utils.run_record import git_commit, versions
 
-TABLE_ROWS = (  # text, key of a row, factor from the key's unit to the text's, decimals
+TABLE_ROWS = (  # title, key of a model's figures, factor from the key's unit to the title's, decimals
     ("token_number/s", "tokens_per_second", 1, 2),
     ("gpu memory use (peak reserved, GB)", "peak_reserved_bytes", 1e-9, 2),
     ("load (s)", "load_seconds", 1, 2),
@@ -31,19 +32,19 @@ TABLE_ROWS = (  # text, key of a row, factor from the key's unit to the text's, 
     ("driver, whole card (GB)", "driver_bytes", 1e-9, 2),
     ("peak RSS (GB)", "peak_rss_bytes", 1e-9, 2),
 )
-NUM_ORIGINAL_ROWS = 2
+NUM_ORIGINAL_ROWS = 2  # those that chatGLM-6B-QLoRA prints
 
 
 def summarize(runs: list[list[float]], num_prompt_tokens: int, batch_size: int) -> dict:
-    """Compute the figures of some runs of one model; rates and times are medians over the runs.
+    """Compute the figures of one model from its runs; rates and times are medians over the runs.
 
     Args:
         runs: Seconds from the call to each new token, for each run; at least two tokens.
-        num_prompt_tokens: Length of the prompt of one sequence.
-        batch_size: Sequences at once.
+        num_prompt_tokens: Per sequence.
+        batch_size: Sequences generated at once.
 
     Returns:
-        ttft_seconds: from the call to the first token; tpot_*: over all gaps between tokens of all runs;
+        ttft_seconds: from the call to the first token; tpot_*: nearest-rank percentiles of all gaps between tokens;
         decode_tokens_per_second: tokens after the first over the time after the first, of one sequence;
         tokens_per_second: all tokens of the batch over the whole time, prefill included; decode_spread: (fastest -
         slowest) / median of the decode rates.
@@ -53,6 +54,7 @@ def summarize(runs: list[list[float]], num_prompt_tokens: int, batch_size: int) 
     ttft = statistics.median(run[0] for run in runs)
     rates = [(num_new - 1) / (run[-1] - run[0]) for run in runs]
     decode = statistics.median(rates)
+    tpot_p50, tpot_p95 = np.percentile(gaps, [50, 95], method="inverted_cdf").tolist()
     return {
         "batch_size": batch_size,
         "num_prompt_tokens": num_prompt_tokens,
@@ -60,8 +62,8 @@ def summarize(runs: list[list[float]], num_prompt_tokens: int, batch_size: int) 
         "num_runs": len(runs),
         "tokens_per_second": batch_size * num_new / statistics.median(run[-1] for run in runs),
         "ttft_seconds": ttft,
-        "tpot_p50_seconds": percentile(gaps, 0.50),
-        "tpot_p95_seconds": percentile(gaps, 0.95),
+        "tpot_p50_seconds": tpot_p50,
+        "tpot_p95_seconds": tpot_p95,
         "prefill_tokens_per_second": batch_size * num_prompt_tokens / ttft,
         "decode_tokens_per_second": decode,
         "decode_tokens_per_second_total": batch_size * decode,
@@ -73,43 +75,29 @@ def summarize(runs: list[list[float]], num_prompt_tokens: int, batch_size: int) 
     }
 
 
-def percentile(values: Sequence[float], share: float) -> float:
-    """Return the least value that the given share of the values does not exceed (nearest rank)."""
-    return sorted(values)[math.ceil(share * len(values)) - 1]
+def models_table(models: list[dict]) -> str:
+    """Return a Markdown table with one column per model; a model without figures shows the reason in its first cell.
 
-
-def markdown_table(rows: list[dict]) -> str:
-    """Write one column a model, aligned; a model whose test ended early has the reason in its first cell.
-
-    Figures that no model has, as those of a GPU on a CPU, have no line; the two of the original project always have.
+    A figure that no model has, such as GPU memory on a CPU, gets no line; the two of the original project always do.
 
     Args:
-        rows: Figures by model, as in the JSON; "label" names it, "error" says why it has none.
+        models: The figures of each model, as in the JSON; "label" names it, "error" says why it has none.
     """
-    lines = [["", *(row["label"].replace("|", "\\|") for row in rows)]]
-    for index, (text, key, factor, decimals) in enumerate(TABLE_ROWS):
-        if index < NUM_ORIGINAL_ROWS or any(key in row for row in rows):
-            cells = [f"{row[key] * factor:,.{decimals}f}" if key in row else "-" for row in rows]
-            lines.append([text, *cells])
-    lines[1][1:] = [row.get("error", cell) for row, cell in zip(rows, lines[1][1:], strict=True)]
-    lines.append(["weights of the layers", *(row.get("weight_format", "-") for row in rows)])
-    first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
-    lines.insert(1, ["-" * first, *("-" * (width - 1) + ":" for width in others)])
-    padded = (
-        [line[0].ljust(first), *(cell.rjust(width) for cell, width in zip(line[1:], others, strict=True))]
-        for line in lines
-    )
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+    lines = []
+    for index, (title, key, factor, decimals) in enumerate(TABLE_ROWS):
+        if index < NUM_ORIGINAL_ROWS or any(key in figures for figures in models):
+            cells = [f"{figures[key] * factor:,.{decimals}f}" if key in figures else "-" for figures in models]
+            lines.append([title, *cells])
+    lines[0][1:] = [figures.get("error", cell) for figures, cell in zip(models, lines[0][1:], strict=True)]
+    lines.append(["weights of the layers", *(figures.get("weight_format", "-") for figures in models)])
+    return markdown_table(["", *(figures["label"] for figures in models)], lines)
 
 
 def check_report_path(output_json: str | Path | None) -> None:
-    """Refuse, before anything is measured, a file that cannot be written.
-
-    Args:
-        output_json: The file, or None.
+    """Refuse a result file that could not be written, before anything is measured.
 
     Raises:
-        UserError: A directory, or a file in one that is missing or read-only.
+        UserError: output_json is a directory, or lies in one that is missing or read-only.
     """
     if output_json is None:
         return
@@ -121,13 +109,13 @@ def check_report_path(output_json: str | Path | None) -> None:
 
 
 def write_report(result: dict, output_json: str | Path | None) -> str:
-    """Write the JSON object to a file; return what a script prints: the table and, as the last line, the object.
+    """Write the result to a file; return what a script prints: the table and, as the last line, the JSON object.
 
     Args:
-        result: Holds the rows under "models"; versions and commit are added.
-        output_json: The file, or None.
+        result: Holds the figures of each model under "models"; versions and commit are added.
+        output_json: None: the result is only returned.
     """
     result = {**result, "versions": versions(), "commit": git_commit()}
     if output_json:
         write_json(Path(output_json).expanduser(), result)
-    return f"{markdown_table(result['models'])}\n\n{json.dumps(result, ensure_ascii=False)}"
+    return f"{models_table(result['models'])}\n\n{json.dumps(result, ensure_ascii=False)}"

@@ -1,6 +1,6 @@
-"""Resolve the arguments of an inference test (models, prompt, dtype) and refuse what cannot run.
+"""Resolve the arguments of an inference test (models, prompt, dtype) and refuse those that cannot run.
 
-Nothing here reads a weight of a base model.
+No weights of a base model are read here.
 """
 
 import os
@@ -22,13 +22,14 @@ def resolve_sources(
 
     Args:
         model_paths: Directories or hub ids of base or merged models.
-        lora_paths: Adapter directories, each put unmerged on the base that it names.
+        lora_paths: Adapter directories; each adapter is applied, unmerged, to the base that it names.
         load_in_4bit: Quantize the layers to NF4.
-        dtype: fp16, bf16, fp32, or auto: the checkpoint's on a GPU, fp32 on the CPU.
+        dtype: fp16, bf16, fp32, or auto: the checkpoint's dtype on a GPU, fp32 on the CPU.
         device: Where they run.
 
     Raises:
-        UserError: Nothing to test, a directory that is not a model, or a quantized one with load_in_4bit.
+        UserError: Both lists are empty, a directory is not a model or an adapter, or load_in_4bit is given with a
+            model that is already quantized.
     """
     if not model_paths and not lora_paths:
         raise UserError("nothing to test. Give --model_path DIR (or DIR1,DIR2,...) or --lora_path DIR, or both")
@@ -45,7 +46,7 @@ def resolve_sources(
 
 
 def short_name(path: str) -> str:
-    """Return a directory's own name, or the last part of a hub id."""
+    """Return the last part of a path or hub id."""
     return os.path.basename(os.path.abspath(path))
 
 
@@ -54,7 +55,7 @@ def auto_dtype(config: dict, config_path: Path, device: torch.device) -> torch.d
 
     Args:
         config: Parsed config.json.
-        config_path: Its path, named in the error.
+        config_path: Named in the error.
         device: Where the model runs.
 
     Raises:
@@ -65,20 +66,20 @@ def auto_dtype(config: dict, config_path: Path, device: torch.device) -> torch.d
     found = config.get("dtype") or config.get("torch_dtype") or "float16"
     dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
     if found not in dtypes:
-        raise UserError(f"{config_path}: dtype {found!r}. Give --dtype fp16, bf16 or fp32")
+        raise UserError(f"{config_path}: unknown dtype {found!r}. Give --dtype fp16, bf16 or fp32")
     return dtypes[found]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizer, text: str, num_tokens: int | None) -> list[int]:
-    """Encode the prompt, its text repeated or cut until prompt and special tokens have the asked length.
+    """Encode a prompt, its text repeated or truncated to a given length.
 
     Args:
         tokenizer: The model's tokenizer.
-        text: The question; control strings in it stay text.
-        num_tokens: Length in tokens; None: as it is.
+        text: The question; control strings in it are encoded as plain text.
+        num_tokens: Length in tokens, special tokens included; None: the text as given.
 
     Raises:
-        UserError: A length with no room for text, or no text to repeat.
+        UserError: The length leaves no room for text, or there is no text to repeat.
     """
     ids = tokenizer.encode_prompt(text)
     if num_tokens is None:
@@ -88,8 +89,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizer, text: str, num_tokens: int | None
     num_text = num_tokens - len(special)
     if num_text < 1 or not body:
         raise UserError(
-            f"--prompt_tokens {num_tokens} with {len(body)} tokens of text: expected some text, and more than the "
-            f"{len(special)} special tokens"
+            f"--prompt_tokens {num_tokens} with {len(body)} tokens of text: expected at least one token of text, and "
+            f"a length above that of the {len(special)} special tokens"
         )
     repeated = body * -(-num_text // len(body))
     return tokenizer.build_inputs_with_special_tokens(repeated[:num_text])
@@ -98,17 +99,12 @@ def prompt_ids(tokenizer: PreTrainedTokenizer, text: str, num_tokens: int | None
 def check_context(source: ModelSource, num_prompt_tokens: int, new_tokens: int) -> None:
     """Refuse a prompt that leaves no room for the new tokens.
 
-    Args:
-        source: The model.
-        num_prompt_tokens: Length of the prompt, special tokens included.
-        new_tokens: Tokens to generate.
-
     Raises:
-        UserError: Prompt and new tokens exceed the model's context.
+        UserError: Prompt and new tokens together exceed the model's context.
     """
     limit = source.checkpoint.context_length
     if limit and num_prompt_tokens + new_tokens > limit:
         raise UserError(
-            f"{source.label}: {num_prompt_tokens} prompt tokens and {new_tokens} new ones, its context holds {limit}. "
-            "Shorten --instruction_text, or lower --prompt_tokens or --new_tokens"
+            f"{source.label}: {num_prompt_tokens} prompt tokens and {new_tokens} new tokens exceed its context of "
+            f"{limit}. Shorten --instruction_text, or lower --prompt_tokens or --new_tokens"
         )

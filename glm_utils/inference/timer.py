@@ -1,7 +1,7 @@
-"""Note moments on a device without stopping it.
+"""Measure times on a device without synchronizing it.
 
-On a GPU an event is recorded in the stream and read at the end, so that timing adds no synchronisation: a moment is
-when the device got there. The GPU is idle at the start, so the launching of the first work counts.
+On a GPU an event is recorded in the stream and read at the end, so timing adds no synchronization: a mark has the time
+at which the device got there. The GPU is idle at the start, so the time to launch the first kernels counts.
 """
 
 import time
@@ -10,14 +10,14 @@ import torch
 
 
 class CpuClock:
-    """Moments on the CPU."""
+    """Times on the CPU."""
 
     def start(self) -> None:
-        """Begin anew."""
+        """Forget all marks and start measuring."""
         self._marks = [time.perf_counter()]
 
     def mark(self) -> None:
-        """Note a moment."""
+        """Record the current time."""
         self._marks.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
@@ -26,22 +26,22 @@ class CpuClock:
 
 
 class CudaClock:
-    """Moments on the GPU: when all work launched before them was done."""
+    """Times on the GPU: a mark has the time at which all work launched before it was done."""
 
     def start(self) -> None:
-        """Wait until the GPU is idle, and begin anew."""
+        """Wait until the GPU is idle, forget all marks and start measuring."""
         torch.cuda.synchronize()
         self._marks: list[torch.cuda.Event] = []
         self.mark()
 
     def mark(self) -> None:
-        """Note the moment when the GPU gets here; does not wait for it."""
+        """Record the time at which the GPU gets here, without waiting for it."""
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         self._marks.append(event)
 
     def seconds(self) -> list[float]:
-        """Wait for the last mark; return the seconds from the start to each mark."""
+        """Wait until the GPU reaches the last mark; return the seconds from the start to each mark."""
         self._marks[-1].synchronize()
         return [self._marks[0].elapsed_time(mark) / 1e3 for mark in self._marks[1:]]
 

@@ -1,1 +1,1 @@
-"""Merging a LoRA adapter into its base weight by weight, quantizing and verifying the result."""
+"""Merging a LoRA adapter into its base model weight by weight, quantizing and verifying the result."""

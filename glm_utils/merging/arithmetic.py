@@ -1,6 +1,6 @@
-"""The arithmetic of a merge on one weight: the update in fp32, one rounding to fp16, the trip through NF4.
+"""The arithmetic of a merge on one weight: the update in fp32, one rounding to fp16, the round trip through NF4.
 
-Weights are worked on in slices of rows, so that fp32 copies stay small.
+Weights are processed in slices of rows, so that fp32 copies stay small.
 """
 
 import math
@@ -16,14 +16,10 @@ NF4_BLOCK = 64
 
 
 def to_fp16(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    """Return a tensor in fp16.
-
-    Args:
-        tensor: Any floating tensor.
-        name: Named in the error.
+    """Round a floating-point tensor to fp16; `name` is for errors.
 
     Raises:
-        UserError: A number that fp16 does not hold.
+        UserError: A value is NaN, infinite or beyond the range of fp16.
     """
     rounded = tensor if tensor.dtype == torch.float16 else tensor.half()
     check_finite(rounded, name)
@@ -31,18 +27,14 @@ def to_fp16(tensor: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def add_update(weight: torch.Tensor, pair: LoraPair, name: str) -> torch.Tensor:
-    """Return fp16(weight + scale * B @ A), the sum in fp32.
-
-    Args:
-        weight: Floating [out, in].
-        pair: The update.
-        name: Named in the error.
+    """Return fp16(weight + scale * B @ A), the sum in fp32, of a weight [out, in] of any dtype; `name` is for errors.
 
     Raises:
-        UserError: A sum that fp16 does not hold.
+        UserError: A sum is NaN, infinite or beyond the range of fp16.
     """
     a, b = pair.a.to(weight.device), pair.b.to(weight.device)
     merged = torch.empty(weight.shape, dtype=torch.float16, device=weight.device)
+    # One fp32 buffer for all slices: a full fp32 copy would take twice the memory of the fp16 weight
     buffer = torch.empty(SLICE_ROWS, weight.shape[1], device=weight.device)
     for start in range(0, weight.shape[0], SLICE_ROWS):
         rows = slice(start, start + SLICE_ROWS)
@@ -53,29 +45,24 @@ def add_update(weight: torch.Tensor, pair: LoraPair, name: str) -> torch.Tensor:
 
 
 def check_finite(tensor: torch.Tensor, name: str) -> None:
-    """Check that a tensor holds neither NaN nor infinity: an overflow of fp16, or a broken base.
-
-    Source of the form: aminmax keeps NaN, and is 50 times faster than isfinite in fp16 on a CPU.
-
-    Args:
-        tensor: Any floating tensor.
-        name: Named in the error.
+    """Check that a floating-point tensor holds neither NaN nor infinity, from an fp16 overflow or a broken base.
 
     Raises:
-        UserError: It does.
+        UserError: It holds one.
     """
     if not tensor.numel():
         return
+    # aminmax propagates NaN, and is 50 times faster than isfinite in fp16 on a CPU
     lowest, highest = torch.stack(torch.aminmax(tensor)).tolist()
     if not (math.isfinite(lowest) and math.isfinite(highest)):
         raise UserError(f"{name}: values from {lowest} to {highest}, expected finite numbers that fp16 holds")
 
 
 def nf4_round_trip(weight: torch.Tensor) -> torch.Tensor:
-    """Quantise a weight to NF4 with double quantisation and back, as `Linear4bit` does, in the weight's dtype.
+    """Quantize a weight to NF4 with double quantization and dequantize it, as `Linear4bit` does.
 
     Args:
-        weight: fp32, fp16 or bf16 [out, in].
+        weight: fp32, fp16 or bf16 [out, in]; the result has the same dtype.
     """
     packed, state = bitsandbytes.functional.quantize_4bit(
         weight.contiguous(), blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4"

@@ -1,4 +1,4 @@
-"""Resolve the arguments of a merge (adapter, base, remote scripts) and refuse what cannot be merged."""
+"""Resolve the arguments of a merge (adapter, base, remote scripts) into a MergeJob; refuse what cannot be merged."""
 
 from pathlib import Path
 
@@ -15,39 +15,41 @@ CONFIG_SCRIPT = "configuration_chatglm.py"
 
 
 def find_scripts(remote_scripts_dir: str | None, family: Family) -> Path:
-    """Return the remote scripts that go with the model.
+    """Return the directory of the remote scripts that go with the model.
 
     Args:
-        remote_scripts_dir: A directory, or None for this project's own of the family.
+        remote_scripts_dir: Path of a directory. None: this project's own for the family.
         family: The base model's family.
 
     Raises:
-        UserError: Not a directory of remote scripts, or another family's.
+        UserError: The directory lacks one of the scripts, or holds those of another family.
     """
     if remote_scripts_dir is None:
         return family.remote_dir
     path = Path(remote_scripts_dir).expanduser().resolve()
     missing = [script.name for script in sorted(family.remote_dir.glob("*.py")) if not (path / script.name).is_file()]
     if missing:
-        raise UserError(f"--remote_scripts_dir {path}: no {missing[0]} in it. Expected a copy of {family.remote_dir}")
+        raise UserError(
+            f"--remote_scripts_dir {path}: {missing[0]} is missing. Expected a copy of {family.remote_dir}"
+        )
     text = (path / CONFIG_SCRIPT).read_text(encoding="utf-8")
     found = [known.title for known in FAMILIES if all(marker in text for marker in known.config_markers)]
     if found != [family.title]:
         names = " and ".join(found) or "no known family"
         raise UserError(
-            f"--remote_scripts_dir {path}: scripts of {names}, the base model is {family.title}. Leave the flag out, "
-            f"or give a copy of {family.remote_dir}"
+            f"--remote_scripts_dir {path}: scripts of {names}, the base model is {family.title}. Omit the flag, or "
+            f"give a copy of {family.remote_dir}"
         )
     return path
 
 
 def nf4_dtype(run_config: dict) -> torch.dtype:
-    """Return the dtype that the base weights had when training quantised them to NF4.
+    """Return the dtype that the base weights had when training quantized them to NF4.
 
-    Only bf16 differs: fp32 and fp16 hold the same values of an fp16 checkpoint.
+    Only bf16 changes the result: fp32 and fp16 both represent the values of an fp16 checkpoint exactly.
 
     Args:
-        run_config: What train_qlora.py recorded.
+        run_config: The run_config.json that train_qlora.py wrote; empty if there is none.
     """
     on_cpu = run_config.get("training_args", {}).get("use_cpu")
     is_bf16 = run_config.get("arguments", {}).get("compute_dtype") == "bf16"
@@ -57,20 +59,21 @@ def nf4_dtype(run_config: dict) -> torch.dtype:
 def make_job(
     adapter: Adapter, base: Checkpoint, qbits: int, device: torch.device, scripts_dir: str | None, merge_base: str
 ) -> MergeJob:
-    """Put a merge together from checked parts.
+    """Put together a merge of an adapter into its base.
 
     Args:
         adapter: The adapter.
-        base: Its base.
+        base: The base model that the adapter was trained on.
         qbits: 0 (fp16), 4 or 8.
-        device: Where to work.
-        scripts_dir: Remote scripts; None: the family's own.
+        device: Device of the arithmetic.
+        scripts_dir: Directory of remote scripts. None: the family's own.
         merge_base: "original" or "nf4".
 
     Raises:
-        UserError: Parts that do not fit each other, or a base that this project's model does not compute.
+        UserError: The remote scripts or the adapter do not fit the base, or the base has a setting that this project's
+            model does not compute.
     """
-    base.model_config  # noqa: B018  # refuses a setting that is not computed, before any work
+    base.model_config  # noqa: B018  # parsing it refuses settings that the model does not compute, before any work
     return MergeJob(
         base=base,
         adapter=adapter,

@@ -1,7 +1,7 @@
 """Run a model whose weights are fetched when a module needs them and dropped afterwards.
 
-So logits of a 6B model are computed in the memory of its largest module, in the very pass that merges and writes the
-weights, and again from the written files.
+This computes logits of a 6B model in the memory of its largest module: once while its weights are merged and written,
+and again from the written files.
 """
 
 from collections.abc import Callable, Container
@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 
 
 def empty_model(make: Callable[[], PreTrainedModel], dtype: torch.dtype = torch.float16) -> PreTrainedModel:
-    """Build a model for evaluation whose weights take no memory; buffers outside the checkpoint are real.
+    """Build a model in eval mode whose weights are on the meta device; buffers keep their values.
 
     Args:
         make: Builds the model.
-        dtype: Dtype of its floating weights.
+        dtype: Dtype of its floating-point weights.
     """
     default_dtype = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # as from_pretrained does
@@ -41,21 +41,19 @@ def streamed_logits(
     Args:
         model: From `empty_model`.
         input_ids: Token ids of one sequence, length T.
-        fetch: Returns the tensor of a state-dict key; its values are used in the model's dtype.
-        stored: Keys that can be fetched; of others the model must hold the values.
-        device: Where the model runs.
+        fetch: Returns the tensor of a state-dict key; it is cast to the model's dtype.
+        stored: Keys that can be fetched. Tensors under other keys must be in the model already.
+        device: Device of the model.
 
     Returns:
         Logits in fp32 on the CPU, [T, V].
     """
-    owners = [(f"{path}.{name}", module, name) for path, module in model.named_modules() for name in own(module)]
-    for buffer_owner in model.modules():  # what is not fetched is small and real: rope frequencies
-        for name, buffer in buffer_owner._buffers.items():
-            if buffer is not None and not buffer.is_meta:
-                buffer_owner._buffers[name] = buffer.to(device)
     handles = []
-    for module in model.modules():
-        keys = {name: key for key, owner, name in owners if owner is module and key in stored}
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():  # not on meta: rope frequencies, which are small
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
+        keys = {name: f"{path}.{name}" for name in tensor_names(module) if f"{path}.{name}" in stored}
         if keys:
             handles.append(module.register_forward_pre_hook(make_filler(keys, fetch, device)))
             handles.append(module.register_forward_hook(make_dropper(keys)))
@@ -67,34 +65,34 @@ def streamed_logits(
             handle.remove()
 
 
-def own(module: nn.Module) -> list[str]:
-    """Return the names of a module's own parameters and buffers."""
+def tensor_names(module: nn.Module) -> list[str]:
+    """Return the names of a module's parameters and buffers, without those of its submodules."""
     tensors = {**module._parameters, **module._buffers}
     return [name for name, tensor in tensors.items() if tensor is not None]
 
 
-def make_filler(keys: dict[str, str], fetch: Callable[[str], torch.Tensor], device) -> Callable:
-    """Return a hook that gives a module its tensors."""
+def make_filler(keys: dict[str, str], fetch: Callable[[str], torch.Tensor], device: str | torch.device) -> Callable:
+    """Return a forward pre-hook that fetches a module's tensors; `keys` are state-dict keys by attribute name."""
 
     def fill(module: nn.Module, args: tuple) -> None:
         for name, key in keys.items():
-            place(module, name, fetch(key).to(device, getattr(module, name).dtype))
+            set_tensor(module, name, fetch(key).to(device, getattr(module, name).dtype))
 
     return fill
 
 
 def make_dropper(keys: dict[str, str]) -> Callable:
-    """Return a hook that takes a module's tensors away again."""
+    """Return a forward hook that moves a module's tensors to the meta device."""
 
     def drop(module: nn.Module, args: tuple, output: object) -> None:
         for name in keys:
-            place(module, name, getattr(module, name).detach().to("meta"))
+            set_tensor(module, name, getattr(module, name).detach().to("meta"))
 
     return drop
 
 
-def place(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Put a tensor in the place of a parameter or buffer."""
+def set_tensor(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Replace a parameter or buffer."""
     if name in module._parameters:
         module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
     else:

@@ -1,11 +1,10 @@
-"""Merge a LoRA adapter into a base model tensor by tensor, and quantise each merged weight on the way.
+"""Merge a LoRA adapter into a base model tensor by tensor, and quantize each merged weight.
 
-W' = W + scale * B @ A in fp32, rounded once to fp16; then int8 or int4 rows (remote_scripts/*/quantization.py).
-With merge_base "nf4", W is what QLoRA training saw: every Linear of a layer quantised to 4-bit NF4 (blocks of 64,
-double quantisation) and back. Memory: the tensor at hand.
+W' = W + scale * B @ A in fp32, rounded once to fp16; then int8 or int4 with one scale per row
+(remote_scripts/*/quantization.py). With merge_base "nf4", W is what QLoRA training saw: every Linear of a layer
+quantized to NF4 (blocks of 64, double quantization) and dequantized. One tensor is in memory at a time.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,21 +18,23 @@ from glm_utils.merging.arithmetic import add_update, nf4_round_trip, to_fp16
 from glm_utils.merging.report import MergeReport
 from glm_utils.merging.shards import CheckpointReader, TensorSpec
 
+SCALE_SUFFIX = "_scale"  # the state-dict key of a quantized weight's scales ends with it
+
 
 @dataclass
 class MergeJob:
-    """Everything a merge needs to know.
+    """A merge with resolved arguments.
 
     Attributes:
         base: The base model.
         adapter: The adapter.
-        scripts_dir: The remote scripts that go with the model.
-        bits: 0 (fp16), 8 or 4.
-        device: Where the arithmetic is done.
+        scripts_dir: Directory of the remote scripts that go with the model.
+        bits: Bits of the merged layers' weights: 0 (fp16), 8 or 4.
+        device: Device of the arithmetic.
         merge_base: "original" or "nf4".
-        nf4_dtype: Dtype of the base weights when training quantised them.
+        nf4_dtype: Dtype of the base weights when training quantized them.
         reader: The base model's tensors.
-        report: Error and update norms, filled while merging.
+        report: Norms of updates and errors, filled while merging.
     """
 
     base: Checkpoint
@@ -53,11 +54,11 @@ class MergeJob:
 
     @property
     def weight_format(self) -> str:
-        """The merged layers' weights: fp16, int8 or int4."""
+        """Format of the merged layers' weights: fp16, int8 or int4."""
         return f"int{self.bits}" if self.bits else "fp16"
 
     def is_linear(self, name: str) -> bool:
-        """Say whether a tensor is the weight of one of a layer's Linear modules."""
+        """Return whether a tensor is the weight of one of a layer's Linear modules."""
         path, _, kind = name.rpartition(".")
         return kind == "weight" and path.rpartition(".")[2] in self.base.family.linear_names
 
@@ -68,34 +69,27 @@ class MergeJob:
             if self.bits and self.is_linear(name):
                 rows, columns = spec.shape
                 specs[name] = TensorSpec(torch.int8, (rows, columns // 2 if self.bits == 4 else columns))
-                specs[f"{name}_scale"] = TensorSpec(torch.float16, (rows,))
+                specs[f"{name}{SCALE_SUFFIX}"] = TensorSpec(torch.float16, (rows,))
             else:
                 specs[name] = TensorSpec(torch.float16, spec.shape)
         return specs
 
-    def merged(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield all merged tensors, fp16 or quantised, one at a time."""
-        for name in self.reader.specs:
-            yield from self.make(name).items()
-
     @torch.no_grad()
-    def make(self, name: str) -> dict[str, torch.Tensor]:
-        """Make the merged form of one base tensor.
-
-        Args:
-            name: Its name in the base model.
+    def merge_tensor(self, name: str) -> dict[str, torch.Tensor]:
+        """Merge one tensor of the base, and quantize it if it is a layer's weight and the merge has bits.
 
         Returns:
-            The tensor in fp16, or a stored weight and its scales under name and name + "_scale".
+            The tensor in fp16, or the int8 or packed int4 weight and its scales under name and name + "_scale".
 
         Raises:
-            UserError: A number that fp16 does not hold.
+            UserError: A value is NaN, infinite or beyond the range of fp16.
         """
         tensor = self.reader.read(name)
         if not self.is_linear(name):
             return {name: to_fp16(tensor, name)}
         path = name.removesuffix(".weight")
         pair = self.adapter.pairs.get(path)
+        # A weight that is only rounded is not worth the way to a GPU and back
         needs_device = pair or self.bits or self.merge_base == "nf4"
         weight = tensor.to(self.device) if needs_device else tensor
         if self.merge_base == "nf4":
@@ -106,24 +100,23 @@ class MergeJob:
             self.report.add_update(path, tensor, pair)
         else:
             merged = to_fp16(weight, name)
-        if not self.bits:
-            return {name: merged}
-        stored, scale = self.quantize_rows(merged, self.bits)
-        absmax = self.quantize_rows(merged, self.bits, "absmax")
-        for method, quantised in (("search", (stored, scale)), ("absmax", absmax)):
-            decoded = self.dequantize_rows(*quantised, self.bits, torch.float16)
-            self.report.add_quantization_error(path, method, merged, decoded)
-        return {name: stored, f"{name}_scale": scale}
+        return self.quantize(name, merged) if self.bits else {name: merged}
+
+    def quantize(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Quantize a merged fp16 weight; the report compares the searched scales with absmax scales."""
+        stored, scale = self.quantize_rows(weight, self.bits)
+        absmax = self.quantize_rows(weight, self.bits, "absmax")
+        for method, quantized in (("search", (stored, scale)), ("absmax", absmax)):
+            dequantized = self.dequantize_rows(*quantized, self.bits, torch.float16)
+            self.report.add_quantization_error(name.removesuffix(".weight"), method, weight, dequantized)
+        return {name: stored, f"{name}{SCALE_SUFFIX}": scale}
 
 
 def check_fit(job: MergeJob) -> None:
-    """Check that every update has its weight in the base, of the same shape.
-
-    Args:
-        job: The job.
+    """Check that the base has a Linear of the same shape for every update, and that int4 can pack its weights.
 
     Raises:
-        UserError: It has not: the adapter belongs to another model.
+        UserError: The adapter belongs to another model, or a row has an odd number of weights.
     """
     for path, pair in job.adapter.pairs.items():
         spec = job.reader.specs.get(f"{path}.weight")

@@ -1,10 +1,10 @@
-"""Load a written model directory in a fresh process, as a user would, and compare its logits with those expected.
+"""Load a written model directory in a fresh process, as a user would, and compare its logits with the expected ones.
 
     python -m glm_utils.merging.reload_check request.json
 
-The parent (`check_reload`) runs that command; the request names the directory, a text, the device and the result
-file. Models of more than FULL_RELOAD_MAX_BYTES are built by AutoModel and filled module by module while they run, so
-that the check takes no more memory than the merge.
+`check_reload` runs this command; the request names the directory, a text, the device and the result file. Models of
+more than FULL_RELOAD_MAX_BYTES are built without weights, which are then loaded module by module while the model runs,
+so that the check takes no more memory than the merge.
 """
 
 import json
@@ -16,24 +16,27 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import transformers
 from loguru import logger
 from safetensors.torch import load_file, save_file
 
 from glm_utils.cli import UserError
 from glm_utils.family import PROJECT_DIR
+from glm_utils.merging.layer_streaming import empty_model, streamed_logits
+from glm_utils.merging.shards import CheckpointReader
 
 FULL_RELOAD_MAX_BYTES = 2_000_000_000
-WHOLE, BY_MODULE = "from_pretrained", "from_config, filled module by module"
+FULL, BY_MODULE = "from_pretrained", "from_config, filled module by module"
 
 
 class Form(NamedTuple):
-    """How a directory is loaded and computed.
+    """How a directory is loaded and checked.
 
     Attributes:
         auto_class: Class of transformers that loads it.
-        remote_code: Whether the directory brings its code.
+        remote_code: Whether the model code is in the directory.
         dtype: What the check computes in.
-        tolerance: Largest difference allowed, relative to the largest logit.
+        tolerance: Largest allowed difference of a logit, relative to the largest logit.
     """
 
     auto_class: str
@@ -45,7 +48,7 @@ class Form(NamedTuple):
 FORMS = {
     # 1e-3 is one rounding of fp16: the same code on the same machine gives 0
     "published": Form("AutoModel", remote_code=True, dtype=torch.float16, tolerance=1e-3),
-    # other code, which sums fp32 in another order
+    # another implementation, which sums in fp32 in another order
     "native": Form("AutoModelForCausalLM", remote_code=False, dtype=torch.float32, tolerance=1e-4),
 }
 
@@ -58,18 +61,18 @@ def check_reload(
     device: torch.device,
     form: str = "published",
 ) -> None:
-    """Reload a directory in a fresh process and refuse it when its logits or token ids differ.
+    """Reload a directory in a fresh process and compare token ids and logits of a prompt.
 
     Args:
         directory: The written directory.
-        text: The probe's text.
-        input_ids: Its token ids before writing, length T.
-        logits: Its logits before writing, fp32 [T, V].
-        device: Where to run.
-        form: One of FORMS.
+        text: The prompt.
+        input_ids: Its expected token ids, length T.
+        logits: Its expected logits, fp32 [T, V].
+        device: Device of the reloaded model.
+        form: A key of FORMS.
 
     Raises:
-        UserError: The directory does not load, or computes something else.
+        UserError: The directory does not load, or its token ids or logits differ.
     """
     with tempfile.TemporaryDirectory() as scratch:
         result_path, request_path = Path(scratch, "result.safetensors"), Path(scratch, "request.json")
@@ -86,42 +89,38 @@ def check_reload(
         raise UserError(f"the written tokenizer differs: {result['input_ids'].tolist()}, expected {input_ids}")
     difference = (result["logits"] - logits).abs().max().item()
     largest = logits.abs().max().item()
-    if not difference <= FORMS[form].tolerance * largest:  # also when it is NaN
+    if not difference <= FORMS[form].tolerance * largest:  # NaN compares as False and is refused
         raise UserError(f"the written model differs: logits by up to {difference:g}, the largest is {largest:g}")
     logger.info(
-        f"fresh process, {FORMS[form].auto_class}.{reload_way(directory)}: {logits.numel()} logits of {text!r} "
+        f"fresh process, {FORMS[form].auto_class}.{reload_method(directory)}: {logits.numel()} logits of {text!r} "
         f"differ by at most {difference:g} (largest {largest:.3g})"
     )
 
 
-def reload_way(directory: Path) -> str:
-    """Say how a directory is reloaded: whole or, when it is large, module by module."""
+def reload_method(directory: Path) -> str:
+    """Return FULL or, for a large model, BY_MODULE."""
     num_bytes = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    return WHOLE if num_bytes <= FULL_RELOAD_MAX_BYTES else BY_MODULE
+    return FULL if num_bytes <= FULL_RELOAD_MAX_BYTES else BY_MODULE
 
 
 def main(request_path: Path) -> None:
-    """Answer a request in this process: write the probe's token ids and logits."""
-    from transformers import AutoTokenizer
-
+    """Run in the fresh process: write token ids and logits of the request's text to its result file."""
     request = json.loads(request_path.read_text(encoding="utf-8"))
     directory, device, form = Path(request["directory"]), request["device"], FORMS[request["form"]]
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=form.remote_code)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=form.remote_code)
     if form.remote_code:
         input_ids = tokenizer.encode_prompt(request["text"])
     else:
         messages = [{"role": "user", "content": request["text"]}]
         input_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-    compute = whole_logits if reload_way(directory) == WHOLE else module_logits
-    logits = compute(directory, input_ids, device, form)
+    compute_logits = full_logits if reload_method(directory) == FULL else by_module_logits
+    logits = compute_logits(directory, input_ids, device, form)
     save_file({"input_ids": torch.tensor(input_ids), "logits": logits.contiguous()}, request["result"])
 
 
 @torch.no_grad()
-def whole_logits(directory: Path, input_ids: list[int], device: str, form: Form) -> torch.Tensor:
-    """Load a directory with from_pretrained, nothing missing, and compute logits, fp32 [T, V]."""
-    import transformers
-
+def full_logits(directory: Path, input_ids: list[int], device: str, form: Form) -> torch.Tensor:
+    """Load a directory with from_pretrained and compute logits, fp32 [T, V]; exit if a weight is missing."""
     auto_class = getattr(transformers, form.auto_class)
     model, info = auto_class.from_pretrained(
         directory, trust_remote_code=form.remote_code, output_loading_info=True, device_map={"": device}
@@ -133,13 +132,8 @@ def whole_logits(directory: Path, input_ids: list[int], device: str, form: Form)
     return model(input_ids=ids, use_cache=False).logits[0].float().cpu()
 
 
-def module_logits(directory: Path, input_ids: list[int], device: str, form: Form) -> torch.Tensor:
-    """Build a directory's model empty and fill it module by module while it runs; logits fp32 [T, V]."""
-    import transformers
-
-    from glm_utils.merging.layer_streaming import empty_model, streamed_logits
-    from glm_utils.merging.shards import CheckpointReader
-
+def by_module_logits(directory: Path, input_ids: list[int], device: str, form: Form) -> torch.Tensor:
+    """Load a directory's weights module by module while the model runs; returns logits, fp32 [T, V]."""
     config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=form.remote_code)
     from_config = getattr(transformers, form.auto_class).from_config
     model = empty_model(lambda: from_config(config, trust_remote_code=form.remote_code, dtype=form.dtype), form.dtype)

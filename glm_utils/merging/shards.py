@@ -1,9 +1,8 @@
-"""Sharded checkpoints tensor by tensor: read from safetensors or .bin, written as safetensors, one held at a time.
+"""Read a checkpoint (safetensors or .bin) and write sharded safetensors, one tensor in memory at a time.
 
 Source: the safetensors format: u64 header length, JSON header {name: {dtype, shape, data_offsets}}, data.
 """
 
-import errno
 import json
 import math
 import os
@@ -22,30 +21,30 @@ from glm_utils.cli import UserError
 DTYPE_NAMES = {torch.float16: "F16", torch.int8: "I8", torch.float32: "F32", torch.bfloat16: "BF16"}
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 MAX_SHARD_BYTES = 2_000_000_000
-MAX_PENDING = 2  # tensors that wait to be written
+MAX_PENDING = 2  # tensors that wait for the writing thread; each keeps its memory until then
 WEIGHTS_NAME = "model.safetensors"
 
 
 class TensorSpec(NamedTuple):
-    """Shape and dtype of a tensor, known before it is read or made."""
+    """Dtype and shape of a tensor, known before it is read or computed."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @property
     def num_bytes(self) -> int:
-        """Size of the data."""
+        """Size of the tensor's data."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 class CheckpointReader:
-    """The tensors of a checkpoint, by name.
+    """Reads the tensors of a checkpoint by name.
 
     Args:
-        checkpoint_dir: A checked checkpoint directory, in safetensors or .bin.
+        checkpoint_dir: A checked checkpoint directory with safetensors or .bin files.
 
     Attributes:
-        specs: Shape and dtype by name.
+        specs: Dtype and shape by name.
         num_bytes: Size of all tensors.
     """
 
@@ -61,9 +60,9 @@ class CheckpointReader:
         self.num_bytes = sum(spec.num_bytes for spec in self.specs.values())
 
     def read(self, name: str) -> torch.Tensor:
-        """Return one tensor on the CPU, mapped from its file.
+        """Return one tensor on the CPU, memory-mapped from its file.
 
-        The file is opened anew each time: a mapping that stays open keeps every page that was read resident.
+        The file is opened for each tensor: as long as a mapping is open, every page that was read stays resident.
         """
         path = self._paths[name]
         self._prefetch(path)
@@ -73,7 +72,7 @@ class CheckpointReader:
         return self._load_bin(path)[name]
 
     def _prefetch(self, path: Path) -> None:
-        """Ask the system to read a file and the next one ahead; page by page a busy disk answers slowly."""
+        """Ask the system to read this file and the next one ahead; a busy disk is slow page by page."""
         number = self._files.index(path)
         for ahead in self._files[number : number + 2]:
             if ahead not in self._prefetched and hasattr(os, "posix_fadvise"):
@@ -82,10 +81,10 @@ class CheckpointReader:
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
     def _list(self, path: Path) -> Iterable[tuple[str, TensorSpec]]:
-        """Yield name and spec of each tensor of a file."""
+        """Yield the name and spec of each tensor of a file."""
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
                     part = file.get_slice(name)
                     yield name, TensorSpec(_known_dtype(part.get_dtype(), path), tuple(part.get_shape()))
         else:
@@ -95,7 +94,10 @@ class CheckpointReader:
                 yield name, TensorSpec(tensor.dtype, tuple(tensor.shape))
 
     def _load_bin(self, path: Path) -> dict[str, torch.Tensor]:
-        """Map a .bin file; one in torch's format before 1.6 cannot be mapped and is kept until the next file."""
+        """Memory-map a .bin file.
+
+        A file in the format of torch before 1.6 cannot be mapped: it is loaded and kept until another file is read.
+        """
         with path.open("rb") as file:
             is_legacy = file.read(2) == LEGACY_PICKLE_MAGIC
         if not is_legacy:
@@ -106,19 +108,23 @@ class CheckpointReader:
 
 
 def _known_dtype(name: str, path: Path) -> torch.dtype:
-    """Return the torch dtype of a safetensors dtype name."""
+    """Return the torch dtype of a safetensors dtype name.
+
+    Raises:
+        UserError: A dtype that is not read here.
+    """
     if name not in DTYPES:
         raise UserError(f"{path}: weights of type {name}, expected one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
 class ShardWriter:
-    """Safetensors shards whose tensors are written one by one, in any order.
+    """Writes sharded safetensors files one tensor at a time, in any order.
 
     Args:
-        directory: Where the files go.
-        specs: Every tensor that will be written; the order fills the shards.
-        max_shard_bytes: Largest size of the data of a shard; a larger tensor gets a shard of its own.
+        directory: Directory of the files; it exists.
+        specs: Every tensor that will be written; shards are filled in this order.
+        max_shard_bytes: Largest size of a shard's data; a larger tensor gets a shard of its own.
 
     Attributes:
         num_bytes: Size of all tensors.
@@ -127,7 +133,7 @@ class ShardWriter:
     def __init__(self, directory: Path, specs: dict[str, TensorSpec], max_shard_bytes: int = MAX_SHARD_BYTES):
         self.num_bytes = sum(spec.num_bytes for spec in specs.values())
         self._specs, self._directory = specs, directory
-        self._places: dict[str, tuple[int, int]] = {}  # file descriptor, offset
+        self._places: dict[str, tuple[int, int]] = {}  # name -> file descriptor, offset in the file
         self._weight_map: dict[str, str] = {}
         self._files: list[int] = []
         shards = plan_shards(specs, max_shard_bytes)
@@ -141,39 +147,48 @@ class ShardWriter:
         self._thread = ThreadPoolExecutor(max_workers=1)
 
     def _begin(self, file_name: str, names: list[str]) -> None:
-        """Write the header of a shard; wide dtypes come first, so that every tensor is aligned."""
-        header, end = {"__metadata__": {"format": "pt"}}, 0
-        ends = {}
+        """Create a shard and write its header; all offsets are known, so the tensors can follow in any order."""
+        header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+        starts, end = {}, 0
+        # Wide dtypes first, as safetensors itself writes them: then every tensor is aligned without padding
         for name in sorted(names, key=lambda name: -self._specs[name].dtype.itemsize):
             spec = self._specs[name]
-            start, end = end, end + spec.num_bytes
-            header[name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": spec.shape, "data_offsets": [start, end]}
-            ends[name] = start
+            starts[name], end = end, end + spec.num_bytes
+            offsets = [starts[name], end]
+            header[name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": spec.shape, "data_offsets": offsets}
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        text += b" " * (-len(text) % 8)  # so the data begin at a multiple of 8
         file = os.open(self._directory / file_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         self._files.append(file)
         _write_all(file, len(text).to_bytes(8, "little") + text, 0)
-        self._places.update({name: (file, 8 + len(text) + start) for name, start in ends.items()})
+        self._places.update({name: (file, 8 + len(text) + start) for name, start in starts.items()})
         self._weight_map.update(dict.fromkeys(names, file_name))
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one tensor, which must have the shape and dtype that were announced, and must not change any more.
+        """Write one tensor; it must not change until `close`.
 
-        A thread writes it while the next one is made; no more than MAX_PENDING wait.
+        A thread writes it while the caller computes the next one. The caller waits when MAX_PENDING tensors are
+        pending.
+
+        Raises:
+            RuntimeError: The tensor has another dtype or shape than announced.
         """
         spec = TensorSpec(tensor.dtype, tuple(tensor.shape))
         if spec != self._specs[name]:
-            raise RuntimeError(f"{name}: made {spec}, announced {self._specs[name]}")
+            raise RuntimeError(f"{name}: found {spec}, announced {self._specs[name]}")
         file, offset = self._places[name]
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        self._pending.append(self._thread.submit(_write_all, file, memoryview(data), offset))
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        self._pending.append(self._thread.submit(_write_all, file, data, offset))
         while len(self._pending) > MAX_PENDING:
             self._pending.popleft().result()
         self._missing.discard(name)
 
     def close(self) -> None:
-        """Close the files and, if there are several, write the index."""
+        """Finish writing, close the files and, if there are several, write the index.
+
+        Raises:
+            RuntimeError: An announced tensor was never written.
+        """
         if self._missing:
             raise RuntimeError(f"never written: {sorted(self._missing)[:5]}")
         while self._pending:
@@ -185,14 +200,16 @@ class ShardWriter:
             (self._directory / f"{WEIGHTS_NAME}.index.json").write_text(text, encoding="utf-8")
 
     def abandon(self) -> None:
-        """Close the files as they are."""
+        """Close the files in whatever state they are."""
         self._thread.shutdown(wait=True, cancel_futures=True)
         while self._files:
             os.close(self._files.pop())
 
 
 def plan_shards(specs: dict[str, TensorSpec], max_shard_bytes: int) -> list[list[str]]:
-    """Fill shards with tensors in the order given."""
+    """Return the tensor names of each shard, filled in the given order."""
+    # huggingface_hub's split_state_dict_into_shards_factory plans alike except for a tensor larger than a shard: its
+    # shard comes before the one that is being filled, so the files of such a model would get other numbers
     shards: list[list[str]] = [[]]
     num_bytes = 0
     for name, spec in specs.items():
@@ -205,17 +222,8 @@ def plan_shards(specs: dict[str, TensorSpec], max_shard_bytes: int) -> list[list
 
 
 def _write_all(file: int, data: bytes | memoryview, offset: int) -> None:
-    """Write all of data at offset.
-
-    Raises:
-        UserError: The disk is full.
-    """
+    """Write all of data at offset; one call of pwrite may write less."""
     data = memoryview(data)
-    try:
-        while data:
-            written = os.pwrite(file, data[: 1 << 26], offset)
-            data, offset = data[written:], offset + written
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"the disk is full ({error.strerror}). Free some space or give another place") from error
-        raise
+    while data:
+        written = os.pwrite(file, data[: 1 << 26], offset)
+        data, offset = data[written:], offset + written

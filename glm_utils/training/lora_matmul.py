@@ -136,8 +136,8 @@ def use_lean_matmuls(model: peft.PeftModel) -> None:
     Args:
         model: A model with one plain LoRA adapter on Linear or 4-bit Linear layers.
     """
-    for module in model.modules():  # an instance gets the method, its class stays as it is
+    for module in model.modules():
         if isinstance(module, LoraLayer):
             module.forward = types.MethodType(lora_forward, module)
         elif isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.forward = types.MethodType(frozen_forward, module)  # type: ignore[method-assign]
+            module.forward = types.MethodType(frozen_forward, module)  # type: ignore[method-assign]  # this instance only

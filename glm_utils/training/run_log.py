@@ -90,7 +90,7 @@ class RunCallback(TrainerCallback):
         check_trained_weights(args, state, model)
 
     def tokens_per_second(self, state: TrainerState) -> float:
-        """Return the rate since the first step; evaluations and checkpoints take part of the time, padding does not count."""
+        """Return the rate since the first step; evaluations and checkpoints take time, padding does not count."""
         return (state.num_input_tokens_seen - self.warm_tokens) / (clock() - self.warm_seconds)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control, logs=None, **kwargs) -> None:

@@ -7,26 +7,43 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import peft
-import torch
 from loguru import logger
 from transformers import TrainingArguments
 
-from glm_utils.checkpoint import Checkpoint, open_checkpoint, project_path
+from glm_utils.checkpoint import Checkpoint, project_path
 from glm_utils.cli import UserError
 from glm_utils.data import Example, read_examples
 from glm_utils.encoding import Collator, EncodingLimits, PackingCollator
 from glm_utils.family import resolve_lora_targets
 from glm_utils.run_record import sha256
 from glm_utils.training.lora_model import check_lora_settings, make_lora_config
+from glm_utils.training.precision import precision_settings, resolve_compute_dtype
 from glm_utils.training.training_args import TrainArgsFile, read_train_args
 
 DEFAULT_SEED = 42
 SAMPLE_TRAIN_PATH, SAMPLE_EVAL_PATH = "data/train.jsonl", "data/dev.jsonl"
-IDENTITY_ARGUMENTS = (
-    *("lora_rank", "lora_alpha", "lora_dropout"),
-    *("max_input_length", "max_output_length", "prompt_text", "compute_dtype", "packing"),
-)
+IDENTITY_ARGUMENTS: tuple[str, ...] = ("lora_rank", "lora_alpha", "lora_dropout", "max_input_length")
+IDENTITY_ARGUMENTS += ("max_output_length", "prompt_text", "compute_dtype", "packing")
 IDENTITY_TRAINING_ARGS = ("seed", "data_seed", "dataloader_drop_last", "train_sampling_strategy")
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """What the flags name besides the base model, read and checked.
+
+    Attributes:
+        arguments: The script's flags by name.
+        limits: Limits of the prompt and the answer.
+        data_paths: Data files under "train" and, optionally, "eval".
+        examples: Their examples under the same keys.
+        args_file: The TrainingArguments file; None: the one shipped for the base's family.
+    """
+
+    arguments: dict
+    limits: EncodingLimits
+    data_paths: dict[str, Path]
+    examples: dict[str, list[Example]]
+    args_file: TrainArgsFile | None
 
 
 @dataclass(frozen=True)
@@ -92,14 +109,14 @@ class TrainingSettings:
         }
 
 
-def resolve_settings(arguments: dict) -> TrainingSettings:
-    """Resolve the flags of train_qlora.py; all that can be checked without the base is checked before its download.
+def read_inputs(arguments: dict) -> RunInputs:
+    """Read and check what the flags of train_qlora.py name besides the base, which may have to be downloaded first.
 
     Args:
         arguments: The flags by name.
 
     Raises:
-        UserError: A flag, the JSON file, the data or the base is wrong.
+        UserError: A flag, the JSON file or the data is wrong.
     """
     flags = SimpleNamespace(**arguments)
     limits = EncodingLimits(flags.max_input_length, flags.max_output_length, flags.prompt_text)
@@ -107,22 +124,36 @@ def resolve_settings(arguments: dict) -> TrainingSettings:
     examples = {name: read_examples(path) for name, path in data_paths.items()}
     check_lora_settings(flags.lora_rank, flags.lora_alpha, flags.lora_dropout)
     args_file = read_train_args(project_path(flags.train_args_json)) if flags.train_args_json else None
-    base = open_checkpoint(flags.model_name_or_path)
+    return RunInputs(arguments, limits, data_paths, examples, args_file)
+
+
+def resolve_settings(inputs: RunInputs, base: Checkpoint) -> TrainingSettings:
+    """Resolve the settings that depend on the base model.
+
+    Args:
+        inputs: The flags and files.
+        base: The base model.
+
+    Raises:
+        UserError: The base is quantized, or settings contradict each other, the base or the hardware.
+    """
+    flags = SimpleNamespace(**inputs.arguments)
     base.require_unquantized("QLoRA quantizes by itself")
     targets = resolve_lora_targets(base.family, flags.lora_targets)
-    args_file = args_file or read_train_args(project_path(base.family.train_args_json))
+    args_file = inputs.args_file or read_train_args(project_path(base.family.train_args_json))
     compute_dtype = resolve_compute_dtype(flags.compute_dtype, args_file)
+    has_eval = "eval" in inputs.examples
     return TrainingSettings(
-        arguments={**arguments, "compute_dtype": compute_dtype},
+        arguments={**inputs.arguments, "compute_dtype": compute_dtype},
         base=base,
-        data_paths=data_paths,
-        examples=examples,
-        limits=limits,
+        data_paths=inputs.data_paths,
+        examples=inputs.examples,
+        limits=inputs.limits,
         lora_config=make_lora_config(flags.lora_rank, flags.lora_alpha, flags.lora_dropout, targets),
         compute_dtype=compute_dtype,
         packing=flags.packing,
         args_file=args_file,
-        training_args=make_training_args(args_file, flags.seed, compute_dtype, "eval" in examples, flags.packing),
+        training_args=make_training_args(args_file, flags.seed, compute_dtype, has_eval, flags.packing),
     )
 
 
@@ -161,35 +192,10 @@ def num_steps(num_examples: int, training_args: TrainingArguments) -> int:
     return math.ceil(training_args.num_train_epochs * per_epoch)
 
 
-def uses_gpu(args_file: TrainArgsFile) -> bool:
-    """Return whether a run with this file uses a GPU."""
-    return torch.cuda.is_available() and not args_file.values.get("use_cpu")
-
-
-def resolve_compute_dtype(compute_dtype: str, args_file: TrainArgsFile) -> str:
-    """Resolve auto: the file's fp16 or bf16, else bf16 on a GPU that supports it, else fp32.
-
-    Args:
-        compute_dtype: auto, fp32, fp16 or bf16.
-        args_file: The checked JSON file.
-    """
-    if compute_dtype != "auto":
-        return compute_dtype
-    has_bf16 = uses_gpu(args_file) and torch.cuda.is_bf16_supported(including_emulation=False)
-    given = [dtype for dtype in ("fp16", "bf16") if args_file.values.get(dtype)]
-    resolved = given[0] if given else "bf16" if has_bf16 else "fp32"
-    logger.info(f"--compute_dtype auto: {resolved}")
-    return resolved
-
-
 def make_training_args(
     args_file: TrainArgsFile, seed: int | None, compute_dtype: str, has_eval: bool, packing: bool
 ) -> TrainingArguments:
     """Build the TrainingArguments of a run.
-
-    On a GPU fp16 turns on mixed precision, for its loss scaling. With bf16 all frozen weights are bf16 already and the
-    LoRA matmuls cast by themselves, so autocast would only add casts and stays off. On a CPU either affects only the
-    4-bit matmuls.
 
     Args:
         args_file: The checked JSON file.
@@ -201,24 +207,7 @@ def make_training_args(
     Raises:
         UserError: Settings that contradict each other or the hardware.
     """
-    values, on_gpu = args_file.values, uses_gpu(args_file)
-    overrides: dict[str, object] = {}
-    for dtype, other in (("fp16", "bf16"), ("bf16", "fp16")):
-        if values.get(other) and compute_dtype == dtype:
-            raise UserError(f"--compute_dtype {dtype} contradicts {other} in {args_file.path}. Give one of them")
-    wants_bf16 = compute_dtype == "bf16" or values.get("bf16")
-    if on_gpu and wants_bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(f"{torch.cuda.get_device_name()} has no bf16. Use fp16 or fp32 instead")
-    if not on_gpu and values.get("fp16"):
-        raise UserError(f"{args_file.path}: fp16 needs a GPU for its loss scaling. Delete the line, or set bf16")
-    if not on_gpu and compute_dtype == "fp16":
-        logger.warning("--compute_dtype fp16 is several times slower than bf16 or fp32 on a CPU")
-    if on_gpu and compute_dtype != "fp32":
-        overrides |= {"bf16": False, "fp16": compute_dtype == "fp16"}
-    if on_gpu:  # the next batch is copied while the GPU computes
-        overrides["accelerator_config"] = values.get("accelerator_config") or {"non_blocking": True}
-    else:
-        overrides["use_cpu"] = True
+    values, overrides = args_file.values, precision_settings(args_file, compute_dtype)
     if not has_eval and (values.get("eval_strategy", "no") != "no" or values.get("eval_on_start")):
         raise UserError(f"{args_file.path}: eval_strategy asks for evaluation. Give --eval_data_path, or set it to no")
     if packing and values.get("neftune_noise_alpha"):
