@@ -33,7 +33,7 @@ lint: $(STAMP) types
 	$(VENV)/bin/python tools/check_copies.py
 
 types: $(STAMP)
-	$(VENV)/bin/mypy glm_utils train_qlora.py merge_lora_and_quantize.py inference_test.py chat_demo.py
+	$(VENV)/bin/mypy glm_utils train_qlora.py merge_lora_and_quantize.py inference_test.py chat_demo.py generate.py
 
 # torch comes first and alone: pip then takes the CPU build where an index offers one
 $(STAMP): pyproject.toml constraints.txt
