@@ -1,4 +1,4 @@
-# make demo         train on the embedded default and see the answer change (a few minutes on two CPU cores)
+# make demo         train the two included tiny models and see the answer change (six minutes on two CPU cores)
 # make test         the test suite with the pinned versions; make test TESTS=tests/test_cli.py: one file
 # make self-test MODEL=THUDM/chatglm2-6b   check a model with its published weights, report in saved_files/self_test
 # make lint         ruff check, ruff format --check, the copies in remote_scripts, mypy

@@ -192,7 +192,7 @@ def missing_figures(job: EvaluationJob) -> list[str]:
     elif not job.vocabulary.telling:
         reasons.append("The data names no colors, materials or cuts: invented values are left out.")
     if not job.probe:
-        reasons.append("The forgetting probe was not asked.")
+        reasons.append("The general questions were not asked: signs of forgetting are left out.")
     if not job.has_same_tokens:
         reasons.append("The models have different vocabularies: losses per token are left out.")
     return reasons

@@ -9,7 +9,7 @@ from glm_utils.evaluation.bootstrap import Difference
 from glm_utils.evaluation.figures import FIGURES
 from glm_utils.evaluation.harmless import html_text
 from glm_utils.evaluation.markdown_page import INTERVALS, PLOT_TITLES
-from glm_utils.evaluation.probe import SUBJECTS_OF_2023
+from glm_utils.evaluation.probe import LANGUAGE_TITLES, SUBJECTS_OF_2023
 from glm_utils.evaluation.report import Report, table_rows
 from glm_utils.evaluation.verdict import direction, leading_figure, show_change, show_number
 from glm_utils.inference.batch import Answer
@@ -151,7 +151,7 @@ def probe_table(report: Report) -> Iterator[str]:
         before, after = (show_number("probe-loss", value) for value in (found.before, found.after))
         tone = TONES[-found.sign]
         yield (
-            f"<tr><td>{name}</td><td>{found.num_examples}</td><td>{before}</td><td>{after}</td>"
+            f"<tr><td>{LANGUAGE_TITLES.get(name, name)}</td><td>{found.num_examples}</td><td>{before}</td><td>{after}</td>"
             f'<td><span class="{tone}">{show_change("probe-loss", found)}</span></td></tr>'
         )
     yield "</table>"

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from glm_utils.evaluation.figures import FIGURES
 from glm_utils.evaluation.harmless import markdown_text
+from glm_utils.evaluation.probe import LANGUAGE_TITLES
 from glm_utils.evaluation.report import Report, table_rows
 from glm_utils.evaluation.verdict import show_change, show_number
 
@@ -69,7 +70,7 @@ def probe_table(report: Report) -> Iterator[str]:
     yield from ("| general questions | number | loss before | after | difference |", "|---|---:|---:|---:|---:|")
     for name, found in report.comparison.probe_losses.items():
         numbers = (show_number("probe-loss", value) for value in (found.before, found.after))
-        yield f"| {name} | {found.num_examples} | {' | '.join(numbers)} | {show_change('probe-loss', found)} |"
+        yield f"| {LANGUAGE_TITLES.get(name, name)} | {found.num_examples} | {' | '.join(numbers)} | {show_change('probe-loss', found)} |"
     yield ""
 
 

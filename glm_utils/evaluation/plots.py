@@ -8,14 +8,13 @@ import numpy as np
 
 from glm_utils.evaluation.bootstrap import Difference
 from glm_utils.evaluation.figures import FIGURES, Comparison
-from glm_utils.evaluation.probe import LANGUAGES
+from glm_utils.evaluation.probe import LANGUAGE_TITLES
 from glm_utils.evaluation.sides import SideResult
 from glm_utils.evaluation.verdict import direction
 
 INK, GRID = "#33404d", "#e3e7eb"
 COLORS = {1: "#2c7a5b", 0: "#7b8794", -1: "#b5483a"}  # for the better, not sure, for the worse
 SCORES = ("bleu-4", "rouge-1", "rouge-2", "rouge-l", "sacrebleu", "coverage")
-LANGUAGE_TITLES = {"zh": "all in Chinese", "en": "all in English"}
 DPI, SQUARE, WIDE = 160, (5.0, 4.4), (8.0, 4.6)
 
 
@@ -33,7 +32,7 @@ def write_plots(directory: Path, before: SideResult, after: SideResult, comparis
     if "loss" in comparison.figures:
         paths.append(plot_losses(directory / "example_losses.png", before.losses, after.losses))
     if comparison.probe_losses:
-        names = sorted(comparison.probe_losses, key=lambda name: name in LANGUAGES)
+        names = sorted(comparison.probe_losses, key=lambda name: name in LANGUAGE_TITLES)
         rows = [
             (LANGUAGE_TITLES.get(name, name), comparison.probe_losses[name], -comparison.probe_losses[name].sign)
             for name in names

@@ -25,7 +25,7 @@ KINDS = (
     "common sense",
     "refusal",
 )
-LANGUAGES = ("zh", "en")
+LANGUAGE_TITLES = {"zh": "all in Chinese", "en": "all in English"}  # in the report
 KEYS = ("kind", "language", "instruction", "output")
 SUBJECTS_OF_2023 = (  # those of the questions in the README of the 2023 project
     "我打算去黄山玩三天，请帮我安排一下行程。",
@@ -66,7 +66,7 @@ def _parse_question(line: str, path: Path, number: int) -> ProbeQuestion:
     for key in KEYS:
         if not isinstance(row.get(key), str) or not row[key].strip():
             raise UserError(f"{where}: no text under {key!r}. {nearest(key, row, 'keys')}")
-    for key, known in (("kind", KINDS), ("language", LANGUAGES)):
+    for key, known in (("kind", KINDS), ("language", tuple(LANGUAGE_TITLES))):
         if row[key] not in known:
             raise UserError(f"{where}: {key} {row[key]!r}. {nearest(row[key], known, f'{key}s')}")
     return ProbeQuestion(row["kind"], row["language"], Example(row["instruction"], row["output"], (), where))

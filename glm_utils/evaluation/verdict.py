@@ -84,6 +84,6 @@ def write_notes(job: EvaluationJob, comparison: Comparison) -> list[str]:
         notes.append(
             "This is a tiny model. Its figures show that training, generating and judging work, and how the text "
             "changes; it never knew the answers to general questions, so its probe shows only whether the "
-            "probability of ordinary text moved. What a 6B model keeps or forgets can be seen with a 6B model alone."
+            "probability of ordinary text moved. What a 6B model keeps or forgets can only be seen with a 6B model."
         )
     return notes

@@ -169,11 +169,12 @@ def run_batch(batch, queue: deque[PendingAnswer], end_ids: set[int], seed: int) 
     ready: deque = deque()  # prompts that have gone through the model: (pending answer, prefill, row)
     launched: deque = deque()  # steps whose tokens were not read: (what waits for them, whose they are)
     while queue or ready or any(running):
-        for place, one in enumerate(running):
-            if one is None and (queue or ready):
+        for place in range(batch.batch):
+            if running[place] is None and (queue or ready):
                 ready = ready or prefill_next(batch, queue)
-                running[place], prefill, row = ready.popleft()
-                batch.place(place, prefill, row, (seed, running[place].index, running[place].sample))
+                begun, prefill, row = ready.popleft()
+                batch.place(place, prefill, row, (seed, begun.index, begun.sample))
+                running[place] = begun
         launched.append((batch.step(), list(running)))
         if len(launched) <= batch.num_ahead:
             continue
@@ -204,7 +205,9 @@ def prefill_next(batch, queue: deque[PendingAnswer]) -> deque:
     Returns:
         A pending answer, the prefill and its row there, for each.
     """
-    width, prompts, taken = len(queue[0].prompt_ids), [], []
+    width = len(queue[0].prompt_ids)
+    prompts: list[list[int]] = []
+    taken: list[tuple[PendingAnswer, int]] = []
     while queue:
         is_new = not taken or queue[0].index != taken[-1][0].index
         if is_new and prompts and width * (len(prompts) + 1) > PREFILL_TOKENS:

@@ -74,8 +74,9 @@ def read_prompts(path: Path, prompt_column: str | None) -> list[PromptRow]:
         raise UserError(f"{path}: unknown form. Give {FORMS}, with the ending .jsonl, .json, .csv or .txt")
     if not rows:
         raise UserError(f"{path}: no prompts in it. Give {FORMS}")
-    if all(row.error for row in rows):
-        raise UserError(f"{path}: no row can be answered. The first: {printable(rows[0].error)}")
+    errors = [row.error for row in rows if row.error]
+    if len(errors) == len(rows):
+        raise UserError(f"{path}: no row can be answered. The first: {printable(errors[0])}")
     return rows
 
 
@@ -170,7 +171,8 @@ def iter_csv(path: Path, text: str, prompt_column: str | None) -> Iterator[Promp
     """
     csv.field_size_limit(MAX_FIELD_CHARACTERS)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header, column, line = [], "", 1
+    header: list[str] = []
+    column, line = "", 1
     try:
         for fields in reader:
             where, line = f"{path}:{line}", reader.line_num + 1
@@ -217,14 +219,14 @@ def encode_prompts(rows: list[PromptRow], checkpoint: Checkpoint) -> tuple[list[
     Returns:
         The rows, those with an error now that leave no room for an answer, and the token ids of those without one.
     """
-    found, prompts = [], []
+    context = checkpoint.model_config.max_position_embeddings
+    found: list[PromptRow] = []
+    prompts: list[list[int] | None] = []
     for row in tqdm(rows, desc="prompts", leave=False):
-        ids, error = None, row.error
-        if not error:
-            ids = checkpoint.tokenizer.encode_prompt(row.query, list(row.history))
-            if len(ids) >= (context := checkpoint.model_config.max_position_embeddings):
-                ids, error = None, f"{row.where}: {no_room(len(ids), context)}"
-        found.append(replace(row, error=error))
+        ids = None if row.error else checkpoint.tokenizer.encode_prompt(row.query, list(row.history))
+        if ids and len(ids) >= context:
+            row, ids = replace(row, error=f"{row.where}: {no_room(len(ids), context)}"), None
+        found.append(row)
         prompts.append(ids)
     return found, prompts
 

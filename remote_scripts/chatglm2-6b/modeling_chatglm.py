@@ -541,8 +541,10 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
         if not history:
             ids = tokenizer.encode_prompt(query)
         else:
-            prompt = tokenizer.build_prompt(query, [("", "")] * len(history))
-            ids = tokenizer.encode_text(prompt[prompt.rindex(f"\n\n[Round {len(history) + 1}]") :])[1:]
+            # Compared with the prompt of the turns before, and not searched for: a question may hold any text
+            before = tokenizer.build_prompt("", [("", "")] * (len(history) - 1))
+            turn = tokenizer.build_prompt(query, [("", "")] * len(history)).removeprefix(before)
+            ids = tokenizer.encode_text(turn)[1:]
         num_past = int(past_key_values.get_seq_length())
         input_ids = torch.tensor([ids], device=self.device)
         return {
