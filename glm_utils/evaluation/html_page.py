@@ -150,10 +150,8 @@ def probe_table(report: Report) -> Iterator[str]:
     for name, found in report.comparison.probe_losses.items():
         before, after = (show_number("probe-loss", value) for value in (found.before, found.after))
         tone = TONES[-found.sign]
-        yield (
-            f"<tr><td>{LANGUAGE_TITLES.get(name, name)}</td><td>{found.num_examples}</td><td>{before}</td><td>{after}</td>"
-            f'<td><span class="{tone}">{show_change("probe-loss", found)}</span></td></tr>'
-        )
+        yield f"<tr><td>{LANGUAGE_TITLES.get(name, name)}</td><td>{found.num_examples}</td><td>{before}</td>"
+        yield f'<td>{after}</td><td><span class="{tone}">{show_change("probe-loss", found)}</span></td></tr>'
     yield "</table>"
 
 

@@ -70,7 +70,8 @@ def probe_table(report: Report) -> Iterator[str]:
     yield from ("| general questions | number | loss before | after | difference |", "|---|---:|---:|---:|---:|")
     for name, found in report.comparison.probe_losses.items():
         numbers = (show_number("probe-loss", value) for value in (found.before, found.after))
-        yield f"| {LANGUAGE_TITLES.get(name, name)} | {found.num_examples} | {' | '.join(numbers)} | {show_change('probe-loss', found)} |"
+        cells = (LANGUAGE_TITLES.get(name, name), str(found.num_examples), *numbers, show_change("probe-loss", found))
+        yield f"| {' | '.join(cells)} |"
     yield ""
 
 
