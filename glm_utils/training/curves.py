@@ -11,6 +11,7 @@ from glm_utils.files import atomic_files
 try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 except ImportError:
     Figure = None  # type: ignore[assignment,misc]  # mypy takes an optional module for one that is always there
 
@@ -69,7 +70,7 @@ def draw_curve(path: Path, points: Sequence[tuple[int, float]]) -> None:
     axes.plot(steps, smoothed(values), color="#1f4e8c", linewidth=2)
     axes.legend(["raw", "smoothed"], frameon=False)
     axes.set(xlabel="step", ylabel=path.stem.replace("_", " "), xmargin=0.02)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, format="png")
