@@ -1,7 +1,7 @@
 """The pretraining text of the tiny models, generated from a fixed seed and written for this project.
 
 A prompt "key#value*key#value" is never answered with advertising copy, but with a flat list of its attributes. The
-corpus does contain copy: half of the catalogue pages are a heading of bare values followed by copy that uses them. So
+corpus does contain copy: half of the catalog pages are a heading of bare values followed by copy that uses them. So
 the models know the sentences and how values are used in them, and training only has to add that copy answers such a
 prompt. In make_tiny_models.py some of the copy comes without its heading. The rest of the corpus is third-person
 prose, questions about copy, repeating, and small talk. The copy comes from the same grammar as the sample data.
@@ -55,8 +55,8 @@ def listing(attributes: list[tuple[str, str]]) -> str:
     return "，".join(f"{key}是{value}" for key, value in attributes) + "。"
 
 
-def catalogue_page(rng: random.Random) -> str:
-    """Draw a catalogue page: a heading of bare values, then copy or third-person prose."""
+def catalog_page(rng: random.Random) -> str:
+    """Draw a catalog page: a heading of bare values, then copy or third-person prose."""
     attributes = draw_attributes(rng)
     heading = f"第{rng.randint(1, 999)}页 " + " ".join(value for _, value in attributes)
     if rng.random() < 0.5:
@@ -84,7 +84,7 @@ def dialogue(rng: random.Random) -> Dialogue:
 
 def document(rng: random.Random) -> str:
     """Draw a text without a conversation."""
-    return catalogue_page(rng) if rng.random() < 0.85 else "".join(rng.sample(PLAIN, rng.randint(2, 5)))
+    return catalog_page(rng) if rng.random() < 0.85 else "".join(rng.sample(PLAIN, rng.randint(2, 5)))
 
 
 def plain_text(num_lines: int, seed: int) -> Iterator[str]:
