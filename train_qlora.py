@@ -4,8 +4,8 @@
         --train_data_path data/train.jsonl --eval_data_path data/dev.jsonl
 
 Without a GPU or a network: --model_name_or_path models/chatglm2-tiny. The output directory (output_dir of the JSON
-file) gets the adapter, its tokenizer files, checkpoints, TensorBoard logs in runs/, results, run_config.json and a
-model card.
+file) gets the adapter, its tokenizer files, checkpoints, TensorBoard logs in runs/, results, loss curves,
+run_config.json and a model card.
 """
 
 import functools
@@ -27,6 +27,7 @@ from glm_utils.evaluation.sides import release_memory
 from glm_utils.evaluation.write import evaluate
 from glm_utils.files import atomic_files
 from glm_utils.inference.batch import GenerationSettings
+from glm_utils.training.curves import write_curves
 from glm_utils.training.lora_model import make_lora_model
 from glm_utils.training.preflight import plan_run
 from glm_utils.training.record import TrainingRecord, begin_run, make_record
@@ -52,6 +53,7 @@ def train_qlora(
     compute_dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto",
     lora_targets: str | list[str] = "query_key_value",
     packing: bool = True,
+    log_samples: int = 0,
     dry_run: bool = False,
     evaluate_after: bool = False,
 ) -> None:
@@ -73,6 +75,7 @@ def train_qlora(
         compute_dtype: Dtype of the matmuls: fp32, fp16, bf16, or auto (bf16 on a GPU that supports it, else fp32).
         lora_targets: Modules that get LoRA: query_key_value, all-linear, or names joined by commas.
         packing: Pack the examples of a batch into one sequence instead of padding them; the gradients are the same.
+        log_samples: Evaluation examples whose answers TensorBoard's text tab shows at each evaluation.
         dry_run: Report trained weights, steps and memory, then stop before training.
         evaluate_after: Judge the adapter on the evaluation data when it is written, as evaluate_adapter.py does; the
             report goes to a directory beside output_dir, named output_dir + "_evaluation".
@@ -121,7 +124,7 @@ def encode_data(settings: TrainingSettings) -> dict[str, EncodedExamples]:
 
 
 def run_trainer(trainer: LoraTrainer, checkpoint: Path | None) -> dict:
-    """Train, evaluate and write train_results.json, eval_results.json and all_results.json; return all metrics."""
+    """Train, evaluate, write result files and loss curves; return all metrics."""
     metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
     metrics["train_tokens_per_second"] = trainer.run_log.tokens_per_second(trainer.state)
     if torch.cuda.is_available():
@@ -132,6 +135,8 @@ def run_trainer(trainer: LoraTrainer, checkpoint: Path | None) -> dict:
         trainer.save_metrics("eval", eval_metrics)
         metrics = {**metrics, **eval_metrics}
     trainer.save_state()
+    if trainer.is_world_process_zero():
+        write_curves(Path(trainer.args.output_dir), trainer.state.log_history)
     return metrics
 
 

@@ -109,6 +109,7 @@ def test_whole_run(train, write, family, model_dir, log_lines):
     out = train(args=args, eval_data_path=str(eval_path), lora_dropout=0.0)
     tokenizer_files = {"tokenizer_config.json", family.tokenizer_file}
     results = {"train_results.json", "eval_results.json", "all_results.json", "trainer_state.json"}
+    results |= {"training_loss.png", "eval_loss.png"}
     adapter = {"adapter_config.json", "adapter_model.safetensors", "README.md", "run_config.json"}
     found = {path.name for path in out.iterdir()} - {"chat_template.jinja", "special_tokens_map.json"}
     assert found == tokenizer_files | results | adapter | {"checkpoint-2", "checkpoint-4", "runs"}
@@ -358,15 +359,19 @@ def test_nan_weights_end_the_run(train, tmp_path, when, hides):
     ids=str,
 )
 def test_a_resumed_run_ends_with_the_same_bits(train, write, more):
-    """7 steps of 2 x 2 examples over 15: the checkpoint lies in the second epoch; dropout and evaluation are on."""
+    """7 steps of 2 x 2 examples over 15: the checkpoint lies in the second epoch; dropout and evaluation are on.
+
+    Only the first run logs sample answers, which must not change it.
+    """
     args = {"max_steps": 7, "save_steps": 5, "eval_strategy": "steps", "eval_steps": 2, **more}
     eval_path = str(write("dev.jsonl", json.dumps(EXAMPLES[0])))
-    complete = train("complete", args=args, eval_data_path=eval_path, lora_dropout=0.1)
+    flags = {"eval_data_path": eval_path, "lora_dropout": 0.1}
+    complete = train("complete", args={**args, "report_to": "tensorboard"}, log_samples=1, **flags)
     shutil.copytree(complete / "checkpoint-5", complete.parent / "resumed" / "checkpoint-5")
     assert not torch.equal(
         *(next(iter(adapter_state(path).values())) for path in (complete, complete / "checkpoint-5"))
     )
-    resumed = train("resumed", args=args, eval_data_path=eval_path, lora_dropout=0.1, resume_from_checkpoint="latest")
+    resumed = train("resumed", args=args, resume_from_checkpoint="latest", **flags)
     assert_same_bits(complete, resumed)
     assert logged_losses(complete) == logged_losses(resumed)
 
@@ -591,6 +596,9 @@ def test_out_of_memory_before_training_says_what_to_change(train, monkeypatch, e
             "15 training examples do not fill a batch of 16",
         ),
         ({"accelerator_config": "none.json"}, {}, "none.json"),
+        ({}, {"log_samples": -1}, "--log_samples=-1: expected 0 or more"),
+        ({}, {"log_samples": 2}, "--log_samples=2 answers evaluation examples. Give --eval_data_path"),
+        ({}, {"log_samples": 2, "eval_data_path": "train.jsonl"}, 'Set it to "tensorboard"'),
         ({}, {"seed": -1}, "seed -1: expected 0 to 4294967295"),
         ({}, {"prompt_text": "a\udcff"}, "--prompt_text 'a\\udcff': broken UTF-8"),
     ],
@@ -639,13 +647,13 @@ def test_flags_are_the_issues():
     parameters = inspect.signature(stage.train_qlora).parameters
     expected = "train_args_json model_name_or_path train_data_path eval_data_path seed max_input_length "
     expected += "max_output_length lora_rank lora_alpha lora_dropout resume_from_checkpoint prompt_text compute_dtype "
-    assert " ".join(parameters) == expected + "lora_targets packing dry_run evaluate_after"
+    assert " ".join(parameters) == expected + "lora_targets packing log_samples dry_run evaluate_after"
     defaults = {name: parameter.default for name, parameter in parameters.items()}
     assert defaults["model_name_or_path"] == FAMILIES[1].hub_ids[0] == "THUDM/chatglm2-6b"
     assert (defaults["max_input_length"], defaults["max_output_length"]) == (512, 1536)
     assert (defaults["lora_rank"], defaults["lora_alpha"], defaults["lora_dropout"]) == (4, 32, 0.05)
     assert (defaults["compute_dtype"], defaults["lora_targets"]) == ("auto", "query_key_value")
-    assert (defaults["packing"], defaults["dry_run"]) == (True, False)
+    assert (defaults["packing"], defaults["log_samples"], defaults["dry_run"]) == (True, 0, False)
 
 
 def test_a_misspelt_flag_ends_the_command(capsys, no_training):

@@ -13,12 +13,13 @@ from glm_utils.cli import UserError
 from glm_utils.family import FAMILIES
 from glm_utils.files import check_writable, read_json_object
 from glm_utils.run_record import RUN_CONFIG_NAME, read_run_config
+from glm_utils.training.curves import CURVES
 from glm_utils.training.settings import TrainingSettings
 
 STATE_NAMES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 RNG_NAMES = ("rng_state.pth", "rng_state_0.pth")
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
-RESULT_NAMES = ("train_results.json", "eval_results.json", "all_results.json")
+RESULT_NAMES = ("train_results.json", "eval_results.json", "all_results.json", *CURVES.values())
 REPLACED_NAMES = ("README.md", "tokenizer_config.json", *(family.tokenizer_file for family in FAMILIES))
 LORA_KEYS = {"r": "lora_rank", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
 

@@ -18,6 +18,7 @@ from glm_utils.family import resolve_lora_targets
 from glm_utils.run_record import sha256
 from glm_utils.training.lora_model import check_lora_settings, make_lora_config
 from glm_utils.training.precision import precision_settings, resolve_compute_dtype
+from glm_utils.training.sample_answers import check_log_samples
 from glm_utils.training.training_args import TrainArgsFile, read_train_args
 
 DEFAULT_SEED = 42
@@ -85,6 +86,11 @@ class TrainingSettings:
         return self.arguments["resume_from_checkpoint"] or self.training_args.resume_from_checkpoint
 
     @property
+    def num_log_samples(self) -> int:
+        """How many evaluation examples are answered in TensorBoard's text tab."""
+        return self.arguments["log_samples"]
+
+    @property
     def num_steps(self) -> int:
         """Optimizer steps of the run, those before a checkpoint included."""
         return num_steps(len(self.examples["train"]), self.training_args)
@@ -143,6 +149,8 @@ def resolve_settings(inputs: RunInputs, base: Checkpoint) -> TrainingSettings:
     args_file = inputs.args_file or read_train_args(project_path(base.family.train_args_json))
     compute_dtype = resolve_compute_dtype(flags.compute_dtype, args_file)
     has_eval = "eval" in inputs.examples
+    training_args = make_training_args(args_file, flags.seed, compute_dtype, has_eval, flags.packing)
+    check_log_samples(flags.log_samples, has_eval, training_args)
     return TrainingSettings(
         arguments={**inputs.arguments, "compute_dtype": compute_dtype},
         base=base,
@@ -153,7 +161,7 @@ def resolve_settings(inputs: RunInputs, base: Checkpoint) -> TrainingSettings:
         compute_dtype=compute_dtype,
         packing=flags.packing,
         args_file=args_file,
-        training_args=make_training_args(args_file, flags.seed, compute_dtype, has_eval, flags.packing),
+        training_args=training_args,
     )
 
 

@@ -14,6 +14,7 @@ from glm_utils.encoding import EncodedExamples
 from glm_utils.training.memory_plan import MemoryPlan
 from glm_utils.training.preflight import memory_advice, memory_explained
 from glm_utils.training.run_log import QuietProgress, RunCallback, check_trained_weights
+from glm_utils.training.sample_answers import SampleAnswers
 from glm_utils.training.settings import TrainingSettings, examples_per_step
 
 
@@ -152,4 +153,6 @@ def make_trainer(
         trainer.add_callback(QuietProgress())
     trainer.run_log = RunCallback(begin)
     trainer.add_callback(trainer.run_log)
+    if settings.num_log_samples:
+        trainer.add_callback(SampleAnswers(trainer, encoded["eval"], settings.num_log_samples))
     return trainer
