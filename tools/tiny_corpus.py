@@ -5,7 +5,7 @@ a garment's attributes in front of copy about it. So the models know the sentenc
 "key#value*key#value" is left to fine-tuning; they answer it with a flat listing. How values are carried from such a
 prompt into sentences they learn from plain sentences: listings in several orders, descriptions in the third person,
 questions about one attribute. The rest is general: small talk, facts, sums, repeating. Of the general questions one in
-eight is held out; make_probe draws from those.
+five is held out; make_probe draws from those.
 """
 
 import random
@@ -25,18 +25,8 @@ from tools.sample_grammar import (
 Attributes = list[tuple[str, str]]
 Dialogue = list[tuple[str, str]]
 
-PHRASES = [
-    "{}",
-    "{}？",
-    "问一下，{}",
-    "想问一下，{}？",
-    "我想知道，{}",
-    "{}，谢谢",
-    "再问一次，{}",
-    "你好，{}",
-    "你知道{}吗",
-    "帮我看看，{}",
-]
+PHRASES = ["{}", "{}？", "问一下，{}", "想问一下，{}？", "我想知道，{}", "{}，谢谢", "再问一次，{}", "你好，{}"]
+PHRASES += ["你知道{}吗", "帮我看看，{}", "我又来了，{}", "另问一句，{}？"]
 SMALL_TALK = {
     "你好": "你好！有什么可以帮你的吗？",
     "您好": "您好，很高兴和您聊天。",
@@ -267,7 +257,7 @@ def general(kind: str, held_out: bool, rng: random.Random) -> tuple[str, str]:
         plain, answer = GENERAL_KINDS[kind](rng)
         question = rng.choice(PHRASES).format(plain)
         always_trained = question in SMALL_TALK or question in FACTS
-        if held_out == (not always_trained and zlib.crc32(question.encode()) % 8 == 0):
+        if held_out == (not always_trained and zlib.crc32(question.encode()) % 5 == 0):
             return question, answer
 
 
