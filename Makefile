@@ -1,4 +1,4 @@
-# make demo         train on the embedded default and see the answer change (a few minutes on two CPU cores)
+# make demo         train the two included tiny models and see the answer change (six minutes on two CPU cores)
 # make test         the test suite with the pinned versions; make test TESTS=tests/test_cli.py: one file
 # make lint         ruff check, ruff format --check, the copies in remote_scripts, mypy
 # make types        mypy alone
@@ -33,7 +33,7 @@ lint: $(STAMP) types
 	$(VENV)/bin/python tools/check_copies.py
 
 types: $(STAMP)
-	$(VENV)/bin/mypy glm_utils train_qlora.py merge_lora_and_quantize.py inference_test.py chat_demo.py
+	$(VENV)/bin/mypy glm_utils train_qlora.py merge_lora_and_quantize.py inference_test.py chat_demo.py generate.py
 
 # torch comes first and alone: pip then takes the CPU build where an index offers one
 $(STAMP): pyproject.toml constraints.txt

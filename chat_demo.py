@@ -8,6 +8,7 @@ Ctrl-C stops an answer; help lists the commands. Answers go to stdout, everythin
 
 import sys
 
+import glm_utils  # noqa: F401  isort: skip  # before the libraries that it silences
 import torch
 from loguru import logger
 from peft import PeftModel

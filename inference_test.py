@@ -14,7 +14,7 @@ import torch
 from loguru import logger
 
 from glm_utils.cli import UserError, run_cli
-from glm_utils.device import free_bytes
+from glm_utils.device import free_bytes, resolve_device
 from glm_utils.inference.measure import Workload, measure_model, stream_generate
 from glm_utils.inference.memory import copy_bandwidth
 from glm_utils.inference.report import check_report_path, write_report
@@ -60,7 +60,7 @@ def inference_test(
     arguments = dict(locals())
     check_counts(arguments)
     check_report_path(output_json)
-    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    device = resolve_device("auto")
     sources = resolve_sources(as_list(model_path), as_list(lora_path), load_in_4bit, dtype, device)
     prompts = [prompt_ids(source.checkpoint.tokenizer, instruction_text, prompt_tokens) for source in sources]
     for source, prompt in zip(sources, prompts, strict=True):

@@ -19,7 +19,7 @@ from transformers import Trainer
 
 from glm_utils.checkpoint import open_checkpoint
 from glm_utils.cli import run_cli
-from glm_utils.encoding import EncodedExamples, encode_examples, show_sample
+from glm_utils.encoding import EncodedExamples, encode_examples, show_example
 from glm_utils.files import atomic_files
 from glm_utils.training.lora_model import make_lora_model
 from glm_utils.training.preflight import plan_run
@@ -51,8 +51,7 @@ def train_qlora(
     """Train a LoRA adapter on a 4-bit ChatGLM base model.
 
     Args:
-        train_args_json: JSON file of transformers' TrainingArguments, today's keys or those of transformers 4.30.
-            Default: the file shipped for the base model's family.
+        train_args_json: JSON file of TrainingArguments, today's keys or those of 2023. Default: the one of the family.
         model_name_or_path: Directory of the base model, or its hub id.
         train_data_path: JSONL or JSON file of training examples. Default: the project's sample, data/train.jsonl.
         eval_data_path: The same for evaluation. Default: data/dev.jsonl with the sample, else no evaluation.
@@ -93,9 +92,9 @@ def encode_data(settings: TrainingSettings) -> dict[str, EncodedExamples]:
     encoded = {
         name: encode_examples(part, tokenizer, settings.limits, max_length) for name, part in settings.examples.items()
     }
-    logger.info(f"sample 0, trained in [[ ]]: {show_sample(encoded['train'].dataset[0], tokenizer)}")
+    logger.info(f"first example, trained part in [[ ]]: {show_example(encoded['train'].dataset[0], tokenizer)}")
     for name, part in encoded.items():
-        logger.info(f"{name}: {', '.join(f'{key} {value:,}' for key, value in part.counts.items())}")
+        logger.info(f"{name}: {part.describe_counts()}")
     return encoded
 
 

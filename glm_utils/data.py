@@ -51,8 +51,8 @@ def read_examples(path: Path) -> list[Example]:
     """
     remedy = "Give a JSONL or JSON file; data/README.md describes the schema"
     text = read_text(path, remedy, encoding_remedy="Convert it, e.g. iconv -f gb18030 -t utf-8")
-    values = _iter_list(path, text) if text.lstrip().startswith("[") else _iter_lines(path, text)
-    examples = [_parse_example(value, where) for value, where in values]
+    values = iter_list(path, text) if text.lstrip().startswith("[") else _iter_lines(path, text)
+    examples = [parse_example(value, where) for value, where in values]
     if not examples:
         raise UserError(
             f"{path}: no examples in it. Expected one JSON object per line, or a JSON list of objects: {SCHEMAS}"
@@ -67,7 +67,7 @@ def _iter_lines(path: Path, text: str) -> Iterator[tuple[object, str]]:
             yield parse_json(line, path, "Every line must be one JSON object", number), f"{path}:{number}"
 
 
-def _iter_list(path: Path, text: str) -> Iterator[tuple[object, str]]:
+def iter_list(path: Path, text: str) -> Iterator[tuple[object, str]]:
     """Yield the entries of a JSON list with file:line; json.loads alone would lose the lines."""
     decoder = json.JSONDecoder()
     position, line, counted = text.index("[") + 1, 1, 0  # newlines before `counted` are in `line`
@@ -98,21 +98,30 @@ def _iter_list(path: Path, text: str) -> Iterator[tuple[object, str]]:
         raise UserError(f"{path}:{line}: text after the end of the list. Expected one list, or one object per line")
 
 
-def _parse_example(value: object, where: str) -> Example:
-    """Turn one JSON value into an example."""
+def parse_example(value: object, where: str, needs_answer: bool = True) -> Example:
+    """Turn one JSON value into an example.
+
+    Args:
+        value: The parsed JSON.
+        where: file:line, for messages.
+        needs_answer: False: the answer is neither expected nor read; the example's is then empty.
+
+    Raises:
+        UserError: It fits none of the schemas.
+    """
     if not isinstance(value, dict):
         raise UserError(f"{where}: the example is {type(value).__name__}, expected an object with {SCHEMAS}")
     if "messages" in value:
-        return _parse_messages(value["messages"], where)
+        return _parse_messages(value["messages"], where, needs_answer)
     keys = ("content", "summary") if "content" in value and "instruction" not in value else ("instruction", "output")
-    for key in keys:
+    for key in keys[: 2 if needs_answer else 1]:
         if key not in value:
             found = ", ".join(value) or "none"
             raise UserError(f"{where}: the example has no {key!r} (its keys: {found}). Expected {SCHEMAS}")
-    query, answer = _text(value, keys[0], where), _text(value, keys[1], where)
+    query, answer = _text(value, keys[0], where), _text(value, keys[1], where) if needs_answer else ""
     extra = _text(value, "input", where) if value.get("input") is not None and keys[0] == "instruction" else ""
     query = "\n".join(part for part in (query, extra) if part)
-    return _make_example(query, answer, _parse_history(value.get("history"), where), where)
+    return _make_example(query, answer, _parse_history(value.get("history"), where), where, needs_answer)
 
 
 def _text(value: dict, key: str, where: str) -> str:
@@ -122,11 +131,14 @@ def _text(value: dict, key: str, where: str) -> str:
     return value[key]
 
 
-def _make_example(query: str, answer: str, history: tuple[tuple[str, str], ...], where: str) -> Example:
+def _make_example(
+    query: str, answer: str, history: tuple[tuple[str, str], ...], where: str, needs_answer: bool
+) -> Example:
     """Build an example; refuse one without a question or an answer."""
     if not query.strip():
-        raise UserError(f"{where}: the instruction is empty. Fill it or delete the example")
-    if not answer.strip():
+        name = "instruction" if needs_answer else "prompt"
+        raise UserError(f"{where}: the {name} is empty. Fill it or delete the example")
+    if needs_answer and not answer.strip():
         raise UserError(f"{where}: the output is empty. Fill it or delete the example")
     return Example(query, answer, history, where)
 
@@ -141,7 +153,7 @@ def _parse_history(history: object, where: str) -> tuple[tuple[str, str], ...]:
     return tuple((question, answer) for question, answer in pairs)
 
 
-def _parse_messages(messages: object, where: str) -> Example:
+def _parse_messages(messages: object, where: str, needs_answer: bool) -> Example:
     """Turn chat messages into an example: the last answer is trained, a system text precedes the first question."""
     if not isinstance(messages, list) or not all(
         isinstance(message, dict) and isinstance(message.get("content"), str) for message in messages
@@ -152,10 +164,16 @@ def _parse_messages(messages: object, where: str) -> Example:
     if roles[:1] == ["system"]:
         system, roles, contents = contents[0], roles[1:], contents[1:]
         contents[:1] = [f"{system}\n{first}" if system else first for first in contents[:1]]
+    if not needs_answer:
+        answered = roles[-1:] == ["assistant"]
+        roles, contents = (
+            [*roles[: -1 if answered else None], "assistant"],
+            [*contents[: -1 if answered else None], ""],
+        )
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise UserError(
             f"{where}: roles are {', '.join(map(str, roles)) or 'none'}; expected user and assistant alternately, "
             "ending with assistant, after at most one system message"
         )
     turns = list(zip(contents[::2], contents[1::2], strict=True))
-    return _make_example(*turns[-1], tuple(turns[:-1]), where)
+    return _make_example(*turns[-1], tuple(turns[:-1]), where, needs_answer)

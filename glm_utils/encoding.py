@@ -51,11 +51,21 @@ class EncodedExamples:
     Attributes:
         dataset: Columns input_ids, labels and length.
         counts: num_rows (examples), num_tokens, num_trained_tokens (those with a label), longest (tokens of the
-            longest example), num_cut_prompts and num_cut_answers (examples truncated to the limits).
+            longest example), num_cut_prompts and num_cut_answers (examples truncated to the limits). run_config.json
+            holds them under these names, which therefore stay.
     """
 
     dataset: datasets.Dataset
     counts: dict[str, int]
+
+    def describe_counts(self) -> str:
+        """Say the counts in words, for the log."""
+        counts = self.counts
+        return (
+            f"{counts['num_rows']:,} examples, {counts['num_tokens']:,} tokens "
+            f"({counts['num_trained_tokens']:,} trained), {counts['longest']:,} in the longest example; truncated: "
+            f"{counts['num_cut_prompts']:,} prompts, {counts['num_cut_answers']:,} answers"
+        )
 
 
 def encode_examples(
@@ -216,15 +226,15 @@ class PackingCollator:
         }
 
 
-def show_sample(sample: dict, tokenizer: PreTrainedTokenizer) -> str:
+def show_example(example: dict, tokenizer: PreTrainedTokenizer) -> str:
     """Show an encoded example as tokens: the trained part in double brackets, long parts without their middle.
 
     Args:
-        sample: An entry of EncodedExamples.dataset.
+        example: An entry of EncodedExamples.dataset.
         tokenizer: The base model's tokenizer.
     """
-    tokens = tokenizer.convert_ids_to_tokens(list(sample["input_ids"]))
-    num_prompt = sum(label == IGNORED_LABEL for label in sample["labels"])
+    tokens = tokenizer.convert_ids_to_tokens(list(example["input_ids"]))
+    num_prompt = sum(label == IGNORED_LABEL for label in example["labels"])
     half = MAX_SHOWN_TOKENS // 4
     prompt, answer = (
         part if len(part) <= 2 * half else [*part[:half], "...", *part[-half:]]

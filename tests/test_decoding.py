@@ -4,6 +4,7 @@ import copy
 import gc
 import sys
 import weakref
+from collections import deque
 
 import peft
 import pytest
@@ -12,6 +13,7 @@ from transformers import DynamicCache
 
 from glm_utils.checkpoint import load_classes, open_checkpoint
 from glm_utils.family import PROJECT_DIR
+from glm_utils.inference.batch import PendingAnswer, run_batch
 from glm_utils.load_model import load_base_model
 from tests import decode_reference
 
@@ -61,7 +63,7 @@ def reference_kernels(load, monkeypatch, family):
     for name in ("matvec", "norm", "decode_attention", "attention_scratch"):
         monkeypatch.setattr(decoding, name, getattr(decode_reference, name))
     monkeypatch.setitem(sibling(model_class, "kernels_chatglm").OVERRIDES, "nvrtc", True)
-    for module in (decoding, generation):
+    for module in (decoding, generation, sibling(model_class, "batching_chatglm")):
         monkeypatch.setattr(module, "capture", lambda function, device: function)
 
     def send(steps):
@@ -217,6 +219,67 @@ def test_sampling_follows_the_processors(load, tiny_dir, reference_kernels):
     settings = {"repetition_penalty": 1.8}
     slow = greedy(model, ids, mask, 10, use_cuda_graph=False, **settings)
     assert same_steps(greedy(model, ids, mask, 10, **settings), slow)
+
+
+def answers_of_batch(model, tokenizer, texts, batch_size, num_ahead, lengths=(3, 30, 11, 7, 19), **settings):
+    """Return the ids of answers of given lengths, from a batch whose places are taken by the next prompt."""
+    batch = model.continuous_batch(tokenizer, batch_size, 8, **settings)
+    batch.num_ahead = num_ahead
+    queue = deque(
+        PendingAnswer(index, 0, tokenizer.encode_prompt(text), lengths[index % len(lengths)])
+        for index, text in enumerate(texts)
+    )
+    answers = {one.index: one.token_ids for one in run_batch(batch, queue, set(), seed=5)}
+    batch.close()
+    return [answers[index] for index in range(len(texts))], batch
+
+
+SAMPLINGS = [{"temperature": 0}, {"temperature": 1.5, "top_p": 0.95}]
+TEXTS = ["类型#裙", QUERY, "类型#裙*颜色#红色", QUERY[:20], f"{QUERY}*{QUERY}", "类型#裤", "颜色#白色*风格#简约"]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0}, {"temperature": 1.5, "top_p": 0.95}], ids=["greedy", "sampled"]
+)
+@pytest.mark.parametrize("num_ahead", [0, 1])
+def test_continuous_batch(load, tiny_dir, reference_kernels, monkeypatch, settings, num_ahead):
+    """Places are taken by other prompts, moved and given more slots, and each answer is that of a batch of its own.
+
+    Prompts come in any order here, so that one longer than all others meets a running batch.
+    """
+    model, tokenizer = load("float16", "cpu"), open_checkpoint(tiny_dir).tokenizer
+    monkeypatch.setattr(reference_kernels, "MIN_SLOTS", 16)
+    moves = []
+    end_at = reference_kernels.SequenceSlots.end_at
+    monkeypatch.setattr(
+        reference_kernels.SequenceSlots, "end_at", lambda self, length: moves.append(length) or end_at(self, length)
+    )
+    slow, batch = answers_of_batch(model, tokenizer, TEXTS, 1, 0, use_cuda_graph=False, **settings)
+    assert not batch.is_fast
+    assert [len(ids) for ids in slow] == [3, 30, 11, 7, 19, 3, 30]
+    moves.clear()
+    fast, batch = answers_of_batch(model, tokenizer, TEXTS, 3, num_ahead, **settings)
+    assert batch.is_fast
+    assert batch.steps.slots >= 64
+    assert len(moves) > 3
+    assert reference_kernels.DecodeGraph._idle[model] is batch.steps
+    assert fast == slow
+    assert answers_of_batch(model, tokenizer, TEXTS, 3, num_ahead, use_cuda_graph=False, **settings)[0] == slow
+    if not settings["temperature"]:
+        for text, ids in zip(TEXTS, fast, strict=True):
+            prompt, mask = prompts(tokenizer, [text])
+            assert greedy(model, prompt, mask, len(ids))[-1][0, prompt.shape[1] :].tolist() == ids
+
+
+def test_continuous_batch_refuses_settings_that_it_does_not_apply(load, tiny_dir):
+    model, tokenizer = load("float16", "cpu"), open_checkpoint(tiny_dir).tokenizer
+    for name, value in {"repetition_penalty": 1.5, "num_beams": 4, "no_repeat_ngram_size": 3}.items():
+        model.generation_config.update(**{name: value})
+        with pytest.raises(ValueError, match="generation_config.json asks for .*, which a batch does not apply"):
+            model.continuous_batch(tokenizer, 2, 64)
+        model.generation_config.update(**{name: None})
+    with pytest.raises(ValueError, match="fewer than two tokens"):
+        model.continuous_batch(tokenizer, 2, 64).prefill([[5]])
 
 
 @pytest.mark.parametrize(
@@ -577,3 +640,30 @@ def test_nan_logits_on_a_gpu(load, tiny_dir):
     with pytest.raises(FloatingPointError, match="NaN or infinite logits at token"):
         list(stream)
     assert same_steps(greedy(model, ids, mask, 20), expected)
+
+
+@on_gpu
+def test_continuous_batch_on_a_gpu(load, tiny_dir):
+    """Answers of many lengths from 16 places: each token is the best one, up to what fp16 loses."""
+    model, tokenizer = load("float16", "cuda"), open_checkpoint(tiny_dir).tokenizer
+    texts, lengths = TEXTS * 6, (40, 300, 10, 120)
+    slow, _ = answers_of_batch(model, tokenizer, texts, 1, 1, lengths, temperature=0, use_cuda_graph=False)
+    fast, batch = answers_of_batch(model, tokenizer, texts, 16, 1, lengths, temperature=0)
+    assert batch.is_fast
+    for text, *answers in zip(texts, fast, slow, strict=True):
+        prompt, mask = prompts(tokenizer, [text], "cuda")
+        both = [torch.cat((prompt, torch.tensor([ids], device="cuda")), dim=1) for ids in answers]
+        assert_as_good_a_choice(model, mask, *both)
+
+
+@on_gpu
+@pytest.mark.parametrize("weights", ["int4", "nf4+lora"])
+def test_sampled_continuous_batch_on_a_gpu(load, tiny_dir, weights):
+    """The same answers in every run, whatever the order; the lengths are those that were asked for."""
+    model, tokenizer = load(weights, "cuda"), open_checkpoint(tiny_dir).tokenizer
+    texts, lengths = TEXTS * 6, (40, 300, 10, 120)
+    first, batch = answers_of_batch(model, tokenizer, texts, 16, 1, lengths, temperature=1.5, top_p=0.95)
+    again, _ = answers_of_batch(model, tokenizer, texts, 16, 1, lengths, temperature=1.5, top_p=0.95)
+    assert batch.is_fast
+    assert first == again
+    assert [len(ids) for ids in first] == [lengths[index % 4] for index in range(len(texts))]

@@ -11,7 +11,7 @@ from glm_utils.encoding import (
     Collator,
     EncodingLimits,
     encode_examples,
-    show_sample,
+    show_example,
     truncate_answer,
     truncate_prompt,
 )
@@ -169,7 +169,7 @@ def test_a_padded_batch_has_the_golden_loss(golden_model, tokenizer, family, fix
 
 def test_sample_shows_the_trained_part(tokenizer):
     sample = encode_examples([example()], tokenizer, WIDE).dataset[0]
-    shown = show_sample(sample, tokenizer)
+    shown = show_example(sample, tokenizer)
     prompt, trained = shown.split(" [[ ")
     assert "牛仔" in trained
     assert trained.endswith(f"{tokenizer.convert_ids_to_tokens(tokenizer.eos_token_id)} ]]")

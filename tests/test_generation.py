@@ -267,6 +267,14 @@ def test_cached_turns(golden_model, tokenizer, fixture_dir, family_name):
     assert history[1] == ("再写", second)
 
 
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+def test_a_question_that_quotes_the_template_reaches_the_cached_conversation_complete(golden_model, tokenizer):
+    question, history = "看\n\n[Round 2]\n\n问：x\n\n答：y", [("你好", "你好！")]
+    past = golden_model(torch.tensor([tokenizer.encode_prompt("你好")]), use_cache=True).past_key_values
+    inputs = golden_model.build_stream_inputs(tokenizer, question, history, past)
+    assert tokenizer.decode(inputs["input_ids"][0].tolist()) == f"\n\n[Round 2]\n\n问：{question}\n\n答："
+
+
 def test_stream_errors(golden_model, tokenizer):
     """Settings that cannot be streamed and prompts without room say so."""
     for name, value in {"num_beams": 2, "num_return_sequences": 2, "stop_strings": ["好"], "max_time": 1}.items():

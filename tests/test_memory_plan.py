@@ -199,7 +199,7 @@ def test_advice_names_what_helps():
     text = advise(8, True)
     assert "halve per_device_train_batch_size (now 8) and double gradient_accumulation_steps (now 3)" in text
     assert "gradient_checkpointing" not in text
-    assert "delete gradient_checkpointing false" in advise(1, False)
+    assert "delete activation_checkpointing (or gradient_checkpointing) false" in advise(1, False)
     assert "halve" not in advise(1, False)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import chat_demo
+import generate
 import inference_test
 import merge_lora_and_quantize
 import train_qlora
@@ -26,6 +27,7 @@ STAGES = (
     merge_lora_and_quantize.merge_lora_and_quantize,
     inference_test.inference_test,
     chat_demo.chat_demo,
+    generate.generate,
 )
 OWN_PACKAGES = {"glm_utils", "remote_scripts", "tests", "tools", "benchmarks"}
 REMOTE_PACKAGES = {"torch", "transformers", "sentencepiece"}
@@ -35,7 +37,7 @@ READMES = ("README.md", "README_zh.md")
 STAGE_PAGES = {  # the pages with flag tables, in the order of the tables
     "docs/training": (train_qlora.train_qlora,),
     "docs/merging": (merge_lora_and_quantize.merge_lora_and_quantize,),
-    "docs/inference": (chat_demo.chat_demo, inference_test.inference_test),
+    "docs/inference": (chat_demo.chat_demo, generate.generate, inference_test.inference_test),
 }
 TRANSLATED = ("README.md", "docs/installation.md", "docs/exports.md", *(f"{name}.md" for name in STAGE_PAGES))
 PAGE_DIRS = ("docs", "benchmarks", "data", "models/chatglm-tiny", "models/chatglm2-tiny")

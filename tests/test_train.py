@@ -141,8 +141,8 @@ def check_record(out, family):
 
 def check_log(log_lines):
     text = "\n".join(log_lines)
-    assert re.search(r"sample 0, trained in \[\[ \]\]: .*\[\[ .*百.*\]\]", text)
-    assert re.search(r"train: num_rows 15, num_tokens [\d,]+, num_trained_tokens \d+, longest \d+", text)
+    assert re.search(r"first example, trained part in \[\[ \]\]: .*\[\[ .*百.*\]\]", text)
+    assert re.search(r"train: 15 examples, [\d,]+ tokens \(\d+ trained\), \d+ in the longest example", text)
     assert re.search(r"step 2/4: loss .* left", text)
     assert "SUCCESS adapter written to" in text
 
@@ -176,8 +176,8 @@ def test_fp16_compute_on_a_cpu_warns_and_works(train, log_lines):
 def test_prompt_text_reaches_the_ids_and_the_record(train, log_lines):
     out = train(args={"max_steps": 1, "save_strategy": "no"}, prompt_text="百搭")
     assert json.loads((out / "run_config.json").read_text())["identity"]["prompt_text"] == "百搭"
-    sample = next(line for line in log_lines if "sample 0" in line)
-    prompt, trained = sample.removeprefix("INFO sample 0, trained in [[ ]]: ").split("[[")
+    sample = next(line for line in log_lines if "first example" in line)
+    prompt, trained = sample.removeprefix("INFO first example, trained part in [[ ]]: ").split("[[")
     assert "百 搭" in prompt.replace("百搭", "百 搭")
     assert prompt.replace(" ", "").index("百搭") < prompt.replace(" ", "").index("类型")
 

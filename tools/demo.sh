@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The embedded models, without GPU or network: answer a prompt, train, evaluate, answer again, merge, answer again.
+# The included tiny models, without GPU or network: answer a prompt, train, evaluate, answer again, merge, answer again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

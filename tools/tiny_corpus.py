@@ -278,20 +278,20 @@ def dialogue(rng: random.Random) -> Dialogue:
     return [general(rng.choice(list(GENERAL_KINDS)), False, rng) for _ in range(turns)]
 
 
-def catalogue_page(rng: random.Random) -> str:
-    """Draw a catalogue page: a heading of bare values, then third-person prose or a listing."""
+def catalog_page(rng: random.Random) -> str:
+    """Draw a catalog page: a heading of bare values, then third-person prose or a listing."""
     attributes = draw_some(rng)
     heading = f"第{rng.randint(1, 999)}页 " + " ".join(value for _, value in attributes)
     return f"{heading}\n{description(attributes, rng) if rng.random() < 0.7 else listing(attributes)}"
 
 
 def document(rng: random.Random) -> str:
-    """Draw a text without a conversation: copy, a catalogue page or some plain sentences."""
+    """Draw a text without a conversation: copy, a catalog page or some plain sentences."""
     kind = rng.random()
     if kind < 0.55:
         return write_copy(draw_attributes(rng), rng)
     if kind < 0.9:
-        return catalogue_page(rng)
+        return catalog_page(rng)
     return "".join(rng.sample(PLAIN, rng.randint(2, 5)))
 
 

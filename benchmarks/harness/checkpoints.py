@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.harness.published import FIXTURES_DIR, find_family, published_model, resized_model, small_ids
-from glm_utils.merging.shards import CheckpointReader
+from glm_utils.merging.shards import CheckpointReader, TensorSpec, plan_shards
 
 LORA_TARGETS = ["query_key_value"]  # what an adapter updates unless a benchmark says otherwise
 SHARD_BYTES = 1_900_000_000
@@ -33,7 +33,8 @@ def write_random_checkpoint(
     published = resized_model(family, config_overrides) if config_overrides else published_model(family)
     output_dir.mkdir(parents=True)
     noise = (0.02 * torch.randn(NOISE_ELEMENTS, generator=torch.Generator().manual_seed(0))).half()
-    shards = shard_names(published["shapes"])
+    specs = {name: TensorSpec(torch.float16, tuple(shape)) for name, shape in published["shapes"].items()}
+    shards = plan_shards(specs, SHARD_BYTES)
     stem, suffix = ("pytorch_model", "bin") if bin_files else ("model", "safetensors")
     weight_map = {}
     for number, names in enumerate(shards, start=1):
@@ -49,20 +50,6 @@ def write_random_checkpoint(
     (output_dir / "config.json").write_text(json.dumps(published["config"] | small_ids(family), indent=2))
     for file_name in ("tokenizer_config.json", tokenizer_file):
         shutil.copyfile(FIXTURES_DIR / family / "model" / file_name, output_dir / file_name)
-
-
-def shard_names(shapes: dict[str, list[int]]) -> list[list[str]]:
-    """Fill shards of at most SHARD_BYTES in fp16 with tensors, in the order given; return the names by shard."""
-    shards: list[list[str]] = [[]]
-    num_bytes = 0
-    for name, shape in shapes.items():
-        size = 2 * torch.Size(shape).numel()
-        if shards[-1] and num_bytes + size > SHARD_BYTES:
-            shards.append([])
-            num_bytes = 0
-        shards[-1].append(name)
-        num_bytes += size
-    return shards
 
 
 def random_weight(shape: list[int], noise: torch.Tensor, name: str) -> torch.Tensor:

@@ -12,11 +12,16 @@ import torch
 from transformers import PreTrainedModel
 
 from glm_utils.cli import UserError
+from glm_utils.device import free_bytes
 from glm_utils.inference.timer import make_clock
 
 if sys.platform != "win32":
     import resource
 
+MAX_FAST_BATCH = 16  # of the CUDA kernels; on a CPU more brings nothing
+MAX_FORWARD_BATCH = 64  # of a GPU without them, where launches take the time
+MEMORY_SHARE = 0.9  # of the free memory
+GROWTH = 1.5  # while a cache doubles, the old one is there too
 COPY_BYTES = 1 << 30  # far beyond any cache
 NUM_COPIES = 10
 PEAK_RESET = Path("/proc/self/clear_refs")  # "5" resets the peak RSS. Source: Linux, proc_pid_clear_refs(5)
@@ -110,3 +115,27 @@ def peak_rss_bytes() -> int:
         status = PEAK_RESET.with_name("status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))  # in kB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def fitting_batch_size(model: PreTrainedModel, num_tokens: int, num_prefilled: int) -> int:
+    """Return how many sequences fit into the free memory, at most as many as are worth it.
+
+    Args:
+        model: The loaded model.
+        num_tokens: Prompt and new tokens of the longest sequence.
+        num_prefilled: Tokens whose keys and values are held besides.
+
+    Raises:
+        UserError: Not even one fits.
+    """
+    config, free = model.config, free_bytes(model.device)
+    kv_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
+    num_slots = 1 << (num_tokens - 1).bit_length()
+    num_fitting = int((MEMORY_SHARE * free - num_prefilled * kv_bytes) / (GROWTH * num_slots * kv_bytes))
+    if num_fitting < 1:
+        raise UserError(
+            f"{free / 1e9:.2f} GB are free on {model.device}, too little for the keys and values of {num_tokens} "
+            "tokens. Free some, or lower --max_new_tokens"
+        )
+    is_slow_gpu = model.device.type == "cuda" and model.dtype == torch.float32
+    return min(num_fitting, MAX_FORWARD_BATCH if is_slow_gpu else MAX_FAST_BATCH)

@@ -62,7 +62,10 @@ class MergeReport:
         lines += [f"squared relative weight error: {summary}" for summary in summarize_by_module(squared)]
         if errors:
             searched, absmax = self.relative_weight_error(), self.relative_weight_error("absmax")
-            lines.append(f"squared relative weight error of the whole model: {searched:.3g} (absmax {absmax:.3g})")
+            lines.append(
+                f"squared relative weight error of the whole model: {searched:.3g} (with absmax scales it would be "
+                f"{absmax:.3g})"
+            )
         return lines
 
     def record(self) -> dict:

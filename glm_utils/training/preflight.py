@@ -102,7 +102,7 @@ def memory_advice(training_args: TrainingArguments) -> str:
             "which gives the same training"
         )
     if not checkpointing:
-        advice.append("delete gradient_checkpointing false from the JSON file")
+        advice.append("delete activation_checkpointing (or gradient_checkpointing) false from the JSON file")
     advice.append("lower --max_input_length and --max_output_length")
     return f"In this order: {'; '.join(advice)}"
 

@@ -5,7 +5,7 @@ Why CUDA C++ beside the Triton kernels of quantization.py
     fp16 weights too, the residual, SwiGLU or GELU in the matmul's epilogue, weights that are fetched while the
     kernel before still runs, and dequantized weights that go straight into the tensor cores' registers, which Triton
     cannot place there. NVRTC comes with PyTorch's CUDA builds: no nvcc, no headers, no prebuilt binary, and 0.05 to
-    0.25 s a kernel, so that nothing is cached or tuned at run time.
+    0.25 s per kernel, so that nothing is cached or tuned at run time.
 
 matvec: y[M, N] = f(x[M, K] @ W[N, K].T), M <= 16
     One block owns 16 rows of W, its warps share K. A lane loads 16 bytes of row g and of row g + 8 and feeds them to

@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicCache
 
+from .batching_chatglm import ContinuousBatch, Sampling
 from .decoding_chatglm import DecodeGraph, Unsupported, capture
 
 logger = logging.getLogger(__name__)
@@ -492,6 +493,41 @@ class ChatGLMGenerationMixin:
             model_kwargs={"attention_mask": attention_mask},
         )
         return TokenSampler(input_ids, num_new, processors, config, eos), num_new
+
+    def continuous_batch(
+        self,
+        tokenizer,
+        batch_size: int,
+        num_slots: int,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        use_cuda_graph: bool = True,
+    ) -> ContinuousBatch:
+        """Return an empty batch whose sequences begin and end independently, see batching_chatglm.py.
+
+        Args:
+            tokenizer: The ChatGLMTokenizer of this checkpoint.
+            batch_size: Sequences at once.
+            num_slots: Tokens of a sequence that there is room for at first.
+            temperature: Divides the logits; 0: always the most probable token; None: ``chat_temperature``.
+            top_p: Nucleus probability; None: ``chat_top_p``.
+            use_cuda_graph: See stream_generate.
+
+        Raises:
+            ValueError: The generation config asks for what such a batch does not do.
+        """
+        config, _, not_streamed = self._merge_settings(do_sample=False)
+        config._eos_token_tensor = None
+        processors = self._get_logits_processor(config, 1, logits_processor=LogitsProcessorList(), device=self.device)
+        if refused := not_streamed + [type(processor).__name__ for processor in processors]:
+            raise ValueError(f"generation_config.json asks for {', '.join(refused)}, which a batch does not apply")
+        sampling = Sampling(
+            self.chat_temperature if temperature is None else temperature,
+            config.top_k,
+            self.chat_top_p if top_p is None else top_p,
+            len(tokenizer),
+        )
+        return ContinuousBatch(self, batch_size, num_slots, sampling, use_cuda_graph)
 
     def _decode_graph(self, cache, attention_mask, position_ids, num_new: int) -> DecodeGraph | None:
         """Return the decode graph behind a prompt, or None where there is none for this model."""

@@ -17,8 +17,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .attention_chatglm import PackedSequences, blocked_to_keep, build_keep_mask, choose_attention, padding_queries
+from .batching_chatglm import ContinuousBatch  # noqa: F401 - transformers copies only the siblings that this names
 from .configuration_chatglm import ChatGLMConfig
-from .cuda_kernels import FORMATS  # noqa: F401 - transformers copies only the siblings that this file names
+from .cuda_kernels import FORMATS  # noqa: F401
 from .cuda_source import SOURCE  # noqa: F401
 from .decoding_chatglm import Block, DecodeGraph, DecodeParts
 from .fused_chatglm import linear_cross_entropy, rotate_pairs

@@ -8,9 +8,9 @@ Masks
     (B, S) with 1 = keep, or the published boolean (B, 1, T, S) with True = blocked.
 
 Packed batches
-    Sequences laid end to end without padding, each attending to itself only: one batch entry (1, T). Where they lie is
-    said by two keywords of transformers' FlashAttentionKwargs, ``cu_seq_lens_q`` and ``max_length_q`` (queries and
-    keys have the same). All sequences run through torch's variable-length attention at once where it takes them, and
+    Sequences packed end to end without padding, each attending to itself only: one batch entry (1, T). Two keywords of
+    transformers' FlashAttentionKwargs, ``cu_seq_lens_q`` and ``max_length_q``, give their boundaries (the same for
+    queries and keys). All sequences run through torch's variable-length attention at once where it takes them, and
     one after the other elsewhere, which is the reference.
 
 `choose_attention` returns the function that all layers of a forward pass attend with: one of transformers' attention
@@ -108,7 +108,7 @@ def padding_queries(attention_mask: torch.Tensor | None, keep: torch.Tensor, num
 
 @dataclass(frozen=True)
 class PackedSequences:
-    """Where the sequences of a packed batch lie.
+    """The boundaries of the sequences in a packed batch.
 
     Attributes:
         boundaries: int32 (N + 1,): 0, then the end of each sequence.
@@ -234,7 +234,7 @@ def packed_attention_forward(
         attention_mask: None: a packed batch has no mask.
         scaling: Factor on the scores.
         dropout: Probability of dropping an attention weight.
-        sequences: Where the sequences lie.
+        sequences: Their boundaries.
         **kwargs: Ignored.
 
     Returns:

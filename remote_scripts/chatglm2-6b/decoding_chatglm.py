@@ -232,13 +232,73 @@ def _signature(model: nn.Module) -> tuple:
     return (*versions, *adapters)
 
 
-class DecodeGraph:
+class SequenceSlots:
+    """Keys and values of B sequences in S slots: all end at the same slot, each begins at its own.
+
+    Rotary embedding is applied before keys are cached, so that a sequence may be moved to other slots.
+
+    Attributes:
+        caches: Keys and values of each layer, (B, G, S, D) each.
+        token: int64 (B, 1), the token to feed; whoever samples writes it here.
+        positions: (B, ...), of that token.
+        starts: (B,), the first slot of each sequence.
+        batch: B.
+        slots: S.
+        length: The slot behind the last token, as the host knows it.
+    """
+
+    caches: list[tuple[torch.Tensor, torch.Tensor]]
+    token: torch.Tensor
+    positions: torch.Tensor
+    starts: torch.Tensor
+    batch: int
+    slots: int
+    length: int
+
+    def place(self, index: int, cache, row: int, num_cached: int, token: int, position: torch.Tensor) -> None:
+        """Put a prompt in the place of a sequence; what it has cached must fit before `length`.
+
+        Args:
+            index: Which sequence is replaced.
+            cache: A transformers cache of L layers, keys and values (N, G, T, D), padded on the left.
+            row: The prompt's row there.
+            num_cached: Tokens of the prompt there: all but the last.
+            token: The prompt's last token, which the next step feeds.
+            position: Its position or positions.
+        """
+        begin = self.length - num_cached
+        for (keys, values), layer in zip(self.caches, cache.layers, strict=True):
+            first = layer.keys.shape[2] - num_cached
+            keys[index, :, begin : self.length] = layer.keys[row, :, first:]
+            values[index, :, begin : self.length] = layer.values[row, :, first:]
+        self.starts[index], self.token[index] = begin, token
+        self.positions[index].view(-1).copy_(position.flatten())  # a single one is written twice where there are two
+
+    def clear(self, index: int) -> None:
+        """Make a sequence that has ended an empty one, so that its positions do not outgrow the slots."""
+        self.starts[index] = self.length
+        self.positions[index] = 0
+
+    def end_at(self, length: int) -> None:
+        """Move all sequences to other slots.
+
+        Args:
+            length: The slot behind their last tokens; those that are longer lose their first tokens.
+        """
+        num_kept = min(self.length, length)
+        for cache in (tensor for pair in self.caches for tensor in pair):
+            # a copy first: the ranges overlap
+            cache[:, :, length - num_kept : length] = cache[:, :, self.length - num_kept : self.length].clone()
+        self.starts += length - self.length
+        self.starts.clamp_(min=0)
+        self.length = length
+
+
+class DecodeGraph(SequenceSlots):
     """A captured decode step for B sequences and up to S tokens of context.
 
     Attributes:
-        token: int64 (B, 1), the token to feed; whoever samples writes it here.
         logits: (B, V) in the model's dtype, of the newest token.
-        length: Tokens in the cache, as the host knows it.
     """
 
     _idle: "weakref.WeakKeyDictionary[nn.Module, DecodeGraph]" = weakref.WeakKeyDictionary()
@@ -260,6 +320,25 @@ class DecodeGraph:
             Unsupported: This path does not cover the model or the input.
         """
         batch, length = cache.layers[0].keys.shape[0], cache.get_seq_length()
+        starts, positions = _padding(attention_mask, batch, model.device), _last_positions(position_ids, batch, length)
+        graph = cls.take(model, batch, length + min(num_new, MIN_SLOTS))
+        graph.fill(cache, starts, positions)
+        return graph
+
+    @classmethod
+    def take(cls, model, batch: int, num_slots: int) -> "DecodeGraph":
+        """Return a graph with room for a context: the model's idle one where it fits, else a new one.
+
+        It is the caller's until `give_back`; its cache holds what an earlier stream left there.
+
+        Args:
+            model: A ChatGLM model with `decode_parts`.
+            batch: B.
+            num_slots: Tokens that it must hold.
+
+        Raises:
+            Unsupported: This path does not cover the model or the batch.
+        """
         if not nvrtc_runs_on(model.device):
             raise Unsupported(f"{model.device}: the kernels need CUDA, NVRTC and compute capability 8.0")
         if batch > MAX_BATCH:
@@ -270,16 +349,14 @@ class DecodeGraph:
         modules = (module for module in model.modules() if module is not embedding)
         if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
             raise Unsupported("forward hooks, which the kernels would not call")
-        starts, positions = _padding(attention_mask, batch, model.device), _last_positions(position_ids, batch, length)
-        graph, signature, needed = cls._idle.pop(model, None), _signature(model), length + min(num_new, MIN_SLOTS)
+        graph, signature = cls._idle.pop(model, None), _signature(model)
         if graph is None or graph.plan.signature != signature:
             graph, plan = None, _Plan(model, signature)
         else:
             plan = graph.plan
-        if graph is None or graph.batch != batch or graph.slots < needed:
+        if graph is None or graph.batch != batch or graph.slots < num_slots:
             graph = None  # frees its memory first
-            graph = cls(plan, batch, _bucket(needed))
-        graph.fill(cache, starts, positions)
+            graph = cls(plan, batch, bucket(num_slots))
         return graph
 
     @classmethod
@@ -334,6 +411,11 @@ class DecodeGraph:
         self.positions += self.advance
         self.starts.copy_(starts)
         self.length_on_device.fill_(self.length)
+
+    def end_at(self, length: int) -> None:
+        """Move all sequences to other slots; see SequenceSlots."""
+        super().end_at(length)
+        self.length_on_device.fill_(length)
 
     def step(self) -> None:
         """Feed `token`: `logits` are then those of the next one."""
@@ -416,7 +498,7 @@ def capture(function: Callable[[], None], device: torch.device) -> Callable[[], 
     return graph.replay
 
 
-def _bucket(num_slots: int) -> int:
+def bucket(num_slots: int) -> int:
     """Return the next power of two, at least MIN_SLOTS."""
     return max(MIN_SLOTS, 1 << (num_slots - 1).bit_length())
 

@@ -16,8 +16,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .attention_chatglm import PackedSequences, blocked_to_keep, build_keep_mask, choose_attention
+from .batching_chatglm import ContinuousBatch  # noqa: F401 - transformers copies only the siblings that this names
 from .configuration_chatglm import ChatGLMConfig
-from .cuda_kernels import FORMATS  # noqa: F401 - transformers copies only the siblings that this file names
+from .cuda_kernels import FORMATS  # noqa: F401
 from .cuda_source import SOURCE  # noqa: F401
 from .decoding_chatglm import Block, DecodeGraph, DecodeParts
 from .fused_chatglm import linear_cross_entropy, rotate_pairs, swiglu
@@ -540,8 +541,10 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
         if not history:
             ids = tokenizer.encode_prompt(query)
         else:
-            prompt = tokenizer.build_prompt(query, [("", "")] * len(history))
-            ids = tokenizer.encode_text(prompt[prompt.rindex(f"\n\n[Round {len(history) + 1}]") :])[1:]
+            # Compared with the prompt of the turns before, and not searched for: a question may hold any text
+            before = tokenizer.build_prompt("", [("", "")] * (len(history) - 1))
+            turn = tokenizer.build_prompt(query, [("", "")] * len(history)).removeprefix(before)
+            ids = tokenizer.encode_text(turn)[1:]
         num_past = int(past_key_values.get_seq_length())
         input_ids = torch.tensor([ids], device=self.device)
         return {

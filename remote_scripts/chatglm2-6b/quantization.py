@@ -1,6 +1,6 @@
 """Row-wise int8 and int4 weights for ChatGLM-6B and ChatGLM2-6B (this file is byte-identical in both directories).
 
-The maths
+The arithmetic
     Weight-only, symmetric, one scale per output row, no zero point, no groups, activations untouched:
         W[n, k] ~ codes[n, k] * scale[n]        y = x @ (codes * scale[:, None]).T + bias
     int8 codes lie in -127..127 as published, int4 codes in -7..7. -128 and -8 are read as well.
@@ -56,7 +56,7 @@ QUANTIZED_LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h
 CPU_CHUNK = 2**18  # weights searched at once, per thread: 1 MB of fp32 stays in a core's L2
 GPU_CHUNK = 2**26  # 256 MB keep a GPU busy
 GRID_POINTS = 14  # scales tried per sign, geometrically from the absmax scale down to the lowest
-FINE_POINTS = 6  # scales tried on either side of the best one, between its neighbours on the grid
+FINE_POINTS = 6  # scales tried on either side of the best one, between its neighbors on the grid
 REFINE_STEPS = 3  # rounds of (round to codes, exact minimum)
 LOWEST_RMS_INT4 = 0.2  # the lowest int4 scale in units of rms(row); the best is 0.335 on Gaussian rows, more on others
 LOWEST_ABSMAX_INT8 = 0.7  # the lowest int8 scale in units of the absmax scale; clipping hardly pays at 255 levels

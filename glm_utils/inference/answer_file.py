@@ -1,0 +1,156 @@
+"""Write the output of a job: the rows of the input with their answers, as JSONL or CSV."""
+
+import csv
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from loguru import logger
+
+from glm_utils.cli import UserError
+from glm_utils.files import atomic_files, check_writable
+from glm_utils.inference.partial_answers import json_line
+from glm_utils.inference.prompt_file import PromptRow, printable
+
+ENDINGS = (".jsonl", ".csv")
+ADDED_COLUMNS = ("sample", "answer", "num_tokens", "ended_by", "error")
+# What a spreadsheet takes for a formula, but for plain numbers. Source: OWASP, CSV injection.
+FORMULA, NUMBER = re.compile(r"[=+\-@\t\r\n＝＋－＠]"), re.compile(r"[+-]?\d+(\.\d+)?")
+
+
+def check_output_path(output_path: str, data_path: str, overwrite: bool) -> Path:
+    """Check, before any work, that an output can be written.
+
+    Args:
+        output_path: The file.
+        data_path: The file of prompts.
+        overwrite: Whether an existing file may be replaced.
+
+    Raises:
+        UserError: An unknown ending, the file of prompts itself, a file that exists, or a place that cannot be
+            written to.
+    """
+    path = Path(output_path).expanduser()
+    if path.suffix.lower() not in ENDINGS:
+        raise UserError(f"--output_path {output_path}: unknown ending {path.suffix!r}. Give a name in .jsonl or .csv")
+    if path.is_dir():
+        raise UserError(f"--output_path {output_path}: a directory. Give a file in it")
+    if path.resolve() == Path(data_path).expanduser().resolve():
+        raise UserError(f"--output_path {output_path}: the file of prompts itself. Give another file")
+    if path.exists() and not overwrite:
+        raise UserError(f"--output_path {output_path}: exists. Give another file, or --overwrite")
+    check_writable(path.parent, "--output_path")
+    return path
+
+
+def output_rows(rows: Sequence[PromptRow], answers: dict[tuple[int, int], dict], num_samples: int) -> list[dict]:
+    """Return the rows of the output, in the order of the input: each answer beside its row's columns.
+
+    Args:
+        rows: The file of prompts.
+        answers: See `PartialAnswers`.
+        num_samples: Answers to each prompt.
+    """
+    found = []
+    for index, row in enumerate(rows):
+        columns = keep_columns(row.columns)
+        if row.error:
+            found.append({**columns, "error": row.error})
+            continue
+        for sample in range(num_samples):
+            answer = answers[index, sample]
+            numbered = {"sample": sample} if num_samples > 1 else {}
+            added = {name: answer[name] for name in ("answer", "num_tokens", "ended_by")}
+            found.append({**columns, **numbered, **added})
+    return found
+
+
+def keep_columns(columns: dict) -> dict:
+    """Return columns of the input, those with a name of the output's own as input_NAME."""
+    taken, kept = {*columns, *ADDED_COLUMNS}, {}
+    for name, value in columns.items():
+        if name in ADDED_COLUMNS:
+            while name in taken:
+                name = f"input_{name}"
+            taken.add(name)
+        kept[name] = value
+    return kept
+
+
+def write_output(path: Path, rows: list[dict], record: dict) -> None:
+    """Write the output and, beside it, NAME.run_config.json, atomically.
+
+    Args:
+        path: .jsonl or .csv.
+        rows: See `output_rows`.
+        record: What the run was.
+
+    Raises:
+        UserError: The disk is full, or the file cannot be written.
+    """
+    try:
+        with atomic_files(path.parent, last=path.name) as temporary_dir:
+            write = write_csv if path.suffix.lower() == ".csv" else write_jsonl
+            write(temporary_dir / path.name, rows)
+            with (temporary_dir / path.name).open("rb") as file:
+                os.fsync(file.fileno())  # the partial answers are deleted afterwards
+            text = json.dumps(record, ensure_ascii=False, indent=2, default=str) + "\n"
+            record_path = temporary_dir / f"{path.name}.run_config.json"
+            record_path.write_bytes(text.encode("utf-8", "backslashreplace"))  # file names need not be UTF-8
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); the answers are in its partial file"
+        ) from error
+
+
+def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
+    """Write one object per line, values as they are."""
+    path.write_bytes(b"".join(map(json_line, rows)))
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Write a table that spreadsheets read as UTF-8 and in which nothing is a formula."""
+    added = [name for name in ADDED_COLUMNS if any(name in row for row in rows)]
+    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in added] + added
+    with path.open("w", encoding="utf-8-sig", errors="replace", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(map(csv_field, names))
+        writer.writerows([csv_field(row.get(name)) for name in names] for row in rows)
+
+
+def csv_field(value: object) -> str:
+    """Return a value as text that a spreadsheet does not run: what it takes for a formula has ' in front."""
+    if value is None:
+        return ""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return f"'{text}" if FORMULA.match(text) and not NUMBER.fullmatch(text) else text
+
+
+def log_errors(rows: Sequence[PromptRow], most: int = 10) -> None:
+    """Report the rows that cannot be answered.
+
+    Args:
+        rows: The file of prompts.
+        most: Rows that are reported one by one.
+    """
+    errors = [row.error for row in rows if row.error]
+    for error in errors[:most]:
+        logger.warning(printable(error))
+    if len(errors) > most:
+        logger.warning(f"and {len(errors) - most} more rows, see `error` in the output")
+
+
+def count_rows(rows: Sequence[dict]) -> dict[str, int]:
+    """Return how many rows of an output ended in which way."""
+    ends = Counter(row.get("ended_by", "error") for row in rows)
+    return {"num_rows": len(rows), **{f"num_{end}": ends[end] for end in ("end", "length", "error")}}
+
+
+def describe(counts: dict[str, int]) -> str:
+    """Say how the rows of an output ended."""
+    text = f"{counts['num_end'] + counts['num_length']} answers"
+    text += f", {counts['num_length']} of them stopped by length" if counts["num_length"] else ""
+    return text + (f", {counts['num_error']} rows with an error" if counts["num_error"] else "")
