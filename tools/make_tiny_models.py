@@ -2,6 +2,9 @@
 
 python -m tools.make_tiny_models --stage tokenizer
 python -m tools.make_tiny_models --stage pretrain --family chatglm2-6b
+
+The sentencepiece files in models/ were trained on an earlier version of tiny_corpus.py. After --stage tokenizer, which
+replaces them, the models have to be pretrained anew, too.
 """
 
 import argparse
