@@ -90,6 +90,7 @@ def train_qlora(
     model = make_lora_model(base, settings.compute_dtype, settings.lora_config, settings.training_args)
     plan = plan_run(settings, model, encoded["train"])
     if dry_run:
+        logger.info("dry run: nothing was trained or written")
         leave_process_group()
         return
     record = make_record(settings, encoded)

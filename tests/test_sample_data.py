@@ -1,13 +1,17 @@
 """The sample data: schema, variety, and that its script still makes the committed bytes."""
 
 import json
+import random
 import subprocess
 import sys
 
 import pytest
+from sentencepiece import SentencePieceProcessor
 
 from glm_utils.data import read_examples
 from tests.conftest import PROJECT_DIR
+from tools.sample_grammar import OPENINGS
+from tools.tiny_corpus import COPY_REQUESTS, dialogue, document
 
 DATA_DIR = PROJECT_DIR / "data"
 
@@ -20,7 +24,7 @@ def examples_of(name):
 def test_script_reproduces_the_committed_files(tmp_path):
     """A second run gives the same bytes."""
     subprocess.run([sys.executable, "-m", "tools.make_data", "--out", str(tmp_path)], check=True, cwd=PROJECT_DIR)
-    for name in ("train.jsonl", "dev.jsonl"):
+    for name in ("train.jsonl", "dev.jsonl", "probe_tiny.jsonl"):
         assert (tmp_path / name).read_bytes() == (DATA_DIR / name).read_bytes()
 
 
@@ -40,6 +44,29 @@ def test_copies_use_their_attributes(name):
         assert pairs[0][0] == "类型"
         for _, value in pairs[1:]:
             assert value in example["summary"], (value, example)
+
+
+def test_no_pretraining_text_has_attributes_before_copy_or_a_probe_question():
+    """What fine-tuning adds is not in the tiny models' pretraining, and the probe's questions are not either."""
+    rng, openings = random.Random(1), tuple(opening.format(name="") for opening in OPENINGS)
+    probe = {example["instruction"] for example in examples_of("probe_tiny.jsonl")}
+    assert len(probe) == 160
+    for _ in range(3000):
+        text, turns = document(rng), dialogue(rng)
+        assert text.startswith(openings) or not any(opening in text for opening in openings), text
+        assert not probe & {question for question, _ in turns}
+        for question, answer in turns:
+            assert not any(opening in answer for opening in openings) or question in COPY_REQUESTS, turns
+
+
+@pytest.mark.parametrize("name", ["chatglm-tiny/ice_text.model", "chatglm2-tiny/tokenizer.model"])
+def test_the_vocabularies_cover_the_pretraining_text(name):
+    """No character of it is written in bytes, as the small models learn those badly."""
+    rng, tokenizer = random.Random(1), SentencePieceProcessor(str(PROJECT_DIR / "models" / name))
+    for _ in range(1500):
+        for text in (document(rng), *(text for turn in dialogue(rng) for text in turn)):
+            ids = tokenizer.encode(text.replace("\n", ""))
+            assert not any(tokenizer.is_byte(i) or tokenizer.is_unknown(i) for i in ids), text
 
 
 def test_training_reads_the_files():

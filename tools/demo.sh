@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The included tiny models, without GPU or network: answer a prompt, train, evaluate, answer again, merge, answer again.
+# The included tiny models, without GPU or network: answer a prompt, train, answer again, merge, chat; then
+# the report: what the training changed on examples that it did not see, and on general questions.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -38,3 +39,13 @@ python inference_test.py --model_path models/chatglm-tiny,saved_files/demo_chatg
 
 echo "== chat"
 python chat_demo.py --model_path saved_files/demo_chatglm2-tiny_q4 --seed 1 --prompt "$query"
+
+for name in chatglm2-tiny chatglm-tiny; do
+    adapter=saved_files/demo_$name
+    echo "== $name: did it help?"
+    python evaluate_adapter.py --lora_path "$adapter" --data_path data/dev.jsonl --num_samples 100 --max_new_tokens 160 \
+        --probe false --output_dir "${adapter}_evaluation"
+    echo "== $name: did it forget? (general questions of the kinds that the tiny models were pretrained on)"
+    python evaluate_adapter.py --lora_path "$adapter" --data_path data/probe_tiny.jsonl --num_samples 160 \
+        --max_new_tokens 64 --probe false --output_dir "${adapter}_forgetting"
+done

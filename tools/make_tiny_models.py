@@ -1,13 +1,16 @@
 """Build models/chatglm-tiny and models/chatglm2-tiny: train the tokenizers, then pretrain the models.
 
 python -m tools.make_tiny_models --stage tokenizer
-python -m tools.make_tiny_models --stage pretrain --family chatglm2-6b --steps 2500
-python -m tools.make_tiny_models --stage continue --family chatglm2-6b --steps 400 --batch_size 32 --learning_rate 5e-4
+python -m tools.make_tiny_models --stage pretrain --family chatglm2-6b
+
+The sentencepiece files in models/ were trained on an earlier version of tiny_corpus.py. After --stage tokenizer, which
+replaces them, the models have to be pretrained anew, too.
 """
 
 import argparse
 import io
 import json
+import os
 import random
 import shutil
 import sys
@@ -15,8 +18,9 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
+from torch.utils.data import DataLoader, Dataset
 
 from glm_utils.checkpoint import load_classes
 from glm_utils.family import FAMILIES, PROJECT_DIR
@@ -176,45 +180,58 @@ def write_tokenizers() -> None:
             (model_dir / filename).write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", "utf-8")
 
 
-def encode_example(rng: random.Random, tokenizer) -> tuple[list[int], list[int]]:
-    """Draw an example: token ids, and labels for a full document or for the last answer of a conversation."""
-    if rng.random() < 0.4:
-        ids = tokenizer.build_inputs_with_special_tokens([])
-        text = document(rng)
-        if rng.random() < 0.25:  # copy without its heading: so its first token begins texts, as it begins answers
-            text = text.rpartition("\n")[2]
-        body = [*tokenizer.encode_text(text), tokenizer.eos_token_id]
-        return ids + body, [-100] * len(ids) + body
-    *history, (question, answer) = dialogue(rng)
-    prompt, body = tokenizer.encode_prompt(question, history), tokenizer.encode_answer(answer)
-    return prompt + body, [-100] * len(prompt) + body
+class Batches(Dataset):
+    """Right-padded batches of ids and labels, (B, T); the seed and its number determine a batch.
 
+    Args:
+        tokenizer: The model's tokenizer.
+        num_batches: How many there are.
+        batch_size: Examples per batch.
+    """
 
-def make_batch(rng: random.Random, tokenizer, batch_size: int, pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw a right-padded batch of ids and labels, (B, T)."""
-    examples = [encode_example(rng, tokenizer) for _ in range(batch_size)]
-    width = -(-max(len(ids) for ids, _ in examples) // 16) * 16
-    ids = torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in examples], device=device)
-    labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in examples], device=device)
-    return ids, labels
+    def __init__(self, tokenizer, num_batches: int, batch_size: int):
+        self.tokenizer, self.num_batches, self.batch_size = tokenizer, num_batches, batch_size
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return self.num_batches
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw a batch."""
+        rng = random.Random(f"{SEED} {index}")
+        examples = [self.encode_example(rng) for _ in range(self.batch_size)]
+        width, pad = -(-max(len(ids) for ids, _ in examples) // 16) * 16, self.tokenizer.pad_token_id
+        ids = torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in examples])
+        labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in examples])
+        return ids, labels
+
+    def encode_example(self, rng: random.Random) -> tuple[list[int], list[int]]:
+        """Draw an example: ids, and labels for a full document or for the last answer of a conversation."""
+        tokenizer = self.tokenizer
+        if rng.random() < 0.35:
+            ids = tokenizer.build_inputs_with_special_tokens([])
+            body = [*tokenizer.encode_text(document(rng)), tokenizer.eos_token_id]
+            return ids + body, [-100] * len(ids) + body
+        *history, (question, answer) = dialogue(rng)
+        prompt, body = tokenizer.encode_prompt(question, history), tokenizer.encode_answer(answer)
+        return prompt + body, [-100] * len(prompt) + body
 
 
 def pretrain(
-    family: str, resume: bool, out: Path, steps: int, batch_size: int, learning_rate: float, device: str
+    family: str, out: Path, steps: int, batch_size: int, learning_rate: float, device: str, num_workers: int
 ) -> None:
-    """Pretrain one tiny model and write its weights in fp16 under the published keys.
+    """Pretrain one tiny model from random weights and write it in fp16 under the published keys.
 
     Args:
         family: Name of the family.
-        resume: Start from the weights in out instead of random ones.
         out: The model's directory; configuration and tokenizer files are copied there.
         steps: Optimizer steps.
         batch_size: Examples per step.
         learning_rate: Peak of the cosine schedule with warmup.
         device: cpu or cuda.
+        num_workers: Processes that draw and encode batches ahead of time; the batches are the same for any number.
     """
     torch.manual_seed(SEED)
-    rng = random.Random(SEED)
     out.mkdir(parents=True, exist_ok=True)
     for path in MODEL_DIRS[family].iterdir():
         if path.suffix in (".json", ".model", ".md") and path.parent.resolve() != out.resolve():
@@ -224,14 +241,12 @@ def pretrain(
     config = classes.config.from_pretrained(str(out))
     config.dtype = torch.float32
     model = classes.model(config).float().to(device).train()
-    if resume:
-        model.load_state_dict(load_file(out / "model.safetensors"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
-    for step in range(steps):
-        ids, labels = make_batch(rng, tokenizer, batch_size, config.pad_token_id, device)
+    batches = DataLoader(Batches(tokenizer, steps, batch_size), batch_size=None, num_workers=num_workers)
+    for step, (ids, labels) in enumerate(batches):
         with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
-            loss = model(ids, labels=labels, use_cache=False).loss
+            loss = model(ids.to(device), labels=labels.to(device), use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -248,20 +263,20 @@ def pretrain(
 def main() -> None:
     """Parse the arguments and run a stage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=("tokenizer", "pretrain", "continue"), required=True)
+    parser.add_argument("--stage", choices=("tokenizer", "pretrain"), required=True)
     parser.add_argument("--family", choices=tuple(MODEL_DIRS), default="chatglm2-6b")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--batch_size", type=int, default=96)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--num_workers", type=int, default=max(1, min(12, (os.cpu_count() or 1) - 1)))
     args = parser.parse_args()
     if args.stage == "tokenizer":
         write_tokenizers()
     else:
         out = args.out or MODEL_DIRS[args.family]
-        resume = args.stage == "continue"
-        pretrain(args.family, resume, out, args.steps, args.batch_size, args.learning_rate, args.device)
+        pretrain(args.family, out, args.steps, args.batch_size, args.learning_rate, args.device, args.num_workers)
 
 
 if __name__ == "__main__":
