@@ -20,7 +20,9 @@ from loguru import logger
 
 from glm_utils.adapter import find_base, read_adapter
 from glm_utils.cli import UserError, run_cli
+from glm_utils.data import read_examples
 from glm_utils.device import resolve_device
+from glm_utils.evaluation.at_end import check_evaluation, evaluate_output
 from glm_utils.export import EXPORTS, ExportFormat
 from glm_utils.files import atomic_directory, check_free_space, write_json
 from glm_utils.merging.job import make_job
@@ -43,6 +45,7 @@ def merge_lora_and_quantize(
     merge_base: Literal["original", "nf4"] = "original",
     export_format: Literal["chatglm", "glm", "gguf"] = "chatglm",
     overwrite: bool = False,
+    evaluate_data_path: str | None = None,
 ) -> None:
     """Merge a LoRA adapter into its base model and write it as fp16, int8 or int4.
 
@@ -55,6 +58,8 @@ def merge_lora_and_quantize(
         merge_base: Weights that the update is added to: original (fp16), or nf4 (the 4-bit weights that training saw).
         export_format: chatglm (loads with remote code), glm (plain transformers) or gguf (llama.cpp).
         overwrite: Replace an earlier output of this command.
+        evaluate_data_path: Compare the merged model with the adapter on its base on this data, as evaluate_adapter.py
+            does; the report goes to a directory beside output_path, named output_path + "_evaluation".
     """
     arguments = dict(locals())
     start_seconds = time.monotonic()
@@ -65,6 +70,8 @@ def merge_lora_and_quantize(
     base = find_base(adapter)
     check_replaceable(output_dir, overwrite, STAGE, [adapter.directory, base.directory])
     job = make_job(adapter, base, qbits, resolve_device(device), remote_scripts_dir, merge_base)
+    if evaluate_data_path:
+        check_comparison(output_dir, evaluate_data_path, export_format)
     export = EXPORTS[export_format]
     check_free_space(output_dir, export.check(job))
     logger.info(f"{adapter.directory} ({len(adapter.pairs)} updates) + {base.directory} on {job.device}")
@@ -74,6 +81,19 @@ def merge_lora_and_quantize(
         write_records(job, export, directory, arguments)
         timed("reloaded and verified", export.verify, job, directory, reference)
     log_result(job, output_dir, time.monotonic() - start_seconds)
+    if evaluate_data_path:
+        evaluate_output(output_dir, adapter.directory, Path(evaluate_data_path).expanduser(), job.device, output_dir)
+
+
+def check_comparison(output_dir: Path, data_path: str, export_format: str) -> None:
+    """Check before any work what the comparison at the end needs: published layout, data, packages, a directory."""
+    if export_format != "chatglm":
+        raise UserError(
+            f"--evaluate_data_path with --export_format {export_format}: the evaluation loads the published layout "
+            "only. Omit one of the two"
+        )
+    read_examples(Path(data_path).expanduser(), needs_answer=False)
+    check_evaluation(output_dir)
 
 
 def limit_threads(job: MergeJob) -> None:

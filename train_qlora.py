@@ -21,12 +21,8 @@ from glm_utils.checkpoint import open_checkpoint
 from glm_utils.cli import UserError, run_cli
 from glm_utils.device import resolve_device
 from glm_utils.encoding import EncodedExamples, encode_examples, show_example
-from glm_utils.evaluation.job import MAX_NEW_TOKENS, NUM_SAMPLES, check_output_dir, find_sides, make_job
-from glm_utils.evaluation.metrics import check_packages
-from glm_utils.evaluation.sides import release_memory
-from glm_utils.evaluation.write import evaluate
+from glm_utils.evaluation.at_end import check_evaluation, evaluate_output
 from glm_utils.files import atomic_files
-from glm_utils.inference.batch import GenerationSettings
 from glm_utils.training.curves import write_curves
 from glm_utils.training.lora_model import make_lora_model
 from glm_utils.training.preflight import plan_run
@@ -84,7 +80,8 @@ def train_qlora(
     base = open_checkpoint(model_name_or_path)
     settings = resolve_settings(inputs, base)
     if evaluate_after:
-        check_evaluation(settings)
+        check_evaluation_data(settings)
+        check_evaluation(settings.output_dir)
     checkpoint = choose_checkpoint(settings)
     encoded = encode_data(settings)
     model = make_lora_model(base, settings.compute_dtype, settings.lora_config, settings.training_args)
@@ -104,12 +101,10 @@ def train_qlora(
         evaluate_run(settings)
 
 
-def check_evaluation(settings: TrainingSettings) -> None:
-    """Check before training what the evaluation behind it needs: data, packages and a directory."""
+def check_evaluation_data(settings: TrainingSettings) -> None:
+    """Refuse --evaluate_after without evaluation data."""
     if "eval" not in settings.data_paths:
         raise UserError("--evaluate_after true: no evaluation data. Give --eval_data_path")
-    check_packages()
-    check_output_dir(evaluation_dir(settings), sides=())
 
 
 def encode_data(settings: TrainingSettings) -> dict[str, EncodedExamples]:
@@ -163,24 +158,12 @@ def save_adapter(trainer: Trainer, record: TrainingRecord, results: dict) -> Non
     logger.success(f"adapter written to {output_dir}: {num_bytes:,} bytes, {losses}")
 
 
-def evaluation_dir(settings: TrainingSettings) -> Path:
-    """Return the directory of the evaluation behind the training."""
-    return settings.output_dir.with_name(f"{settings.output_dir.name}_evaluation")
-
-
 def evaluate_run(settings: TrainingSettings) -> None:
     """Judge the adapter that was written, on the 4-bit base it was trained on, in the first process."""
-    if settings.training_args.process_index != 0:
-        return
-    release_memory()
-    device = resolve_device("cpu" if settings.training_args.use_cpu else "auto")
-    sides = find_sides(None, str(settings.output_dir), load_in_4bit=True, device=device)
-    generation = GenerationSettings(MAX_NEW_TOKENS, temperature=0, seed=settings.training_args.seed)
-    arguments = {"lora_path": str(settings.output_dir), "data_path": str(settings.data_paths["eval"])}
-    job = make_job(
-        sides, settings.data_paths["eval"], evaluation_dir(settings), generation, NUM_SAMPLES, arguments=arguments
-    )
-    logger.success(f"{evaluate(job).verdict}; report in {job.output_dir}")
+    args, out = settings.training_args, settings.output_dir
+    if args.process_index == 0:
+        device = resolve_device("cpu" if args.use_cpu else "auto")
+        evaluate_output(out, out, settings.data_paths["eval"], device, load_in_4bit=True, seed=args.seed)
 
 
 if __name__ == "__main__":

@@ -580,6 +580,35 @@ def test_an_earlier_output_survives_a_failed_rename(tmp_path, monkeypatch):
     assert (target / "old").exists()
 
 
+@pytest.mark.slow
+def test_comparison_behind_a_merge(merge, tmp_path):
+    """--evaluate_data_path reports what merging to int4 changed against the adapter on its base."""
+    base = open_checkpoint(PROJECT_DIR / "models/chatglm2-tiny")
+    model = load_base_model(base)
+    model.name_or_path = base.name
+    torch.manual_seed(0)
+    peft.get_peft_model(model, peft.LoraConfig(**PLAIN)).save_pretrained(tmp_path / "adapter")
+    lines = (PROJECT_DIR / "data/dev.jsonl").read_text("utf-8").splitlines()[:3]
+    (tmp_path / "dev.jsonl").write_text("\n".join(lines), "utf-8")
+    merge(tmp_path / "adapter", qbits=4, evaluate_data_path=str(tmp_path / "dev.jsonl"))
+    report = json.loads((tmp_path / "merged_evaluation/report.json").read_text("utf-8"))
+    assert report["num_examples"] == 3
+    losses = report["figures"]["loss"]
+    assert losses["after"] != losses["before"]
+    assert losses["after"] == pytest.approx(losses["before"], rel=0.2)  # int4 is near, and not the same
+
+
+def test_a_comparison_is_checked_before_the_merge(adapter, merge, tmp_path):
+    data_path = str(PROJECT_DIR / "data/dev.jsonl")
+    for flags, message in (
+        ({"evaluate_data_path": "none.jsonl"}, "none.jsonl: no such file"),
+        ({"evaluate_data_path": data_path, "export_format": "glm"}, "the published layout only"),
+    ):
+        with pytest.raises(UserError, match=message):
+            merge(adapter(), **flags)
+    assert not (tmp_path / "merged").exists()
+
+
 def test_flags_and_unknown_flags(capsys):
     with pytest.raises(SystemExit):
         run_cli(stage.merge_lora_and_quantize, ["--lora_path=a", "--output_path=b", "--qbit=4"])
