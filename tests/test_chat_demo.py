@@ -45,7 +45,7 @@ def adapter_dir(tiny_dir, tmp_path):
     model = load_base_model(open_checkpoint(tiny_dir))
     model.name_or_path = str(tiny_dir)
     torch.manual_seed(0)
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["query_key_value"], init_lora_weights=False)
+    config = peft.LoraConfig(r=4, lora_alpha=32, target_modules=["query_key_value"], init_lora_weights=False)
     peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
 
