@@ -13,7 +13,7 @@ from pathlib import Path
 import glm_utils  # noqa: F401  isort: skip  # before what it silences
 from loguru import logger
 
-from glm_utils.cli import UserError, run_cli
+from glm_utils.cli import check_minimums, run_cli
 from glm_utils.device import resolve_device
 from glm_utils.evaluation.job import MAX_NEW_TOKENS, NUM_SAMPLES, find_sides, make_job
 from glm_utils.evaluation.markdown_page import figure_table
@@ -21,7 +21,7 @@ from glm_utils.evaluation.write import evaluate
 from glm_utils.inference.batch import GenerationSettings
 from glm_utils.inference.chat import check_sampling
 
-LEAST = {"num_samples": 1, "max_new_tokens": 1, "batch_size": 1, "seed": 0}
+MIN_VALUES = {"num_samples": 1, "max_new_tokens": 1, "batch_size": 1, "seed": 0}
 
 
 def evaluate_adapter(
@@ -80,9 +80,7 @@ def evaluate_adapter(
 
 def check_numbers(arguments: dict) -> None:
     """Refuse a number out of range."""
-    for name, least in LEAST.items():
-        if arguments[name] is not None and arguments[name] < least:
-            raise UserError(f"--{name} {arguments[name]}: expected {least} or more")
+    check_minimums(arguments, MIN_VALUES)
     check_sampling(arguments["temperature"], None)
 
 

@@ -15,8 +15,8 @@ import torch
 from loguru import logger
 from tqdm import tqdm
 
-from glm_utils.cli import UserError, run_cli
-from glm_utils.device import is_out_of_memory, resolve_device
+from glm_utils.cli import UserError, check_minimums, run_cli
+from glm_utils.device import out_of_memory_explained, resolve_device
 from glm_utils.inference.answer_file import (
     check_output_path,
     count_rows,
@@ -32,7 +32,7 @@ from glm_utils.inference.prompt_file import encode_prompts, read_prompts
 from glm_utils.load_model import ModelSource, find_model
 from glm_utils.run_record import git_commit, sha256, versions
 
-LEAST = {"batch_size": 1, "max_new_tokens": 1, "num_samples": 1}
+MIN_VALUES = {"batch_size": 1, "max_new_tokens": 1, "num_samples": 1}
 WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -95,9 +95,7 @@ def generate(
 
 def check_arguments(arguments: dict) -> None:
     """Refuse values out of range, before anything is read."""
-    for name, least in LEAST.items():
-        if arguments[name] is not None and arguments[name] < least:
-            raise UserError(f"--{name} {arguments[name]}: expected {least} or more")
+    check_minimums(arguments, MIN_VALUES)
     check_sampling(arguments["temperature"], arguments["top_p"])
     if not 0 <= arguments["seed"] < 2**64:
         raise UserError(f"--seed {arguments['seed']}: expected 0 to {2**64 - 1}")
@@ -159,8 +157,18 @@ def answer(
     logger.info(f"loading {source.label}{f' with {source.adapter.directory}' if source.adapter else ''}")
     model = source.load(merge_adapter=True)
     num_done, num_generated, start = len(partial.answers), 0, time.monotonic()
+
+    def message() -> str:
+        return (
+            f"out of memory after {len(partial.answers)} answers, which are kept. Repeat the command with a smaller "
+            "--batch_size"
+        )
+
     try:
-        with tqdm(total=num_done + len(pending), initial=num_done, desc="answers", unit="answer") as bar:
+        with (
+            out_of_memory_explained(message),
+            tqdm(total=num_done + len(pending), initial=num_done, desc="answers", unit="answer") as bar,
+        ):
             for one in generate_pending(model, source.checkpoint.tokenizer, pending, settings, batch_size):
                 partial.add(one)
                 num_generated += one.num_tokens
@@ -171,13 +179,6 @@ def answer(
         raise
     except FloatingPointError as error:
         raise UserError(str(error)) from error
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"out of memory after {len(partial.answers)} answers, which are kept. Repeat the command with a smaller "
-            "--batch_size"
-        ) from error
 
 
 if __name__ == "__main__":

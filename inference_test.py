@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from loguru import logger
 
-from glm_utils.cli import UserError, run_cli
+from glm_utils.cli import check_minimums, run_cli
 from glm_utils.device import free_bytes, resolve_device
 from glm_utils.inference.measure import Workload, measure_model, stream_generate
 from glm_utils.inference.memory import copy_bandwidth
@@ -58,7 +58,7 @@ def inference_test(
         output_json: File to which the JSON object is written too.
     """
     arguments = dict(locals())
-    check_counts(arguments)
+    check_minimums(arguments, MIN_VALUES)
     check_report_path(output_json)
     device = resolve_device("auto")
     sources = resolve_sources(as_list(model_path), as_list(lora_path), load_in_4bit, dtype, device)
@@ -75,17 +75,6 @@ def inference_test(
         workload = Workload(torch.tensor([prompt] * batch_size, device=device), new_tokens, loop_number, max_time)
         models.append(identify(source) | measure_model(source.load, make_generate, workload, bandwidth))
     print(write_report({"arguments": arguments, "copy_bytes_per_second": bandwidth, "models": models}, output_json))
-
-
-def check_counts(arguments: dict) -> None:
-    """Refuse numbers below their minimum.
-
-    Raises:
-        UserError: A flag of MIN_VALUES is too small.
-    """
-    for name, minimum in MIN_VALUES.items():
-        if arguments[name] is not None and arguments[name] < minimum:
-            raise UserError(f"--{name} {arguments[name]}: expected {minimum} or more")
 
 
 def as_list(paths: str | list[str] | None) -> list[str]:

@@ -23,7 +23,7 @@ from benchmarks.harness.random_models import add_random_lora, compacted, quantiz
 from benchmarks.harness.results import FAILED, RESULTS_DIR, check_none_failed, device_name
 from benchmarks.harness.stock_glm import glm_config, stock_generate
 from glm_utils.checkpoint import load_classes, open_checkpoint
-from glm_utils.cli import UserError, run_cli
+from glm_utils.cli import UserError, check_minimums, run_cli
 from glm_utils.device import dtype_name, free_bytes
 from glm_utils.family import PROJECT_DIR, Family
 from glm_utils.files import read_json_object
@@ -107,9 +107,7 @@ def bench_decode(
         loop_number: Measured runs.
         output_json: Result file. Default: benchmarks/results/decode_baselines_<device>.json.
     """
-    for name, value in (("new_tokens", new_tokens), ("loop_number", loop_number)):
-        if value < MIN_VALUES[name]:
-            raise UserError(f"--{name} {value}: expected {MIN_VALUES[name]} or more")
+    check_minimums(dict(locals()), MIN_VALUES)
     bases = [base_for(find_family(name), scale) for name in families.split(",")]
     chosen = [(base, case) for base in bases for case in choose_cases(CASES, cases) if base.has(case)]
     if not chosen:

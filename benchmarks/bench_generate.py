@@ -24,7 +24,7 @@ from benchmarks.harness.published import FIXTURES_DIR, find_family, published_mo
 from benchmarks.harness.random_models import compacted, random_model
 from benchmarks.harness.results import RESULTS_DIR, device_name, provenance, write_result
 from glm_utils.checkpoint import load_classes, open_checkpoint, project_path
-from glm_utils.cli import UserError, run_cli
+from glm_utils.cli import check_minimums, run_cli
 from glm_utils.data import Example, read_examples
 from glm_utils.device import dtype_name
 from glm_utils.family import PROJECT_DIR, Family
@@ -35,7 +35,7 @@ from glm_utils.inference.memory import peak_memory, reset_peak_memory
 from glm_utils.inference.report import check_report_path, summarize
 
 SAMPLINGS = {"greedy": 0.0, "sampled": None}  # temperature; None: the family's
-LEAST = {"num_prompts": 1, "num_chats": 1, "batch_size": 1, "new_tokens": 2, "loop_number": 1}
+MIN_VALUES = {"num_prompts": 1, "num_chats": 1, "batch_size": 1, "new_tokens": 2, "loop_number": 1}
 COLUMNS = (  # of the table: title, key of a measurement
     ("tokens/s", "tokens_per_second"),
     ("full batch", "full_batch_tokens_per_second"),
@@ -71,9 +71,7 @@ def bench_generate(
         output_json: Result file. Default: benchmarks/results/generate_<device>.json.
     """
     given = dict(locals())
-    for name, least in LEAST.items():
-        if given[name] < least:
-            raise UserError(f"--{name} {given[name]}: expected {least} or more")
+    check_minimums(given, MIN_VALUES)
     records = [find_family(name) for name in families.split(",")]
     examples = read_examples(project_path(data_path))[:num_prompts]
     path = Path(output_json or RESULTS_DIR / f"generate_{device_name()}.json")

@@ -187,6 +187,21 @@ def type_in_words(annotation: object) -> str:
     return " or ".join(words)
 
 
+def check_minimums(arguments: dict, minimums: dict[str, int]) -> None:
+    """Refuse a flag whose number is below its minimum; None passes.
+
+    Args:
+        arguments: Flags by name.
+        minimums: Lowest allowed values by name.
+
+    Raises:
+        UserError: The first number that is too small.
+    """
+    for name, minimum in minimums.items():
+        if arguments[name] is not None and arguments[name] < minimum:
+            raise UserError(f"--{name} {arguments[name]}: expected {minimum} or more")
+
+
 def nearest(name: str, known: Iterable[str], noun: str, prefix: str = "") -> str:
     """Suggest the known name that was probably meant, or list them all.
 

@@ -1,5 +1,8 @@
 """Devices and dtypes: the device that a flag names, its free memory, and errors that say memory ran out."""
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 import psutil
 import torch
 
@@ -50,3 +53,21 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
         words in str(error) for words in ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
     )
+
+
+@contextlib.contextmanager
+def out_of_memory_explained(message: Callable[[], str]) -> Iterator[None]:
+    """Turn an out-of-memory error into one line.
+
+    Args:
+        message: Returns the line, once it is needed.
+
+    Raises:
+        UserError: The GPU or the host ran out of memory.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(message()) from error

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizer
 
 from glm_utils.cli import UserError
 from glm_utils.data import Example
-from glm_utils.device import is_out_of_memory
+from glm_utils.device import out_of_memory_explained
 from glm_utils.encoding import EncodingLimits, truncate_prompt
 from glm_utils.evaluation.job import REMEDY, EvaluationJob, Side
 from glm_utils.evaluation.losses import example_losses
@@ -118,13 +118,10 @@ def named_errors(label: str) -> Iterator[None]:
         UserError: NaN logits, or memory that ran out.
     """
     try:
-        yield
+        with out_of_memory_explained(lambda: f"{label}: out of memory. Give {REMEDY}, or fewer --max_new_tokens"):
+            yield
     except FloatingPointError as error:
         raise UserError(f"{label}: {error}") from error
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(f"{label}: out of memory. Give {REMEDY}, or fewer --max_new_tokens") from error
 
 
 def release_memory() -> None:

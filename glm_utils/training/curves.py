@@ -2,18 +2,12 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from loguru import logger
 
 from glm_utils.files import atomic_files
-
-try:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-except ImportError:
-    Figure = None  # type: ignore[assignment,misc]  # mypy takes an optional module for one that is always there
 
 CURVES = {"loss": "training_loss.png", "eval_loss": "eval_loss.png"}  # by the key in log_history
 INSTALL_COMMAND = "pip install -e '.[eval]' -c constraints.txt"
@@ -31,7 +25,7 @@ def write_curves(output_dir: Path, log_history: Iterable[dict]) -> None:
     curves = {name: points for key, name in CURVES.items() if (points := finite_points(history, key))}
     if not curves:
         return
-    if Figure is None:
+    if find_spec("matplotlib") is None:
         logger.info(f"no {' and '.join(curves)}: matplotlib is not installed. Run {INSTALL_COMMAND}")
         return
     with atomic_files(output_dir, last="eval_loss.png") as temporary_dir:
@@ -61,8 +55,13 @@ def smoothed(values: Sequence[float]) -> list[float]:
 def draw_curve(path: Path, points: Sequence[tuple[int, float]]) -> None:
     """Draw values over steps, raw and smoothed, as a PNG file.
 
-    The figure stands alone: pyplot would keep it and might open a window.
+    The figure stands alone: pyplot would keep it and might open a window. Matplotlib is loaded here, because it would
+    take half a second of every start.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     steps, values = zip(*points, strict=True)
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = FigureCanvasAgg(figure).figure.add_subplot()

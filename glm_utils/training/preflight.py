@@ -11,8 +11,7 @@ from loguru import logger
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from glm_utils.cli import UserError
-from glm_utils.device import is_out_of_memory
+from glm_utils.device import out_of_memory_explained
 from glm_utils.encoding import EncodedExamples
 from glm_utils.training.memory_plan import MemoryPlan, make_plan
 from glm_utils.training.settings import TrainingSettings, examples_per_step, num_steps
@@ -119,14 +118,14 @@ def memory_explained(where: str, num_tokens: int, advice: Callable[[], str]) -> 
     Raises:
         UserError: The GPU or the host ran out of memory.
     """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
+
+    def message() -> str:
         used = f"{torch.cuda.max_memory_allocated() / GIB:.1f} GiB" if torch.cuda.is_available() else "all memory"
-        raise UserError(
+        return (
             f"out of memory in {where} on a batch of {num_tokens:,} tokens, {used} in use. {advice()}. Checkpoints "
             "written so far are complete: --resume_from_checkpoint latest continues from the last one, also with "
             "another batch size, as long as the number of examples per step stays the same"
-        ) from error
+        )
+
+    with out_of_memory_explained(message):
+        yield
