@@ -216,3 +216,11 @@ def nearest(name: str, known: Iterable[str], noun: str, prefix: str = "") -> str
     if close:
         return f"Did you mean {prefix}{close[0]}?"
     return f"Known {noun}: " + ", ".join(prefix + item for item in known)
+
+
+def printable(text: str) -> str:
+    """Return a text in which characters that could control a terminal are spelled out."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape", "backslashreplace").decode()
+        for character in text
+    )

@@ -9,11 +9,11 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 import generate as stage
 from glm_utils.checkpoint import open_checkpoint
-from glm_utils.cli import UserError, run_cli
+from glm_utils.cli import UserError, printable, run_cli
 from glm_utils.family import PROJECT_DIR
 from glm_utils.inference import answer_file, memory
 from glm_utils.inference.batch import GenerationSettings, generate_answers
-from glm_utils.inference.prompt_file import printable, read_prompts
+from glm_utils.inference.prompt_file import read_prompts
 from glm_utils.load_model import ModelSource, load_base_model
 
 MODEL = str(PROJECT_DIR / "models" / "chatglm2-tiny")

@@ -1,4 +1,4 @@
-"""Write the output of a job: the rows of the input with their answers, as JSONL or CSV."""
+"""Write the output of a job: the rows of the input with their answers, as JSONL, CSV or XLSX."""
 
 import csv
 import json
@@ -10,12 +10,14 @@ from pathlib import Path
 
 from loguru import logger
 
-from glm_utils.cli import UserError
+from glm_utils.cli import UserError, printable
+from glm_utils.data.xlsx_rows import import_openpyxl
 from glm_utils.files import atomic_files, check_writable
 from glm_utils.inference.partial_answers import json_line
-from glm_utils.inference.prompt_file import PromptRow, printable
+from glm_utils.inference.prompt_file import PromptRow
+from glm_utils.inference.workbook import write_workbook
 
-ENDINGS = (".jsonl", ".csv")
+ENDINGS = (".jsonl", ".csv", ".xlsx")
 ADDED_COLUMNS = ("sample", "answer", "num_tokens", "ended_by", "error")
 # What a spreadsheet takes for a formula, but for plain numbers. Source: OWASP, CSV injection.
 FORMULA, NUMBER = re.compile(r"[=+\-@\t\r\n＝＋－＠]"), re.compile(r"[+-]?\d+(\.\d+)?")
@@ -35,7 +37,11 @@ def check_output_path(output_path: str, data_path: str, overwrite: bool) -> Path
     """
     path = Path(output_path).expanduser()
     if path.suffix.lower() not in ENDINGS:
-        raise UserError(f"--output_path {output_path}: unknown ending {path.suffix!r}. Give a name in .jsonl or .csv")
+        raise UserError(
+            f"--output_path {output_path}: unknown ending {path.suffix!r}. Give a name in .jsonl, .csv or .xlsx"
+        )
+    if path.suffix.lower() == ".xlsx":
+        import_openpyxl(path, "writes")
     if path.is_dir():
         raise UserError(f"--output_path {output_path}: a directory. Give a file in it")
     if path.resolve() == Path(data_path).expanduser().resolve():
@@ -84,7 +90,7 @@ def write_output(path: Path, rows: list[dict], record: dict) -> None:
     """Write the output and, beside it, NAME.run_config.json, atomically.
 
     Args:
-        path: .jsonl or .csv.
+        path: .jsonl, .csv or .xlsx.
         rows: See `output_rows`.
         record: What the run was.
 
@@ -93,8 +99,7 @@ def write_output(path: Path, rows: list[dict], record: dict) -> None:
     """
     try:
         with atomic_files(path.parent, last=path.name) as temporary_dir:
-            write = write_csv if path.suffix.lower() == ".csv" else write_jsonl
-            write(temporary_dir / path.name, rows)
+            WRITERS[path.suffix.lower()](temporary_dir / path.name, rows)
             with (temporary_dir / path.name).open("rb") as file:
                 os.fsync(file.fileno())  # the partial answers are deleted afterwards
             text = json.dumps(record, ensure_ascii=False, indent=2, default=str) + "\n"
@@ -113,12 +118,23 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
 
 def write_csv(path: Path, rows: list[dict]) -> None:
     """Write a table that spreadsheets read as UTF-8 and in which nothing is a formula."""
-    added = [name for name in ADDED_COLUMNS if any(name in row for row in rows)]
-    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in added] + added
+    names = column_names(rows)
     with path.open("w", encoding="utf-8-sig", errors="replace", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(map(csv_field, names))
         writer.writerows([csv_field(row.get(name)) for name in names] for row in rows)
+
+
+def write_table(path: Path, rows: list[dict]) -> None:
+    """Write a workbook."""
+    names = column_names(rows)
+    write_workbook(path, names, ([row.get(name) for name in names] for row in rows))
+
+
+def column_names(rows: list[dict]) -> list[str]:
+    """Return the columns of all rows, those of the output last."""
+    added = [name for name in ADDED_COLUMNS if any(name in row for row in rows)]
+    return [name for name in dict.fromkeys(name for row in rows for name in row) if name not in added] + added
 
 
 def csv_field(value: object) -> str:
@@ -127,6 +143,9 @@ def csv_field(value: object) -> str:
         return ""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return f"'{text}" if FORMULA.match(text) and not NUMBER.fullmatch(text) else text
+
+
+WRITERS = {".jsonl": write_jsonl, ".csv": write_csv, ".xlsx": write_table}
 
 
 def log_errors(rows: Sequence[PromptRow], most: int = 10) -> None:
