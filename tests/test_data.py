@@ -78,8 +78,9 @@ def test_line_separators_inside_a_text_split_no_example(write):
         (
             lines(EXAMPLE, {"question": "a", "answer": "b"}),
             2,
-            "the example has no 'instruction' (its keys: question, answer)",
+            "data.json:1 is instruction/output. One file has one form: split it",
         ),
+        (lines(EXAMPLE, {"text": "a"}), 2, "the example has no 'instruction' (its keys: text)"),
         (lines({"content": "a"}), 1, "the example has no 'summary'"),
         (lines({**EXAMPLE, "output": ""}), 1, "the output is empty"),
         (lines({**EXAMPLE, "instruction": " "}), 1, "the instruction is empty"),

@@ -3,6 +3,7 @@
 import csv
 import json
 
+import openpyxl
 import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -213,10 +214,14 @@ def test_keys_tell_sequences_apart(sibling):
         ("a.jsonl", jsonl({"content": "甲", "summary": "x"}, {"content": "乙"}), ["甲", "乙"]),
         ("a.json", json.dumps([{"instruction": "甲", "input": "乙", "output": ""}]), ["甲\n乙"]),
         ("a.jsonl", jsonl({"messages": [{"role": "user", "content": "甲"}]}), ["甲"]),
-        ("a.jsonl", jsonl({"question": "甲", "content_id": 3}, {"prompt": "乙", "query": "丙"}), ["甲", "乙"]),
+        ("a.jsonl", jsonl({"question": "甲", "content_id": 3}, {"question": "乙"}), ["甲", "乙"]),
+        ("a.jsonl", jsonl({"prompt": "甲", "query": "丙"}), ["甲"]),
+        ("a.jsonl", jsonl({"conversations": [{"from": "human", "value": "甲"}], "system": "乙"}), ["乙\n甲"]),
         ("a.txt", "\ufeff甲\r\n\n乙 丙\n", ["甲", "乙 丙"]),
         ("a.csv", '\ufeffid,query\r\n1,甲\r\n\r\n2,"乙\n丙"\r\n', ["甲", "乙\n丙"]),
         ("a.csv", "instruction,input\n甲,乙\n丙,\n", ["甲\n乙", "丙"]),
+        ("a.csv", "id;question\n1;甲\n", ["甲"]),
+        ("a.tsv", "id\tquestion\n1\t甲\n", ["甲"]),
         ("data", jsonl({"content": "甲"}), ["甲"]),
     ],
 )
@@ -228,8 +233,8 @@ def test_earlier_turns_are_read(write):
     turns = {"system": "s", "user": "a", "assistant": "b"}
     messages = [{"role": role, "content": text} for role, text in turns.items()]
     messages += [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
-    path = write("a.jsonl", jsonl({"messages": messages}, {"instruction": "q", "history": [["a", "b"]]}))
-    first, second = read_prompts(path, None)
+    (first,) = read_prompts(write("a.jsonl", jsonl({"messages": messages})), None)
+    (second,) = read_prompts(write("b.jsonl", jsonl({"instruction": "q", "history": [["a", "b"]]})), None)
     assert (first.query, first.history) == ("c", (("s\na", "b"),))
     assert (second.query, second.history) == ("q", (("a", "b"),))
 
@@ -242,23 +247,24 @@ def test_prompt_column_is_chosen(write):
 @pytest.mark.parametrize(
     ("name", "content", "column", "message"),
     [
-        ("a.csv", "id,questoin\n1,x\n", None, r"a\.csv:1: no column content, .*Did you mean questoin\?"),
-        ("a.csv", "id,text\n1,x\n", None, r"Columns: id, text\. Name the prompt's with --prompt_column"),
+        ("a.csv", "id,questoin\n1,x\n", None, r"a\.csv:1: unknown form .*Is 'questoin' meant for 'question'\?"),
+        ("a.csv", "id,text\n1,x\n", None, r"unknown form \(its keys: id, text\)[\s\S]*name them with --prompt_column"),
         ("a.csv", "id,text\n1,x\n", "txet", r"no column 'txet' .*Did you mean text\?"),
         ("a.csv", "id,id\n1,x\n", None, r"column 'id' stands twice"),
-        ("a.csv", "id;question\n1;x\n", None, r"one column, 'id;question'\. Separate columns by commas"),
+        ("a.csv", "a;b,c\n1;x,y\n", None, r"a\.csv:1: are the columns separated by commas or semicolons\?"),
         ("a.csv", 'question\nx\n"y\n', None, r"a\.csv:3: broken CSV"),
         ("a.csv", "question\n", None, "no prompts in it"),
-        ("a.csv", "que\x1b[31mstion\n1\n", None, r"Did you mean que\\x1b\[31mstion"),
+        ("a.csv", "que\x1b[31mstion\n1\n", None, r"its keys: que\\x1b\[31mstion"),
         ("a.txt", "\n \n", None, "no prompts in it"),
         ("a.txt", "x\n", "y", "text without columns"),
-        ("a.xlsx", "PK", None, r'a spreadsheet\. Save it as "CSV UTF-8"'),
-        ("a.data", "x", None, r"unknown form.*\.csv"),
+        ("a.xlsx", "PK", None, r"not a workbook .*Save it anew as \.xlsx, or as CSV UTF-8"),
+        ("a.xls", "x", None, r"another kind\. Save it as \.xlsx or as CSV UTF-8"),
+        ("a.data", "x", None, r"unknown kind of file.*\.csv"),
         (
             "a.jsonl",
             jsonl({"text": "x"}),
             None,
-            r"no row can be answered\. The first: .*a\.jsonl:1: no column content",
+            r"no row can be answered\. The first: .*a\.jsonl:1: unknown form \(its keys: text\)",
         ),
         ("a.json", '[{"content": "x"}', None, r"a\.json:1: broken JSON"),
     ],
@@ -268,14 +274,19 @@ def test_faults_of_a_file(write, name, content, column, message):
         read_prompts(write(name, content), column)
 
 
-@pytest.mark.parametrize(
-    ("encoding", "message"), [("gb18030", r"GBK \(GB18030\): convert it \(iconv -f gb18030"), ("utf-16", "UTF-16")]
-)
-def test_other_encodings_are_named(run, tmp_path, no_loading, encoding, message):
+@pytest.mark.parametrize(("encoding", "title"), [("gb18030", "GBK (GB18030)"), ("utf-16", "UTF-16")])
+def test_other_encodings_are_read_and_said_once(tmp_path, log_lines, encoding, title):
     path = tmp_path / "in.csv"
-    path.write_bytes("编号,question\n1,类型#裙\n".encode(encoding))
-    with pytest.raises(UserError, match=f"in.csv:1: not UTF-8. It reads as {message}.*CSV UTF-8"):
-        run(path)
+    path.write_bytes("编号,question\n1,类型#裙\n2,类型#裤\n".encode(encoding))
+    assert [row.query for row in read_prompts(path, None)] == ["类型#裙", "类型#裤"]
+    assert log_lines == [f"INFO {path}: not UTF-8, read as {title}, e.g. '编号,question'"]
+
+
+def test_a_row_in_another_form_is_not_answered(write):
+    path = write("a.jsonl", jsonl({"content": "甲"}, {"query": "乙"}))
+    first, second = read_prompts(path, None)
+    assert (first.query, first.error) == ("甲", None)
+    assert f"{path}:2: the form is query/response, but {path}:1 is content/summary" in second.error
 
 
 # ---- whole runs
@@ -315,6 +326,29 @@ def test_csv_to_csv(run, write):
     assert [rows[index][2] for index in (0, 2, 4)] == ["'=1+1", "'+86 1", "'@x"]
     assert f"{path}:5: the prompt is empty" in rows[4][7]
     assert f"{path}:6: 4 fields, the header has 3" in rows[5][7]
+
+
+def test_workbook_to_workbook(run, write, tmp_path, log_lines):
+    """Texts stay what they are and nothing is a formula; values that a spreadsheet would change are texts."""
+    values = {
+        "note": "=1+1",
+        "phone": "+86 1",
+        "id": 12345678901234567890,
+        "list": [1, "\ud83d"],
+        "bell": "a\x07_x0041_",
+    }
+    path = write("in.jsonl", jsonl({"content": "类型#裙", "n": 1.5, "long": "长" * 40_000, **values}))
+    run(path, "out.xlsx")
+    header, row = openpyxl.load_workbook(tmp_path / "out.xlsx")["answers"].iter_rows()
+    cells = {name.value: cell for name, cell in zip(header, row, strict=True)}
+    assert list(cells) == ["content", "n", "long", *values, "answer", "num_tokens", "ended_by"]
+    assert {cell.data_type for name, cell in cells.items() if name not in ("n", "num_tokens")} == {"s"}
+    assert [cells[name].value for name in ("n", "note", "phone")] == [1.5, "=1+1", "+86 1"]
+    assert cells["note"].quotePrefix  # stays a text when somebody edits it
+    assert cells["id"].value == "12345678901234567890"
+    assert any("texts of 1 rows are truncated to 32,767 characters" in line for line in log_lines)
+    run(tmp_path / "out.xlsx", "again.xlsx")
+    assert read_prompts(tmp_path / "again.xlsx", None)[0].columns["bell"] == "a\x07_x0041_"
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+x", "-x", "@x", "\tx", "\rx", "＝1", "-1+cmd|' /C calc'!A0"])
@@ -426,7 +460,7 @@ def test_complete_answers_need_no_model(run, write, monkeypatch, no_loading, tmp
         ({"model_path": None}, "neither is given"),
         ({"lora_path": "x"}, "both are given"),
         ({"device": "tpu"}, "--device tpu"),
-        ({"name": "out.xlsx"}, r"unknown ending '.xlsx'. Give a name in .jsonl or .csv"),
+        ({"name": "out.ods"}, r"unknown ending '.ods'. Give a name in .jsonl, .csv or .xlsx"),
         ({"name": "in.csv"}, "the file of prompts itself"),
         ({"name": "there.csv"}, "there.csv: exists. Give another file, or --overwrite"),
         ({"name": "dir.csv"}, "a directory"),

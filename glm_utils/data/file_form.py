@@ -100,7 +100,8 @@ class FileForm:
             return printable(f"{where}: no column {key!r} ({flag}). {nearest(key, show_list(keys), 'columns')}")
         close = difflib.get_close_matches(key, [name for name in keys if name not in self.form.keys], n=1)
         hint = f"Is {close[0]!r} meant? Rename it" if close else f"Expected {self.form.description}"
-        return printable(f"{where}: the example has no {key!r} ({show_keys(keys)}). {hint}")
+        subject = "header" if self.in_table else "example"
+        return printable(f"{where}: the {subject} has no {key!r} ({show_keys(keys)}). {hint}")
 
     def _meant(self, key: str, keys: Collection[str]) -> str | None:
         """Return the absent key of the form that a key is probably a misspelling of."""

@@ -20,7 +20,7 @@ def find_files(paths: Path | str | Sequence[Path | str]) -> list[Path]:
     """
     names = [paths] if isinstance(paths, Path | str) else paths
     found: list[Path] = []
-    for name in names:
+    for name in filter(str, names):
         whole = str(Path(name).expanduser())
         parts = [whole] if is_there(whole) else [part.strip() for part in whole.split(",")]
         found += [path for part in parts if part for path in expand(part)]

@@ -55,7 +55,7 @@ def read_lines(path: Path, text: str) -> Iterator[Row]:
     for number, line in enumerate(split_lines(text), start=1):
         if line.strip():
             row = parse_line(line, f"{path}:{number}", decoder)
-            if first and row.error and len(text) < MAX_CHARACTERS_TRIED:
+            if first and row.error and len(line) < len(text) < MAX_CHARACTERS_TRIED:
                 refuse_single_object(path, text)
             first = False
             yield row

@@ -1,5 +1,6 @@
 """The text of a data file: UTF-8, and what Excel, WPS and Windows write instead, recognized and read directly."""
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ MAX_UTF8 = (
     0.2  # share of bytes beyond ASCII that are characters of UTF-8, from which a file is taken for damaged UTF-8
 )
 UTF8_CHARACTER = re.compile(rb"[\xe2-\xef][\x80-\xbf]{2}")
+CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f]")  # which a text does not have
 SHOWN_CHARACTERS = 16
 BINARIES = {  # by their first bytes: what it is, and what to do
     b"PK\x03\x04": ("a ZIP file", "Unpack it; a workbook needs the ending .xlsx"),
@@ -51,15 +53,16 @@ def check_file(path: Path, remedy: str) -> None:
         UserError: It is missing, a directory, cannot be read, or too large.
     """
     try:
-        if path.is_dir():
-            raise UserError(printable(f"{path}: a directory. Name its files, e.g. {path}/*.jsonl"))
-        if not path.is_file():
-            raise UserError(printable(f"{path}: no such file. {remedy}"))
-        num_bytes = path.stat().st_size
-        with path.open("rb"):
-            pass
-    except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
-        raise UserError(printable(f"{path}: cannot be read ({error}). {remedy}")) from error
+        is_dir, is_file = path.is_dir(), path.is_file()
+        num_bytes = path.stat().st_size if is_file else 0
+    except (OSError, ValueError):  # a name that is too long or holds a NUL character
+        is_dir = is_file = False
+    if is_dir:
+        raise UserError(printable(f"{path}: a directory. Name its files, e.g. {path}/*.jsonl"))
+    if not is_file:
+        raise UserError(printable(f"{path}: no such file. {remedy}"))
+    if not os.access(path, os.R_OK):
+        raise UserError(printable(f"{path}: cannot be read, permission denied"))
     if num_bytes > MAX_TEXT_BYTES:
         raise UserError(
             printable(f"{path}: {num_bytes / 1e9:.1f} GB, at most {MAX_TEXT_BYTES / 1e9:.1f} GB are read. Split it")
@@ -131,7 +134,7 @@ def is_decodable(data: bytes, encoding: str) -> bool:
         text = data.decode(encoding)
     except UnicodeDecodeError:
         return False
-    return "\0" not in text
+    return encoding == "gb18030" or not CONTROL.search(text)  # bytes in pairs are almost always some UTF-16
 
 
 def looks_like_gbk(data: bytes, start: int) -> bool:

@@ -157,45 +157,51 @@ def choose_sheet(path: Path, workbook: Any, sheet: str | None) -> tuple[Any, She
 
 
 def inspect_sheet(path: Path, workbook: Any, sheet: Any) -> SheetFacts:
-    """Find what openpyxl's reader of rows does not tell.
+    """Find what openpyxl's reader of rows does not tell, and what would mislead it.
 
     Raises:
-        UserError: A cell lies outside of what a sheet can hold.
+        UserError: A row or a cell lies outside of what a sheet can hold, or rows are out of order.
     """
-    facts, data, place = SheetFacts(), None, (0, 0)
+    facts, data, last_row = SheetFacts(), None, 0
     with workbook._archive.open(sheet._worksheet_path) as file:  # no public name leads there
         for event, element in ElementTree.iterparse(file, ("start", "end")):
             tag = element.tag.rpartition("}")[2]
             if event == "start":
                 data = element if tag == "sheetData" else data
-                place = (int(element.get("r", place[0] + 1)), 0) if tag == "row" else place
-                continue
-            place = find_place(element.get("r"), *place) if tag == "c" else place
-            if tag in ("row", "c") and not (0 < place[0] <= MAX_ROWS and place[1] <= MAX_SHEET_COLUMNS):
-                found = f"{tag} {element.get('r', '')!r}, beyond what a sheet holds"
-                raise UserError(
-                    printable(f"{path}: damaged, sheet {sheet.title!r} has {found}. Save it anew as .xlsx")
-                )
-            if tag == "c":
-                note_cell(facts, element, place)
             elif tag == "mergeCell":
                 facts.merged.append(element.get("ref", "?"))
-            elif tag == "row" and data is not None:
-                data.clear()  # what was read need not stay in memory
+            elif tag == "row":
+                row = int(element.get("r", last_row + 1))
+                if not last_row < row <= MAX_ROWS or not inspect_row(facts, element, row):
+                    raise UserError(
+                        printable(f"{path}: damaged, row {row} of sheet {sheet.title!r} is out of place. Save it anew")
+                    )
+                last_row = row
+                if data is not None:
+                    data.clear()  # what was read need not stay in memory
     return facts
 
 
-def find_place(reference: str | None, row: int, column: int) -> tuple[int, int]:
-    """Return row and column of a cell: the next one if it does not say, outside of any sheet if it is no reference."""
+def inspect_row(facts: SheetFacts, element: ElementTree.Element, row: int) -> bool:
+    """Note the cells of a row; return whether all lie in columns that a sheet has."""
+    column = 0
+    for cell in element:
+        column = find_column(cell.get("r"), row, column)
+        if not 0 < column <= MAX_SHEET_COLUMNS:
+            return False
+        note_cell(facts, cell, (row, column))
+    return True
+
+
+def find_column(reference: str | None, row: int, column: int) -> int:
+    """Return the column of a cell: the next one if it does not say, 0 if it is not one of its row."""
     if reference is None:
-        return row, column + 1
+        return column + 1
     match = REFERENCE.fullmatch(reference)
-    if match is None:
-        return MAX_ROWS + 1, 0
     number = 0
-    for letter in match[1]:
+    for letter in match[1] if match and int(match[2]) == row else "":
         number = 26 * number + ord(letter) - ord("A") + 1
-    return int(match[2]), number
+    return number
 
 
 def note_cell(facts: SheetFacts, cell: ElementTree.Element, place: tuple[int, int]) -> None:
