@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from glm_utils.data.forms import KNOWN_KEYS, Columns
 from tests.data_files import ROWS, write_sheets
 
-MIN_CASES = 25  # of each property, in `make test`
+MIN_CASES = 60  # of each property, in `make test`
 ENCODINGS = ("utf-8", "utf-8-sig", "gb18030", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1", "big5")
 KEYS = sorted(KNOWN_KEYS) + ["histroy", "ouput", "System", "role", "from", "value", "id", ""]
 CSV_PARTS = [*KEYS, ",", ";", "\t", "\n", "\r\n", '"', '""', "=1+1", "\0", "\ufeff", "中文", "[[", '[["a", "b"]]']

@@ -1,6 +1,10 @@
 """Forms of data: the same content is the same tokens whatever its form, layout and encoding; nothing is dropped."""
 
 import json
+import pickle
+import re
+import subprocess
+import sys
 
 import pytest
 
@@ -8,7 +12,7 @@ from glm_utils.checkpoint import open_checkpoint
 from glm_utils.cli import UserError
 from glm_utils.data import read_data, read_examples
 from glm_utils.data.find_files import find_files
-from glm_utils.data.forms import FORMS, ChatForm, Columns
+from glm_utils.data.forms import FORMS, ChatForm, Columns, find_form
 from glm_utils.encoding import EncodingLimits, encode_examples
 from glm_utils.family import PROJECT_DIR
 from tests.data_files import HISTORY, MESSAGES, PAIR, ROWS, SYSTEM, jsonl, write_as
@@ -364,7 +368,6 @@ def test_history_of_json_in_a_cell(tmp_path):
 
 def test_parsing_stands_on_the_row_alone(tmp_path):
     """A row parsed later, by its file's form, is the example that reading the file gives."""
-    import pickle
 
     from glm_utils.data.file_form import FileForm
     from glm_utils.data.json_rows import parse_line
@@ -373,3 +376,41 @@ def test_parsing_stands_on_the_row_alone(tmp_path):
     form = pickle.loads(pickle.dumps(FileForm(FORMS[1], f"{path}:1")))
     row = parse_line(json.dumps(ROWS["conversations"]), f"{path}:1")
     assert [form.parse(row.value, row.where)] == read_examples(path)
+
+
+# ---- the documentation
+
+
+def documented(name, language):
+    """Return the fenced blocks of a page in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", (PROJECT_DIR / name).read_text("utf-8"), re.M | re.S)
+
+
+@pytest.mark.parametrize("name", ["data/README", "docs/training"])
+@pytest.mark.parametrize("ending", [".md", "_zh.md"])
+def test_every_documented_example_is_read(tmp_path, log_lines, name, ending):
+    """Each line is a file of its own; every form has one, and nothing in them is left unread."""
+    examples = [line for line in documented(name + ending, "json")[-1].splitlines() if line.strip()]
+    forms = [find_form(json.loads(line)).name for line in examples]
+    assert sorted(forms) == sorted(form.name for form in FORMS)
+    for line in examples:
+        path = tmp_path / "a.jsonl"
+        path.write_text(line, "utf-8")
+        assert len(read_examples(path)) == 1
+    assert log_lines == []
+
+
+def test_documented_tables_are_read(tmp_path):
+    (english,), (chinese,) = documented("data/README.md", "csv"), documented("data/README_zh.md", "csv")
+    assert english == chinese
+    path = tmp_path / "a.csv"
+    path.write_text(english, "utf-8")
+    first, second = read_examples(path)
+    assert (first.history, second.history) == ((), ((first.query, first.answer),))
+
+
+def test_the_data_readers_need_no_torch():
+    """They are imported by tools that have to answer at once."""
+    code = "import sys, glm_utils.data; print(*{'torch', 'transformers', 'openpyxl'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=PROJECT_DIR, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == ""
