@@ -58,8 +58,9 @@ def report_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluation")
     lines = (PROJECT_DIR / "data/dev.jsonl").read_text("utf-8").splitlines()[:6]
     rows = [json.loads(line) for line in lines]
-    rows[0]["content"] += f"*风格#{DANGEROUS}"
-    rows[1]["summary"] += DANGEROUS
+    readable = DANGEROUS.replace("\ud800", "")  # half a character is refused when data is read
+    rows[0]["content"] += f"*风格#{readable}"
+    rows[1]["summary"] += readable
     (folder / "data.json").write_text(json.dumps(rows), "utf-8")
     stage.evaluate_adapter(
         lora_path=str(make_adapter(PROJECT_DIR / "models/chatglm2-tiny", folder / "adapter")),
@@ -514,7 +515,7 @@ def test_bad_input_is_one_line(arguments, message):
 def test_misspelled_answer_column_is_named(write, tmp_path):
     data = write("data.jsonl", '{"instruction": "a", "ouput": "b"}')
     paths = [str(PROJECT_DIR / "models/chatglm2-tiny")] * 2
-    with pytest.raises(UserError, match="has no 'output'.*Is 'ouput' meant"):
+    with pytest.raises(UserError, match=r"'ouput' is not read\. Is 'output' meant\?"):
         stage.evaluate_adapter(model_path=paths, data_path=str(data), output_dir=str(tmp_path / "report"))
 
 

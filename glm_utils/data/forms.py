@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from glm_utils.cli import UserError
@@ -58,7 +59,7 @@ class PairForm:
     extra: str | None = None
     history: str = "history"
 
-    @property
+    @cached_property
     def keys(self) -> tuple[str, ...]:
         """All keys that are read."""
         return tuple(key for key in (self.prompt, self.answer, self.extra, self.history, "system") if key)
@@ -95,7 +96,7 @@ class ChatForm:
 
     answer = None
 
-    @property
+    @cached_property
     def keys(self) -> tuple[str, ...]:
         """All keys that are read."""
         return (self.prompt, "system")

@@ -129,11 +129,12 @@ def read_rows(path: Path, answers: Answers, columns: Columns, report: DataReport
         report.num_rows[name] += 1
         if form is None and isinstance(row.value, dict) and row.error is None:
             found = find_form(row.value, columns)
-            form = FileForm(found, row.where, answers, columns) if found else None
+            if found:
+                form = FileForm(found, row.where, answers, columns)
+            else:
+                report.help_text = FORMS_HELP
         read = apply_form(row, form, answers)
-        if form is None and read.error and isinstance(row.value, dict) and row.error is None:
-            report.help_text = FORMS_HELP
-        elif form and read.example and answers != "ignored":  # rows of prompts are written out again as they are
+        if form and read.example and answers != "ignored":  # rows of prompts are written out again as they are
             report.add_unread(name, form.unread(row.value))
         yield read
 
