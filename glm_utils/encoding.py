@@ -1,7 +1,7 @@
 """Turn examples into token ids and batches: prompt and answer, truncation, labels, padding and packing.
 
-data.py reads the files. The prompt comes from the tokenizer's one prompt builder, which `chat` uses too, and text
-typed by users cannot become control tokens. Labels cover only the answer and the end token.
+glm_utils/data reads the files. The prompt comes from the tokenizer's one prompt builder, which `chat` uses too, and
+text typed by users cannot become control tokens. Labels cover only the answer and the end token.
 """
 
 import bisect

@@ -1,5 +1,6 @@
 """Hostile data files for hypothesis: nearly right, damaged, and nothing like data. HOSTILE_CASES scales the number."""
 
+import csv
 import io
 import json
 import os
@@ -8,7 +9,7 @@ import zipfile
 from hypothesis import strategies as st
 
 from glm_utils.data.forms import KNOWN_KEYS, Columns
-from tests.data_files import ROWS, write_sheets
+from tests.data_files import ROWS, cells_of, write_sheets
 
 MIN_CASES = 60  # of each property, in `make test`
 ENCODINGS = ("utf-8", "utf-8-sig", "gb18030", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1", "big5")
@@ -22,6 +23,7 @@ def num_cases(share=1.0):
     return max(MIN_CASES, int(int(os.environ.get("HOSTILE_CASES", "0")) * share))
 
 
+encodings = st.just("utf-8") | st.sampled_from(ENCODINGS)
 texts = st.text(max_size=8) | st.sampled_from(
     ["", " ", "中文", "\0", "\x1b[2J", "\u2028", "\ud83d", "a" * 300, "1e999"]
 )
@@ -34,10 +36,10 @@ json_values = st.recursive(
 
 
 @st.composite
-def rows(draw):
-    """A row of some form in which something may be replaced, missing, renamed or added."""
-    row = json.loads(json.dumps(draw(st.sampled_from(list(ROWS.values())))))
-    for _ in range(draw(st.integers(0, 2))):
+def rows(draw, name=None):
+    """A row of some form, in which something may be replaced, missing, renamed or added."""
+    row = json.loads(json.dumps(ROWS[name or draw(st.sampled_from(list(ROWS)))]))
+    for _ in range(draw(st.sampled_from([0, 0, 0, 1, 2]))):
         key = draw(st.sampled_from(list(row) or ["id"]))
         change = draw(st.sampled_from(["replace", "delete", "rename", "add", "inside"]))
         if change in ("delete", "rename"):
@@ -65,34 +67,41 @@ def damaged(data):
         }[change]
 
     pieces = st.binary(max_size=4) | st.sampled_from([b"\0", b"\xff\xfe", b'"', b"\n", b"{", b"]", b"\x1a", b"\xc3"])
-    changes = st.sampled_from(["none", "cut", "insert", "replace", "double"])
+    changes = st.sampled_from(["none", "none", "none", "none", "cut", "insert", "replace", "double"])
     return st.builds(damage, changes, st.floats(0, 1), pieces)
 
 
 @st.composite
 def json_files(draw):
-    """JSON lines or a list of nearly right rows, in some encoding, perhaps damaged."""
-    values = draw(st.lists(rows() | json_values, max_size=4))
-    text = (
-        "".join(json.dumps(value) + "\n" for value in values) if draw(st.booleans()) else json.dumps(values, indent=1)
-    )
+    """JSON lines or a list, mostly of nearly right rows of one form, in some encoding, perhaps damaged."""
+    form = st.just(draw(st.sampled_from(list(ROWS))) if draw(st.integers(0, 3)) else None)
+    row = form.flatmap(rows) if draw(st.integers(0, 3)) else rows() | json_values
+    values = draw(st.lists(row, min_size=draw(st.sampled_from([0, 1, 1, 1])), max_size=4))
     if draw(st.booleans()):
-        text = text.encode().decode("unicode_escape", "replace")
-    return draw(damaged(text.encode(draw(st.sampled_from(ENCODINGS)), "replace")))
+        text = "".join(json.dumps(value, ensure_ascii=draw(st.booleans())) + "\n" for value in values)
+    else:
+        text = json.dumps(values, indent=1)
+    return draw(damaged(text.encode(draw(encodings), "replace")))
 
 
 @st.composite
 def csv_files(draw):
-    """Pieces of tables in any order, in some encoding, perhaps damaged."""
-    text = "".join(draw(st.lists(st.sampled_from(CSV_PARTS) | texts, max_size=30)))
-    if draw(st.booleans()):
-        text = draw(st.sampled_from(["question,answer\n", "query;response;history\n", "messages\tid\n"])) + text
-    return draw(damaged(text.encode(draw(st.sampled_from(ENCODINGS)), "replace")))
+    """A table of nearly right rows, or its pieces in any order, in some encoding, perhaps damaged."""
+    if draw(st.integers(0, 2)):
+        name, delimiter = draw(st.sampled_from(list(ROWS))), draw(st.sampled_from(",;\t|"))
+        table = [list(ROWS[name]), *(cells_of(row) for row in draw(st.lists(rows(name), min_size=1, max_size=3)))]
+        buffer = io.StringIO()
+        csv.writer(buffer, delimiter=delimiter).writerows(table)
+        text = buffer.getvalue()
+    else:
+        text = draw(st.sampled_from(["", "question,answer\n", "query;response;history\n", "messages\tid\n"]))
+        text += "".join(draw(st.lists(st.sampled_from(CSV_PARTS) | texts, max_size=30)))
+    return draw(damaged(text.encode(draw(encodings), "replace")))
 
 
 def workbook_files(tmp_path):
     """Workbooks of which a part or the archive is damaged."""
-    path = write_sheets(tmp_path / "whole.xlsx", {"a": [["question", "answer"], ["b", 1.5], ["=c", True]], "d": []})
+    path = write_sheets(tmp_path / "whole.xlsx", {"a": [["question", "answer"], ["b", 1.5], ["c", True]], "d": []})
     whole = path.read_bytes()
     with zipfile.ZipFile(path) as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}

@@ -99,7 +99,7 @@ def test_a_row_of_several_lines_is_named_by_its_first(csv_file):
     ("text", "message"),
     [
         ("question,answer\na,b,c\n", ":2: 3 fields, the header has 2. Quote fields that hold a separator"),
-        ("question,answer\na\n", ":2: 1 fields, the header has 2"),
+        ("question,answer\na\n", ":2: 1 field, the header has 2"),
         ('question,answer\na,b\n"c,d\n', ":3: broken CSV"),
         ('question,answer\n"a"x,b\n', ":2: broken CSV"),
         ("question,answer,answer\na,b,c\n", ":1: column 'answer' stands twice in the header"),

@@ -144,7 +144,7 @@ def check_object(value: object, where: str) -> dict:
         UserError: It is something else.
     """
     if not isinstance(value, dict):
-        raise UserError(f"{where}: the example is {type(value).__name__}, expected an object with one of these forms")
+        raise UserError(f"{where}: the example is {type(value).__name__}, expected an object")
     return value
 
 

@@ -112,6 +112,7 @@ def make_row(header: tuple[str, ...], fields: Sequence[str], where: str) -> Row:
     cells = dict(zip(header, fields, strict=False))
     extra = len(strip_empty(fields)) > len(header)
     if extra or len(fields) < len(header):
-        error = f"{where}: {len(fields)} fields, the header has {len(header)}. Quote fields that hold a separator"
+        count = f"{len(fields)} field{'s' if len(fields) > 1 else ''}"
+        error = f"{where}: {count}, the header has {len(header)}. Quote fields that hold a separator"
         return Row(where, cells, error)
     return Row(where, cells)
