@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 
 import openpyxl
 import pytest
@@ -37,14 +38,14 @@ def tiny(family_name):
 
 @pytest.fixture
 def run(tmp_path):
-    """Run the stage on a file; return the rows of its output, or the bytes of a CSV."""
+    """Run the stage on a file; return the rows of its output, or the bytes of a table."""
 
     def run_stage(path, name="out.jsonl", **flags):
         output = tmp_path / name
         flags = {"model_path": MODEL, "max_new_tokens": 12, "temperature": 0.0, **flags}
         stage.generate(data_path=str(path), output_path=str(output), **flags)
         assert not output.with_name(f"{name}.partial.jsonl").exists()
-        if name.endswith(".csv"):
+        if name.endswith((".csv", ".xlsx")):
             return output.read_bytes()
         return [json.loads(line) for line in output.read_text("utf-8").splitlines()]
 
@@ -334,7 +335,7 @@ def test_workbook_to_workbook(run, write, tmp_path, log_lines):
         "note": "=1+1",
         "phone": "+86 1",
         "id": 12345678901234567890,
-        "list": [1, "\ud83d"],
+        "list": [1],
         "bell": "a\x07_x0041_",
     }
     path = write("in.jsonl", jsonl({"content": "类型#裙", "n": 1.5, "long": "长" * 40_000, **values}))
@@ -349,6 +350,21 @@ def test_workbook_to_workbook(run, write, tmp_path, log_lines):
     assert any("texts of 1 rows are truncated to 32,767 characters" in line for line in log_lines)
     run(tmp_path / "out.xlsx", "again.xlsx")
     assert read_prompts(tmp_path / "again.xlsx", None)[0].columns["bell"] == "a\x07_x0041_"
+
+
+def test_a_table_that_no_sheet_holds_keeps_its_answers(run, write, tmp_path, monkeypatch):
+    monkeypatch.setattr("glm_utils.inference.workbook.MAX_ROWS", 1)
+    with pytest.raises(UserError, match=r"out\.xlsx: a sheet holds 1 rows .*Give an output in \.csv"):
+        run(write("in.txt", "甲\n"), "out.xlsx")
+    assert not (tmp_path / "out.xlsx").exists()
+    monkeypatch.undo()
+    assert run(write("in.txt", "甲\n"), "out.xlsx").startswith(b"PK")
+
+
+def test_a_workbook_needs_its_package_before_any_work(run, write, no_loading, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    with pytest.raises(UserError, match=r"openpyxl, which writes XLSX, is not installed\. pip install"):
+        run(write("in.txt", "甲\n"), "out.xlsx")
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+x", "-x", "@x", "\tx", "\rx", "＝1", "-1+cmd|' /C calc'!A0"])
