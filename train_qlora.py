@@ -22,12 +22,13 @@ from glm_utils.cli import UserError, run_cli
 from glm_utils.device import resolve_device
 from glm_utils.encoding import EncodedExamples, encode_examples, show_example
 from glm_utils.evaluation.at_end import check_evaluation, evaluate_output
+from glm_utils.file_modes import give_usual_modes
 from glm_utils.files import atomic_files
 from glm_utils.training.curves import write_curves
 from glm_utils.training.lora_model import make_lora_model
+from glm_utils.training.output import claim_output
 from glm_utils.training.preflight import plan_run
 from glm_utils.training.record import TrainingRecord, begin_run, make_record
-from glm_utils.training.resume import choose_checkpoint
 from glm_utils.training.settings import TrainingSettings, read_inputs, resolve_settings
 from glm_utils.training.trainer import LoraTrainer, leave_process_group, make_trainer
 
@@ -66,7 +67,8 @@ def train_qlora(
         lora_rank: Rank of the LoRA matrices.
         lora_alpha: LoRA scale; the update is multiplied by lora_alpha / lora_rank.
         lora_dropout: Dropout before the LoRA matrices, from 0 to below 1.
-        resume_from_checkpoint: A checkpoint-N directory, or latest for the newest one of output_dir.
+        resume_from_checkpoint: A checkpoint-N directory, latest for the newest complete one of output_dir, or auto
+            for the same where there is one, else from scratch: one command for the first start and every restart.
         prompt_text: Text put before every question.
         compute_dtype: Dtype of the matmuls: fp32, fp16, bf16, or auto (bf16 on a GPU that supports it, else fp32).
         lora_targets: Modules that get LoRA: query_key_value, all-linear, or names joined by commas.
@@ -82,23 +84,26 @@ def train_qlora(
     if evaluate_after:
         check_evaluation_data(settings)
         check_evaluation(settings.output_dir)
-    checkpoint = choose_checkpoint(settings)
-    encoded = encode_data(settings)
-    model = make_lora_model(base, settings.compute_dtype, settings.lora_config, settings.training_args)
-    plan = plan_run(settings, model, encoded["train"])
-    if dry_run:
-        logger.info("dry run: nothing was trained or written")
-        leave_process_group()
-        return
-    record = make_record(settings, encoded)
-    begin = functools.partial(begin_run, settings, record, checkpoint)
-    trainer = make_trainer(settings, model, plan, encoded, begin)
-    results = run_trainer(trainer, checkpoint)
-    save_adapter(trainer, record, results)
-    trainer.end_processes()
-    if evaluate_after:
-        del model, trainer  # their memory is needed by the model that is judged, read back from the adapter's files
-        evaluate_run(settings)
+    with claim_output(settings, dry_run) as start:
+        if start.is_finished:
+            leave_process_group()
+            return
+        encoded = encode_data(settings)
+        model = make_lora_model(base, settings.compute_dtype, settings.lora_config, settings.training_args)
+        plan = plan_run(settings, model, encoded["train"])
+        if dry_run:
+            logger.info("dry run: nothing was trained or written")
+            leave_process_group()
+            return
+        record = make_record(settings, encoded)
+        begin = functools.partial(begin_run, settings, record, start.checkpoint)
+        trainer = make_trainer(settings, model, plan, encoded, begin)
+        results = run_trainer(trainer, start.checkpoint)
+        save_adapter(trainer, record, results)
+        trainer.end_processes()
+        if evaluate_after:
+            del model, trainer  # their memory is needed by the model that is judged, read back from the adapter's files
+            evaluate_run(settings)
 
 
 def check_evaluation_data(settings: TrainingSettings) -> None:
@@ -122,6 +127,8 @@ def encode_data(settings: TrainingSettings) -> dict[str, EncodedExamples]:
 def run_trainer(trainer: LoraTrainer, checkpoint: Path | None) -> dict:
     """Train, evaluate, write result files and loss curves; return all metrics."""
     metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+    if trainer.state.global_step == trainer.run_log.first_step:  # only the end was due
+        metrics.pop("train_loss")
     metrics["train_tokens_per_second"] = trainer.run_log.tokens_per_second(trainer.state)
     if torch.cuda.is_available():
         metrics["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
@@ -153,6 +160,7 @@ def save_adapter(trainer: Trainer, record: TrainingRecord, results: dict) -> Non
         trainer.model.save_pretrained(temporary_dir, save_embedding_layers=False)
         trainer.processing_class.save_pretrained(temporary_dir)
         (temporary_dir / "README.md").write_text(record.card(results), encoding="utf-8")
+        give_usual_modes(temporary_dir)
     losses = ", ".join(f"{key} {value:.4f}" for key, value in results.items() if key.endswith("loss"))
     num_bytes = (output_dir / "adapter_model.safetensors").stat().st_size
     logger.success(f"adapter written to {output_dir}: {num_bytes:,} bytes, {losses}")

@@ -8,6 +8,7 @@ removes it.
 import errno
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 from loguru import logger
 
 from glm_utils.cli import UserError
+from glm_utils.disk import sync
 
 LFS_MAGIC = b"version https://git-lfs"
 JSON_ERRORS = (ValueError, RecursionError)  # of json.loads; `json_fault` words them
@@ -166,10 +168,16 @@ def check_free_space(output_dir: Path, num_bytes: int) -> None:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Write a JSON file atomically."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    """Write a JSON file atomically; a link at its place, or at that of the temporary file, is not followed."""
+    temporary = path.with_name(f".incomplete-{secrets.token_hex(8)}")
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n")
+        sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
 
 
 @contextmanager
