@@ -144,11 +144,11 @@ def run_trainer(trainer: LoraTrainer, checkpoint: Path | None) -> dict:
 
 
 def last_evaluation(trainer: Trainer) -> dict:
-    """Return the metrics of an evaluation at the last step, if that evaluated the weights that are saved."""
-    reports = [report for report in trainer.state.log_history if "eval_loss" in report]
-    if trainer.args.load_best_model_at_end or not reports or reports[-1]["step"] != trainer.state.global_step:
-        return {}
-    return {key: value for key, value in reports[-1].items() if key.startswith("eval_") or key == "epoch"}
+    """Return the metrics of the last evaluation of the weights that are saved; nothing if there was none."""
+    step = trainer.kept_step
+    reports = [report for report in trainer.state.log_history if "eval_loss" in report and report["step"] == step]
+    found = reports[-1] if reports else {}
+    return {key: value for key, value in found.items() if key.startswith("eval_") or key == "epoch"}
 
 
 def save_adapter(trainer: Trainer, record: TrainingRecord, results: dict) -> None:
@@ -163,7 +163,8 @@ def save_adapter(trainer: Trainer, record: TrainingRecord, results: dict) -> Non
         give_usual_modes(temporary_dir)
     losses = ", ".join(f"{key} {value:.4f}" for key, value in results.items() if key.endswith("loss"))
     num_bytes = (output_dir / "adapter_model.safetensors").stat().st_size
-    logger.success(f"adapter written to {output_dir}: {num_bytes:,} bytes, {losses}")
+    best = "" if trainer.kept_step == trainer.state.global_step else f", of the best step, {trainer.kept_step}"
+    logger.success(f"adapter written to {output_dir}: {num_bytes:,} bytes, {losses}{best}")
 
 
 def evaluate_run(settings: TrainingSettings) -> None:

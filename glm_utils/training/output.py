@@ -35,7 +35,8 @@ def claim_output(settings: TrainingSettings, dry_run: bool) -> Iterator[Start]:
             check_writable(settings.output_dir, "output_dir")
             start = choose_start(settings)  # refused before anything is created
             if not dry_run:
-                stack.enter_context(lock_output(settings.output_dir / ".lock", f"output_dir {settings.output_dir}"))
+                what = f"output_dir {settings.output_dir}"
+                stack.enter_context(lock_output(settings.output_dir / ".lock", what, remove=True))
                 remove_leftovers(settings.output_dir)
                 start = choose_start(settings)  # a run that was waited for may have written more
             start.log()

@@ -215,7 +215,7 @@ def remove_earlier_run(output_dir: Path, overwrite: bool) -> None:
     for path in checkpoints:
         logger.warning(f"overwrite_output_dir: deleting {path}")
         remove_checkpoint(path)
-    remove_files(output_dir, (*ADAPTER_NAMES, *RESULT_NAMES, RUN_CONFIG_NAME))
+    remove_files(output_dir, (*ADAPTER_NAMES, *RESULT_NAMES))
 
 
 def remove_files(output_dir: Path, names: tuple[str, ...]) -> None:

@@ -141,6 +141,12 @@ class LoraTrainer(Trainer):
         path = Path(self.args.output_dir) / f"checkpoint-{best}"
         return str(path) if best and (best == self.state.global_step or path.is_dir()) else None
 
+    @property
+    def kept_step(self) -> int:
+        """The step after which the weights were as they are at the end: the last one, or the best checkpoint's."""
+        is_best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
+        return self.state.best_global_step if is_best else self.state.global_step
+
     def save_model(self, output_dir=None, _internal_call=False):
         """Save adapter, tokenizer and settings, without the token of the hub."""
         token, self.args.hub_token = self.args.hub_token, None
