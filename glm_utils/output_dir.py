@@ -75,7 +75,8 @@ def find_place(output_dir: Path, name: str) -> OutputPlace:
         return OutputPlace(target, inside=False)
     try:
         with tempfile.TemporaryFile(dir=target.parent):
-            return OutputPlace(target, inside=os.path.ismount(target))
+            # nor is the working directory renamed, which a shell would go on in
+            return OutputPlace(target, inside=os.path.ismount(target) or target == Path.cwd())
     except OSError:
         return OutputPlace(target, inside=True)
 
@@ -126,14 +127,7 @@ def check_replaceable(output_dir: Path, overwrite: bool, stage: str, inputs: Seq
 
 
 def check_unused(place: OutputPlace, output_dir: Path, overwrite: bool, stage: str) -> None:
-    """Refuse a directory that holds something else than an earlier output which may be replaced.
-
-    Args:
-        place: The directory.
-        output_dir: As it was given, for messages.
-        overwrite: Whether an earlier output of the same stage may be replaced.
-        stage: Name of the stage as its run_config.json records it.
-    """
+    """Refuse a directory, given as output_dir, that holds something else than an earlier output to be replaced."""
     if not place.entries:
         return
     if not overwrite:
