@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from loguru import logger
 
-from glm_utils.cli import check_minimums, run_cli
+from glm_utils.cli import UserError, check_minimums, run_cli
 from glm_utils.device import free_bytes, resolve_device
 from glm_utils.inference.measure import Workload, measure_model, stream_generate
 from glm_utils.inference.memory import copy_bandwidth
@@ -74,7 +74,12 @@ def inference_test(
         logger.info(f"{source.label}: {source.weight_format}, batch {batch_size}, {len(prompt)} + {new_tokens} tokens")
         workload = Workload(torch.tensor([prompt] * batch_size, device=device), new_tokens, loop_number, max_time)
         models.append(identify(source) | measure_model(source.load, make_generate, workload, bandwidth))
-    print(write_report({"arguments": arguments, "copy_bytes_per_second": bandwidth, "models": models}, output_json))
+    result = {"arguments": arguments, "copy_bytes_per_second": bandwidth, "models": models}
+    try:
+        print(write_report(result, output_json))
+    except UserError:  # the file cannot be written, but measuring took its time
+        print(write_report(result, None))
+        raise
 
 
 def as_list(paths: str | list[str] | None) -> list[str]:

@@ -24,11 +24,12 @@ from glm_utils.data import read_examples
 from glm_utils.device import resolve_device
 from glm_utils.evaluation.at_end import check_evaluation, evaluate_output
 from glm_utils.export import EXPORTS, ExportFormat
-from glm_utils.files import atomic_directory, check_free_space, write_json
+from glm_utils.files import check_free_space, write_json
 from glm_utils.merging.job import make_job
 from glm_utils.merging.merge import MergeJob
 from glm_utils.model_card import merged_card
-from glm_utils.run_record import RUN_CONFIG_NAME, check_replaceable, git_commit, versions
+from glm_utils.output_dir import atomic_directory, check_replaceable
+from glm_utils.run_record import RUN_CONFIG_NAME, git_commit, versions
 
 STAGE = "merge_lora_and_quantize"
 QBITS = (0, 4, 8)
@@ -76,7 +77,7 @@ def merge_lora_and_quantize(
     check_free_space(output_dir, export.check(job))
     logger.info(f"{adapter.directory} ({len(adapter.pairs)} updates) + {base.directory} on {job.device}")
     limit_threads(job)
-    with atomic_directory(output_dir) as directory:
+    with atomic_directory(output_dir, overwrite, STAGE) as directory:
         reference = timed("merged and written", export.write, job, directory)
         write_records(job, export, directory, arguments)
         timed("reloaded and verified", export.verify, job, directory, reference)

@@ -15,12 +15,19 @@ from glm_utils.checkpoint import open_checkpoint
 from glm_utils.cli import UserError, run_cli
 from glm_utils.device import resolve_device
 from glm_utils.export import glm
-from glm_utils.export.glm_names import check_native, native_class, write_native_adapter
-from glm_utils.files import atomic_directory, check_free_space, write_json
+from glm_utils.export.glm_names import (
+    check_native,
+    native_adapter_bytes,
+    native_class,
+    native_pairs,
+    write_native_adapter,
+)
+from glm_utils.files import check_free_space, write_json
 from glm_utils.merging.job import make_job
 from glm_utils.merging.merge import MergeJob
 from glm_utils.merging.write import empty_merged
-from glm_utils.run_record import RUN_CONFIG_NAME, check_replaceable, git_commit, versions
+from glm_utils.output_dir import atomic_directory, check_replaceable
+from glm_utils.run_record import RUN_CONFIG_NAME, git_commit, versions
 
 STAGE = "to_glm"
 
@@ -49,11 +56,12 @@ def to_glm(
     output_dir = Path(output_path).expanduser()
     check_replaceable(output_dir, overwrite, STAGE, [job.adapter.directory, job.base.directory])
     check_native(job)
-    if not lora_path:
-        check_free_space(output_dir, glm.check(job))
-    with atomic_directory(output_dir) as directory:
+    config = empty_merged(job, bits=0).config
+    native = native_pairs(job.adapter.pairs, config)
+    check_free_space(output_dir, native_adapter_bytes(native) if lora_path else glm.check(job))
+    with atomic_directory(output_dir, overwrite, STAGE) as directory:
         if lora_path:
-            write_native_adapter(job.adapter.pairs, empty_merged(job, bits=0).config, directory)
+            write_native_adapter(native, config.num_layers, directory)
         else:
             glm.verify(job, directory, glm.write(job, directory))
         record = {"stage": STAGE, "arguments": arguments, "versions": versions(), "commit": git_commit()}

@@ -8,10 +8,11 @@ from pathlib import Path
 from loguru import logger
 
 from glm_utils.cli import UserError
-from glm_utils.files import DISK_FULL_ERRORS
+from glm_utils.disk import write_fault
 from glm_utils.inference.batch import Answer
 
 SYNC_SECONDS = 5  # between two waits for the disk
+PARTIAL_ENDING = ".partial.jsonl"  # after the name of the output
 
 
 class PartialAnswers:
@@ -33,7 +34,7 @@ class PartialAnswers:
     """
 
     def __init__(self, output_path: Path, identity: dict, resume: bool):
-        self.path = output_path.with_name(f"{output_path.name}.partial.jsonl")
+        self.path = output_path.with_name(f"{output_path.name}{PARTIAL_ENDING}")
         self.identity = json.loads(json.dumps(identity))
         self.answers: dict[tuple[int, int], dict] = {}
         self.synced_at = time.monotonic()
@@ -109,11 +110,10 @@ class PartialAnswers:
                 os.fsync(self.file.fileno())
                 self.synced_at = time.monotonic()
         except OSError as error:
-            if error.errno not in DISK_FULL_ERRORS:
+            fault = write_fault(error)
+            if fault is None:
                 raise
-            raise UserError(
-                f"{self.path}: the disk is full. Free some space; the same command then goes on"
-            ) from error
+            raise UserError(f"{self.path}: {fault}. Free some space; the same command then goes on") from error
 
     def remove(self) -> None:
         """Delete the file, once the output is there."""
