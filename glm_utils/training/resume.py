@@ -10,7 +10,6 @@ from loguru import logger
 from glm_utils.checkpoint_files import ADAPTER_WEIGHT_NAMES
 from glm_utils.cli import UserError
 from glm_utils.family import FAMILIES
-from glm_utils.files import check_writable
 from glm_utils.run_record import FORMAT_VERSION, RUN_CONFIG_NAME, git_commit, versions
 from glm_utils.training.checkpoints import list_checkpoints, remove_checkpoint, step_of
 from glm_utils.training.curves import CURVES
@@ -56,7 +55,9 @@ def choose_start(settings: TrainingSettings) -> Start:
     done = num_finished_steps(output_dir)
     if settings.resume_from == "auto" and done is not None and done >= settings.num_steps:
         check_same_run(output_dir, settings.identity)
-        return Start(is_finished=True, notes=[("INFO", f"{output_dir}: finished already, {done:,} steps; nothing to do")])
+        return Start(
+            is_finished=True, notes=[("INFO", f"{output_dir}: finished already, {done:,} steps; nothing to do")]
+        )
     checkpoint = find_checkpoint(settings.resume_from, output_dir, lambda note: notes.append(("WARNING", note)))
     if checkpoint:
         check_same_run(checkpoint, settings.identity)
@@ -64,7 +65,9 @@ def choose_start(settings: TrainingSettings) -> Start:
         notes += [("INFO", note) for note in (f"going on from {checkpoint}", *differences(checkpoint)) if note]
         newer = [path.name for path in list_checkpoints(output_dir) if step_of(path) > step_of(checkpoint)]
         if newer and is_checkpoint_of(checkpoint, output_dir) and settings.resume_from not in ("latest", "auto", True):
-            notes.append(("WARNING", f"{', '.join(newer)} stay until this run writes them again; latest is {newer[-1]}"))
+            notes.append(
+                ("WARNING", f"{', '.join(newer)} stay until this run writes them again; latest is {newer[-1]}")
+            )
     if not is_checkpoint_of(checkpoint, output_dir):
         check_free_of_runs(output_dir, settings.args_file.overwrite_output_dir)
     return Start(checkpoint, notes=notes)
@@ -92,7 +95,9 @@ def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: Path,
     found = list_checkpoints(path)
     if step_of(path) >= 0 and not found:
         if not path.is_dir():
-            raise UserError(f"--resume_from_checkpoint {path}: no such directory. Give one of {path.parent}, or latest")
+            raise UserError(
+                f"--resume_from_checkpoint {path}: no such directory. Give one of {path.parent}, or latest"
+            )
         if fault := checkpoint_fault(path):
             raise UserError(f"{fault}. Give an older one, or latest for the newest complete one")
         return path
@@ -104,7 +109,9 @@ def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: Path,
     if resume_from_checkpoint == "auto":
         return None
     there = "" if path.is_dir() else "; the directory does not exist"
-    none = f"no complete checkpoint in {path}: {checkpoint_fault(found[-1])}" if found else f"no checkpoint-N in {path}"
+    none = (
+        f"no complete checkpoint in {path}: {checkpoint_fault(found[-1])}" if found else f"no checkpoint-N in {path}"
+    )
     raise UserError(
         f"--resume_from_checkpoint: {none}{there}. Give a checkpoint directory, leave the flag out to start from "
         "scratch, or give auto, which does so where there is none"
@@ -191,9 +198,8 @@ def check_free_of_runs(output_dir: Path, overwrite: bool) -> None:
         overwrite: Whether the earlier run may be replaced.
 
     Raises:
-        UserError: It holds an earlier run, a model or other files that the run would replace, or cannot be created.
+        UserError: It holds an earlier run, a model or other files that the run would replace.
     """
-    check_writable(output_dir, "output_dir")
     for name in ("config.json", *(() if is_own(output_dir) else REPLACED_NAMES)):
         if (output_dir / name).exists():
             raise UserError(

@@ -147,14 +147,6 @@ class LoraTrainer(Trainer):
         is_best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
         return self.state.best_global_step if is_best else self.state.global_step
 
-    def save_model(self, output_dir=None, _internal_call=False):
-        """Save adapter, tokenizer and settings, without the token of the hub."""
-        token, self.args.hub_token = self.args.hub_token, None
-        try:
-            super().save_model(output_dir, _internal_call=_internal_call)
-        finally:
-            self.args.hub_token = token
-
     def save_metrics(self, split, metrics, combined=True):
         """Write metrics to <split>_results.json, and those of all splits of this process to all_results.json."""
         self.all_metrics = {**self.all_metrics, **metrics}
