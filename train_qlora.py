@@ -104,10 +104,7 @@ def train_qlora(
         save_adapter(trainer, record, results)
         trainer.end_processes()
         if evaluate_after:
-            del (
-                model,
-                trainer,
-            )  # their memory is needed by the model that is judged, read back from the adapter's files
+            del model, trainer  # their memory is needed by the model that is judged, read from the adapter's files
             evaluate_run(settings)
 
 

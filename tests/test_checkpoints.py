@@ -397,7 +397,7 @@ def test_rotation_counts_this_runs_checkpoints_only(complete, tmp_path):
 
 
 def test_nothing_of_another_program_is_deleted(out, complete, tmp_path, log_lines):
-    """A foreign checkpoint stays as it is; where this run needs its name, it is moved aside. Links lose only the link."""
+    """A foreign checkpoint stays; where this run needs its name, it is moved aside. What a link points to stays."""
     elsewhere = tmp_path / "elsewhere"
     (out / "checkpoint-3").rename(elsewhere)
     (out / "checkpoint-3").symlink_to(elsewhere)
@@ -553,24 +553,23 @@ def torchrun(tmp_path, args, expect=0, **flags):
 
 @pytest.mark.slow
 def test_two_processes_save_one_checkpoint_and_go_on_from_it(tmp_path):
-    args = {**BEST, "gradient_accumulation_steps": 1, "max_steps": 4}
+    args = {**BEST, "gradient_accumulation_steps": 1}
     torchrun(tmp_path, args)
     out, whole = tmp_path / "two", tmp_path / "whole"
-    kept = sorted(path.name for path in out.glob("checkpoint-*"))
-    assert kept[-1] == "checkpoint-4"
-    assert len(kept) <= 2
-    for name in kept:
-        files = json.loads((out / name / "manifest.json").read_text())["files"]
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
+    for checkpoint in out.glob("checkpoint-*"):
+        files = json.loads((checkpoint / "manifest.json").read_text())["files"]
         assert {"rng_state_0.pth", "rng_state_1.pth"} < files.keys()
-        assert checkpoint_fault(out / name) is None
-        state = json.loads((out / name / "trainer_state.json").read_text())
-        assert Path(state["best_model_checkpoint"]).parent == out
+        assert checkpoint_fault(checkpoint) is None
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        assert state["best_model_checkpoint"] == str(out / "checkpoint-4")
+    assert same_adapter(out, out / "checkpoint-4")
     out.rename(whole)
-    torchrun(tmp_path, {**args, "save_total_limit": 5, "max_steps": 2}, resume_from_checkpoint="auto")
-    log = torchrun(tmp_path, args, resume_from_checkpoint="auto")
-    assert "going on from" in log
-    assert same_adapter(out, whole)
-    assert "nothing to do" in torchrun(tmp_path, args, resume_from_checkpoint="auto")
+    shutil.copytree(whole / "checkpoint-4", out / "checkpoint-4")
+    shutil.copytree(whole / "checkpoint-4", out / ".checkpoint-5.incomplete")
+    assert "going on from" in torchrun(tmp_path, args, resume_from_checkpoint="auto")
+    assert all(same_adapter(out / name, whole / name) for name in ("", "checkpoint-5"))
+    assert hidden(out) == []
 
 
 @pytest.mark.slow

@@ -43,8 +43,8 @@ def check_disk_space(settings: TrainingSettings, model: peft.PeftModel) -> None:
     least, what = (one, "a checkpoint") if at_once else (adapter, "the adapter")
     if free < least:
         raise UserError(
-            f"output_dir {output_dir}: {in_words(free)} free, and {what} takes about {in_words(least)}. Free some space, "
-            "or choose another output_dir"
+            f"output_dir {output_dir}: {in_words(free)} free, and {what} takes about {in_words(least)}. Free some "
+            "space, or choose another output_dir"
         )
     total = at_once * one + adapter
     logger.info(
@@ -53,8 +53,8 @@ def check_disk_space(settings: TrainingSettings, model: peft.PeftModel) -> None:
     )
     if free + own < total:
         logger.warning(
-            f"{output_dir}: {in_words(free)} free, and the checkpoints of this run will take about "
-            f"{in_words(max(total - own, 0))}. Free some space, or lower save_total_limit (now {args.save_total_limit})"
+            f"{output_dir}: {in_words(free)} free, and this run will take about {in_words(max(total - own, 0))}. Free "
+            f"some space, or lower save_total_limit (now {args.save_total_limit})"
         )
 
 

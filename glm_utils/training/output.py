@@ -30,7 +30,7 @@ def claim_output(settings: TrainingSettings, dry_run: bool) -> Iterator[Start]:
             while the block runs.
     """
     with contextlib.ExitStack() as stack:
-        start: Start | None = None
+        start = Start()
         if settings.training_args.process_index == 0:
             check_writable(settings.output_dir, "output_dir")
             start = choose_start(settings)  # refused before anything is created

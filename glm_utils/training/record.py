@@ -73,7 +73,8 @@ def make_record(settings: TrainingSettings, encoded: dict[str, EncodedExamples])
 def begin_run(settings: TrainingSettings, record: TrainingRecord, checkpoint: Path | None) -> None:
     """Write run_config.json; delete an earlier run's output, or its adapter if this run resumes from it.
 
-    So an adapter is always that of the last step of the run that is there. It is called when the first step is due, so that a setting that the Trainer refuses does not cost the earlier run.
+    So an adapter is always that of the last step of the run that is there. It is called when the first step is due:
+    a setting that the Trainer refuses does not cost the earlier run.
     """
     if settings.training_args.process_index != 0:
         return

@@ -51,25 +51,21 @@ def choose_start(settings: TrainingSettings) -> Start:
         UserError: No such checkpoint, one of another run or of a finished one, or an output directory that holds an
             earlier run without that checkpoint.
     """
-    output_dir, notes = settings.output_dir, []
+    output_dir, given, notes = settings.output_dir, settings.resume_from, []
     done = num_finished_steps(output_dir)
-    if settings.resume_from == "auto" and done is not None and done >= settings.num_steps:
+    if given == "auto" and done is not None and done >= settings.num_steps:
         check_same_run(output_dir, settings.identity)
-        return Start(
-            is_finished=True, notes=[("INFO", f"{output_dir}: finished already, {done:,} steps; nothing to do")]
-        )
-    checkpoint = find_checkpoint(settings.resume_from, output_dir, lambda note: notes.append(("WARNING", note)))
+        note = f"{output_dir}: finished already, {done:,} steps are done and the adapter is written; nothing to do"
+        return Start(is_finished=True, notes=[("INFO", note)])
+    checkpoint = find_checkpoint(given, output_dir, lambda note: notes.append(("WARNING", note)))
     if checkpoint:
         check_same_run(checkpoint, settings.identity)
         check_unfinished(checkpoint, settings.num_steps, output_dir)
-        notes += [("INFO", note) for note in (f"going on from {checkpoint}", *differences(checkpoint)) if note]
-        newer = [path.name for path in list_checkpoints(output_dir) if step_of(path) > step_of(checkpoint)]
-        if newer and is_checkpoint_of(checkpoint, output_dir) and settings.resume_from not in ("latest", "auto", True):
-            notes.append(
-                ("WARNING", f"{', '.join(newer)} stay until this run writes them again; latest is {newer[-1]}")
-            )
-    if not is_checkpoint_of(checkpoint, output_dir):
+        notes += [("INFO", note) for note in (f"going on from {checkpoint}", *differences(checkpoint))]
+    if checkpoint is None or not is_checkpoint_of(checkpoint, output_dir):
         check_free_of_runs(output_dir, settings.args_file.overwrite_output_dir)
+    elif newer := [path.name for path in list_checkpoints(output_dir) if step_of(path) > step_of(checkpoint)]:
+        notes.append(("WARNING", f"{', '.join(newer)} will be replaced when this run gets to the same step"))
     return Start(checkpoint, notes=notes)
 
 

@@ -136,7 +136,7 @@ class LoraTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def best_checkpoint(self) -> str | None:
-        """Return the path of the best checkpoint in output_dir, also if it is the one that is due; None: none there."""
+        """Return the path of the best checkpoint in output_dir, also if it is the one that is due; None: no such."""
         best = self.state.best_global_step
         path = Path(self.args.output_dir) / f"checkpoint-{best}"
         return str(path) if best and (best == self.state.global_step or path.is_dir()) else None
