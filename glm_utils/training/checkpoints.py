@@ -105,7 +105,10 @@ def rotate_checkpoints(output_dir: Path, limit: int | None, step: int, best: str
     kept = [path for path in own if step_of(path) == step or (best and path.resolve() == Path(best).resolve())]
     others = [path for path in own if path not in kept]
     for path in others[: max(0, len(own) - max(limit, len(kept)))]:
-        remove_checkpoint(path)
+        try:
+            remove_checkpoint(path)
+        except OSError as error:  # no reason to end a run
+            logger.warning(f"{path} is above save_total_limit and cannot be removed: {error.strerror}")
 
 
 def remove_leftovers(output_dir: Path) -> None:

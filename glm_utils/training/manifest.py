@@ -55,10 +55,11 @@ def checkpoint_fault(checkpoint: Path) -> str | None:
         return f"{incomplete}, {RUN_CONFIG_NAME} missing, so nothing says which run it belongs to"
     if fault := manifest_fault(checkpoint):
         return fault
-    broken = [name for name in STATE_NAMES if not is_readable(checkpoint / name)]
+    is_good = Path.is_file if (checkpoint / MANIFEST_NAME).is_file() else is_readable  # hashes say more
+    broken = [name for name in STATE_NAMES if not is_good(checkpoint / name)]
     found = sorted({*RNG_NAMES, *(path.name for path in checkpoint.glob("rng_state_*.pth"))})
     states = [name for name in found if (checkpoint / name).is_file()]
-    broken += [name for name in states or RNG_NAMES[:1] if not is_readable(checkpoint / name)]
+    broken += [name for name in states or RNG_NAMES[:1] if not is_good(checkpoint / name)]
     if broken:
         hint = " (save_only_model writes such checkpoints)" if "optimizer.pt" in broken else ""
         return f"{incomplete}, {', '.join(broken)} missing or truncated{hint}"
