@@ -18,7 +18,6 @@ from loguru import logger
 from transformers import Trainer
 
 from glm_utils.checkpoint import open_checkpoint
-from glm_utils.checkpoint_files import check_links
 from glm_utils.cli import UserError, run_cli
 from glm_utils.device import resolve_device
 from glm_utils.encoding import EncodedExamples, encode_examples, show_example
@@ -81,7 +80,6 @@ def train_qlora(
     """
     inputs = read_inputs(dict(locals()))
     base = open_checkpoint(model_name_or_path)
-    check_links(base.directory)  # its tokenizer files are saved beside the adapter
     settings = resolve_settings(inputs, base)
     if evaluate_after:
         check_evaluation_data(settings)

@@ -17,7 +17,6 @@ WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin")  # each alone, or shar
 ADAPTER_WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 LEGACY_PICKLE_MAGIC = b"\x80\x02"  # torch.save before the zip format (torch < 1.6)
 SAMPLE_BYTES = 1 << 16
-COPIED_KINDS = (".json", ".jinja", ".model", ".txt")  # of these, all or a part goes into outputs
 
 
 def read_config(checkpoint_dir: Path) -> dict:
@@ -99,29 +98,6 @@ def check_adapter_files(adapter_dir: Path) -> dict:
         raise UserError(f"{adapter_dir}: no {' or '.join(ADAPTER_WEIGHT_NAMES)}. Was the training interrupted?")
     check_file(found[0])
     return config
-
-
-def check_links(directory: Path) -> None:
-    """Refuse files that are links out of a model or adapter directory and would be copied into an output.
-
-    An archive from elsewhere may hold a link to a private file, which one would upload with the output. Weights may be
-    links. A snapshot of the Hugging Face cache consists of links to the blobs of its repository, which belong to it.
-
-    Args:
-        directory: The directory.
-
-    Raises:
-        UserError: There is such a link.
-    """
-    root = directory.resolve()
-    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    for path in sorted([*root.iterdir(), *root.glob("additional_chat_templates/*")]):
-        target = path.resolve()
-        if path.suffix in COPIED_KINDS and not any(place in target.parents for place in roots):
-            raise UserError(
-                f"{path} leads out of its directory, to {target}. What it holds would be copied into the output: put "
-                "the file itself there if that is wanted"
-            )
 
 
 def check_file(path: Path) -> None:

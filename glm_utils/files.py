@@ -183,9 +183,10 @@ def check_free_space(output_dir: Path, num_bytes: int) -> None:
     place = existing_parent(real_path(output_dir, "--output_path"))
     free = shutil.disk_usage(place).free
     if free < num_bytes:
+        unit, size = ("GB", 1e9) if num_bytes >= 1e7 else ("MB", 1e6)
         raise UserError(
-            f"{place}: {free / 1e9:.2f} GB free, {num_bytes / 1e9:.2f} GB needed. Free some space, or give an "
-            "--output_path on another disk"
+            f"{place}: {free / size:.2f} {unit} free, {num_bytes / size:.2f} {unit} needed. Free some space, or give "
+            "an --output_path on another disk"
         )
 
 
@@ -196,7 +197,8 @@ def write_json(path: Path, value: dict) -> None:
     """Write a JSON file atomically; a link at its place, or at that of the temporary file, is not followed."""
     temporary = path.with_name(f".incomplete-{secrets.token_hex(8)}")
     try:
-        with temporary.open("x", encoding="utf-8") as file:
+        # what is not UTF-8, as names of files may be, is written as JSON writes such characters
+        with temporary.open("x", encoding="utf-8", errors="backslashreplace") as file:
             file.write(json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n")
         sync(temporary)
         temporary.replace(path)

@@ -22,11 +22,17 @@ from safetensors.torch import save_file
 from transformers import dynamic_module_utils
 
 from glm_utils import disk, output_dir, remote_code
-from glm_utils.checkpoint_files import check_links
 from glm_utils.cli import UserError
 from glm_utils.evaluation.write import evaluate
 from glm_utils.family import FAMILIES, PROJECT_DIR
-from glm_utils.files import atomic_files, check_free_space, check_output_file, check_writable
+from glm_utils.files import (
+    atomic_files,
+    check_free_space,
+    check_output_file,
+    check_writable,
+    read_json_object,
+    write_json,
+)
 from glm_utils.inference.answer_file import check_output_path, lock_answers, write_output
 from glm_utils.inference.report import check_report_path, write_report
 from glm_utils.merging.shards import ShardWriter, TensorSpec
@@ -194,7 +200,7 @@ def test_free_space_is_that_of_the_disk_behind_a_link(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["[out]", "out *", "?", "-x", "--overwrite", "行 走", "a\nb", "x" * 255, "字" * 85, "."]
+    "name", ["[out]", "out *", "?", "-x", "--overwrite", "行 走", "a\nb", "a\udcffb", "x" * 255, "字" * 85, "."]
 )
 def test_names(tmp_path, monkeypatch, name):
     """Also of what a killed run left, which has a name of its own."""
@@ -212,6 +218,12 @@ def test_names(tmp_path, monkeypatch, name):
     write(out)
     assert content_of(out.resolve()) == "new"
     assert hidden(tmp_path) == []
+
+
+def test_a_record_of_names_that_are_not_utf8(tmp_path):
+    write_json(tmp_path / "run_config.json", {"output_path": "a\udcffb", "data_path": "数据"})
+    assert read_json_object(tmp_path / "run_config.json") == {"output_path": "a\udcffb", "data_path": "数据"}
+    assert '"数据"' in (tmp_path / "run_config.json").read_text("utf-8")
 
 
 def test_the_directory_of_a_live_run_with_a_similar_name_stays(tmp_path):
@@ -538,32 +550,6 @@ def test_what_a_killed_run_left_of_files_goes(tmp_path):
             fill(temporary_dir)
         assert (directory / "config.json").is_file()
     assert hidden(tmp_path) == []
-
-
-# ---- links in directories from elsewhere
-
-
-def test_links_out_of_a_directory_are_not_followed_into_an_output(tmp_path):
-    (tmp_path / "private").write_text("secret")
-    for name in ("chat_template.jinja", "generation_config.json", "additional_chat_templates/x.jinja"):
-        model_dir = tmp_path / name.replace("/", " ")
-        (model_dir / name).parent.mkdir(parents=True)
-        (model_dir / name).symlink_to("../" * name.count("/") + "../private")
-        with pytest.raises(UserError, match=f"{name} leads out of its directory, to .*private. What it holds"):
-            check_links(model_dir)
-
-
-def test_a_snapshot_of_the_hub_cache_is_taken(tmp_path):
-    blobs, snapshot = tmp_path / "models--a--b/blobs", tmp_path / "models--a--b/snapshots/0123"
-    blobs.mkdir(parents=True)
-    snapshot.mkdir(parents=True)
-    (blobs / "f00d").write_text("{}")
-    (snapshot / "config.json").symlink_to("../../blobs/f00d")
-    (snapshot / "inside.json").symlink_to("config.json")
-    (snapshot / "model.safetensors").symlink_to(tmp_path / "elsewhere")
-    check_links(snapshot)
-    (tmp_path / "linked").symlink_to(snapshot)
-    check_links(tmp_path / "linked")
 
 
 # ---- caches that cannot be written

@@ -6,7 +6,6 @@ import torch
 
 from glm_utils.adapter import Adapter
 from glm_utils.checkpoint import Checkpoint
-from glm_utils.checkpoint_files import check_links
 from glm_utils.cli import UserError
 from glm_utils.family import FAMILIES, Family
 from glm_utils.merging.merge import MergeJob
@@ -71,11 +70,9 @@ def make_job(
         merge_base: "original" or "nf4".
 
     Raises:
-        UserError: The remote scripts or the adapter do not fit the base, the base has a setting that this project's
-            model does not compute, or links lead out of the directories.
+        UserError: The remote scripts or the adapter do not fit the base, or the base has a setting that this project's
+            model does not compute.
     """
-    for directory in (base.directory, adapter.directory):
-        check_links(directory)
     base.model_config  # noqa: B018  # parsing it refuses settings that the model does not compute, before any work
     return MergeJob(
         base=base,
