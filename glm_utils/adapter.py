@@ -9,8 +9,6 @@ from pathlib import Path
 
 import torch
 from loguru import logger
-from peft.utils import load_peft_weights
-from peft.utils.other import get_pattern_key
 
 from glm_utils.checkpoint import Checkpoint, open_checkpoint
 from glm_utils.checkpoint_files import check_adapter_files
@@ -166,6 +164,9 @@ def read_pairs(adapter_dir: Path, config: dict) -> dict[str, LoraPair]:
         UserError: A key that is not a LoRA matrix of a Linear, A without B, a rank other than the config's, or numbers
             that are not finite.
     """
+    from peft.utils import load_peft_weights  # here, as a merged model is loaded without peft
+    from peft.utils.other import get_pattern_key
+
     sides: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in load_peft_weights(str(adapter_dir), device="cpu").items():
         match = LORA_KEY.fullmatch(key)

@@ -75,6 +75,21 @@ def weight_files(checkpoint_dir: Path) -> list[Path]:
     raise UserError(f"{checkpoint_dir}: no weights. Expected {names}; download the checkpoint completely")
 
 
+def read_adapter_config(adapter_dir: Path) -> dict:
+    """Read adapter_config.json.
+
+    Raises:
+        UserError: It is missing or broken, or of another kind of adapter.
+    """
+    config_path = adapter_dir / "adapter_config.json"
+    if not config_path.is_file():
+        raise UserError(f"{config_path} is missing: not a LoRA adapter. Give the output_dir of a training run")
+    config = read_json_object(config_path)
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{config_path}: peft_type is {config.get('peft_type')!r}, expected 'LORA'")
+    return config
+
+
 def check_adapter_files(adapter_dir: Path) -> dict:
     """Check that a directory holds a complete LoRA adapter.
 
@@ -87,12 +102,7 @@ def check_adapter_files(adapter_dir: Path) -> dict:
     Raises:
         UserError: Another kind of adapter, or a file that is missing, a Git LFS pointer or truncated.
     """
-    config_path = adapter_dir / "adapter_config.json"
-    if not config_path.is_file():
-        raise UserError(f"{config_path} is missing: not a LoRA adapter. Give the output_dir of a training run")
-    config = read_json_object(config_path)
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{config_path}: peft_type is {config.get('peft_type')!r}, expected 'LORA'")
+    config = read_adapter_config(adapter_dir)
     found = [adapter_dir / name for name in ADAPTER_WEIGHT_NAMES if (adapter_dir / name).is_file()]
     if not found:
         raise UserError(f"{adapter_dir}: no {' or '.join(ADAPTER_WEIGHT_NAMES)}. Was the training interrupted?")
