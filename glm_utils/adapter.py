@@ -80,8 +80,6 @@ def read_adapter(adapter_dir: Path) -> Adapter:
     Raises:
         UserError: Not an adapter, settings beyond plain LoRA, or weights that are incomplete or of the wrong shape.
     """
-    if not adapter_dir.is_dir():
-        raise UserError(f"--lora_path {adapter_dir}: no such directory. Give the output_dir of a training run")
     config = check_adapter_files(adapter_dir)
     config_path = adapter_dir / "adapter_config.json"
     check_plain_lora(config, config_path)

@@ -82,6 +82,8 @@ def read_adapter_config(adapter_dir: Path) -> dict:
         UserError: It is missing or broken, or of another kind of adapter.
     """
     config_path = adapter_dir / "adapter_config.json"
+    if not adapter_dir.is_dir():
+        raise UserError(f"{adapter_dir}: no such directory. Give the output_dir of a training run")
     if not config_path.is_file():
         raise UserError(f"{config_path} is missing: not a LoRA adapter. Give the output_dir of a training run")
     config = read_json_object(config_path)
