@@ -30,7 +30,7 @@ class PartialAnswers:
         answers: By prompt and sample; as in the file.
 
     Raises:
-        UserError: What an earlier run left belongs to another job.
+        UserError: What an earlier run left belongs to another job, or is a link.
     """
 
     def __init__(self, output_path: Path, identity: dict, resume: bool):
@@ -38,6 +38,8 @@ class PartialAnswers:
         self.identity = json.loads(json.dumps(identity))
         self.answers: dict[tuple[int, int], dict] = {}
         self.synced_at = time.monotonic()
+        if self.path.is_symlink():  # somebody else's, who would have another file overwritten
+            raise UserError(f"{self.path}: a link. Delete it, or choose another --output_path")
         num_bytes = self._read() if resume and self.path.exists() else 0
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
