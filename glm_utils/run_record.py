@@ -4,12 +4,10 @@ import hashlib
 import importlib.metadata
 import platform
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 
-from glm_utils.cli import UserError
 from glm_utils.family import PROJECT_DIR
-from glm_utils.files import check_apart, check_writable, read_json_object
+from glm_utils.files import read_json_object
 
 RUN_CONFIG_NAME = "run_config.json"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "sentencepiece")
@@ -23,31 +21,6 @@ def read_run_config(directory: Path) -> dict:
     """
     path = directory / RUN_CONFIG_NAME
     return read_json_object(path) if path.is_file() else {}
-
-
-def check_replaceable(output_dir: Path, overwrite: bool, stage: str, inputs: Sequence[Path]) -> None:
-    """Check before any work that an output directory may be written to.
-
-    Args:
-        output_dir: The directory, given as --output_path.
-        overwrite: Whether an earlier output of the same stage may be replaced.
-        stage: Name of the stage as its run_config.json records it.
-        inputs: Directories that are read; the output must lie outside them.
-
-    Raises:
-        UserError: It overlaps an input, cannot be written to, or holds something other than an earlier output.
-    """
-    check_apart(output_dir, inputs, "--output_path")
-    check_writable(output_dir, "--output_path")
-    if not output_dir.is_dir() or not any(output_dir.iterdir()):
-        return
-    if not overwrite:
-        raise UserError(f"--output_path {output_dir}: not empty. Give another directory, or --overwrite")
-    if read_run_config(output_dir).get("stage") != stage:
-        raise UserError(
-            f"--output_path {output_dir}: --overwrite replaces an earlier output of {stage} only, and this directory "
-            f"has no {RUN_CONFIG_NAME} of it. Empty it yourself, or give another directory"
-        )
 
 
 def versions() -> dict[str, str]:

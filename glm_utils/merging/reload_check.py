@@ -74,7 +74,8 @@ def check_reload(
     Raises:
         UserError: The directory does not load, or its token ids or logits differ.
     """
-    with tempfile.TemporaryDirectory() as scratch:
+    # in the directory, which can be written to; the system's temporary directory may be small, or read-only
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".reload-") as scratch:
         result_path, request_path = Path(scratch, "result.safetensors"), Path(scratch, "request.json")
         request = {"directory": str(directory), "text": text, "device": str(device), "form": form}
         request["result"] = str(result_path)
