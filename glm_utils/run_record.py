@@ -4,12 +4,14 @@ import hashlib
 import importlib.metadata
 import platform
 import subprocess
+import tomllib
 from pathlib import Path
 
 from glm_utils.family import PROJECT_DIR
 from glm_utils.files import read_json_object
 
 RUN_CONFIG_NAME = "run_config.json"
+FORMAT_VERSION = 2  # of run_config.json; before it had this key, a checkpoint had no manifest.json
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "sentencepiece")
 
 
@@ -24,12 +26,13 @@ def read_run_config(directory: Path) -> dict:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and the packages, and the name of the device."""
+    """Return the versions of Python, this project and the packages, and the name of the device."""
     import torch  # here, as what a script checks first needs this file too
 
+    project = tomllib.loads((PROJECT_DIR / "pyproject.toml").read_text("utf-8"))["project"]
     found = {package: importlib.metadata.version(package) for package in PACKAGES}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {"python": platform.python_version(), **found, "device": device}
+    return {"python": platform.python_version(), project["name"]: project["version"], **found, "device": device}
 
 
 def git_commit() -> str | None:
