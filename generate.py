@@ -31,6 +31,7 @@ from glm_utils.inference.partial_answers import PartialAnswers
 from glm_utils.inference.prompt_file import encode_prompts, read_prompts
 from glm_utils.load_model import ModelSource, find_model
 from glm_utils.run_record import git_commit, sha256, versions
+from glm_utils.signals import Terminated, note_if_interrupted
 
 MIN_VALUES = {"batch_size": 1, "max_new_tokens": 1, "num_samples": 1}
 WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -174,8 +175,8 @@ def answer(
                 num_generated += one.num_tokens
                 bar.set_postfix_str(f"{num_generated / (time.monotonic() - start):,.0f} tokens/s", refresh=False)
                 bar.update()
-    except KeyboardInterrupt:
-        logger.warning(f"{len(partial.answers)} answers are in {partial.path}; the same command goes on from there")
+    except (KeyboardInterrupt, Terminated):
+        note_if_interrupted(f"{len(partial.answers)} answers are in {partial.path}; the same command goes on")
         raise
     except FloatingPointError as error:
         raise UserError(str(error)) from error

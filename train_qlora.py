@@ -23,6 +23,7 @@ from glm_utils.device import resolve_device
 from glm_utils.encoding import EncodedExamples, encode_examples, show_example
 from glm_utils.evaluation.at_end import check_evaluation, evaluate_output
 from glm_utils.files import atomic_files
+from glm_utils.signals import note_if_interrupted, release_signals
 from glm_utils.training.curves import write_curves
 from glm_utils.training.lora_model import make_lora_model
 from glm_utils.training.preflight import plan_run
@@ -77,6 +78,7 @@ def train_qlora(
             report goes to a directory beside output_dir, named output_dir + "_evaluation".
     """
     inputs = read_inputs(dict(locals()))
+    note_if_interrupted("no step was done, so there is nothing to save")
     base = open_checkpoint(model_name_or_path)
     settings = resolve_settings(inputs, base)
     if evaluate_after:
@@ -161,6 +163,7 @@ def save_adapter(trainer: Trainer, record: TrainingRecord, results: dict) -> Non
 def evaluate_run(settings: TrainingSettings) -> None:
     """Judge the adapter that was written, on the 4-bit base it was trained on, in the first process."""
     args, out = settings.training_args, settings.output_dir
+    release_signals("the adapter is written, but not evaluated")
     if args.process_index == 0:
         device = resolve_device("cpu" if args.use_cpu else "auto")
         evaluate_output(out, out, settings.data_paths["eval"], device, load_in_4bit=True, seed=args.seed)

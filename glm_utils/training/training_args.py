@@ -40,6 +40,7 @@ DROPPED_KEYS = {
 REFUSED_KEYS = {  # transformers would accept these and silently spoil the result
     "label_smoothing_factor": "the Trainer would compare each position with its own token, not with the next one",
     **dict.fromkeys(("fp16_full_eval", "bf16_full_eval"), "the LoRA weights would be rounded before they are saved"),
+    "enable_jit_checkpoint": "it writes half-trained adapters as if finished; SIGTERM saves a checkpoint without it",
     "use_liger_kernel": "it does not support ChatGLM; fused kernels are used without it",
 }
 KEPT_KEYS = {"overwrite_output_dir": bool, "logging_dir": str | None}

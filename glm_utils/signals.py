@@ -1,0 +1,161 @@
+"""Signals that ask a command to leave: its context managers clean up, one line says so, the exit code is 128 + N.
+
+A stage can take the signals over, as training does to save a checkpoint first. A second signal then leaves at once.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SAME_SIGNAL_SECONDS = 1.0  # timeout, Slurm and torchrun reach a process twice: directly, and through group or parent
+
+
+class Terminated(BaseException):
+    """SIGTERM or SIGUSR1 arrived; like KeyboardInterrupt it is no Exception, so that only clean-up code stops it.
+
+    Args:
+        signum: The signal.
+    """
+
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.signum = signum
+
+
+class _Listener:
+    """What a signal does now.
+
+    Attributes:
+        pid: The process; its children inherit the handlers.
+        take: What a stage does instead of leaving; None: leave.
+        taken: The signal that the stage took; None: none yet.
+        first_seconds: When the first signal arrived that does not just interrupt an answer in chat; None: not yet.
+        note: What is left behind, for the line about the interruption.
+    """
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.take: Callable[[int], None] | None = None
+        self.taken: int | None = None
+        self.first_seconds: float | None = None
+        self.note = ""
+
+    def hear(self, signum: int, frame: FrameType | None) -> None:
+        """Handle a signal."""
+        if os.getpid() != self.pid and self.take:  # a data loader's worker: its parent decides
+            return
+        if self.first_seconds is not None:
+            if time.monotonic() - self.first_seconds > SAME_SIGNAL_SECONDS:
+                say(f"{signal.Signals(signum).name} again: leaving at once")
+                os._exit(128 + signum)
+        elif self.take:
+            self.first_seconds = time.monotonic()
+            self.taken = signum
+            self.take(signum)
+        elif signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        else:
+            self.first_seconds = time.monotonic()
+            raise Terminated(signum)
+
+
+_listener = _Listener()
+
+
+@contextlib.contextmanager
+def signals_heard(ignored_after: bool) -> Iterator[None]:
+    """Turn SIGINT, SIGTERM and SIGUSR1 into exceptions while the block runs, except those that are ignored already.
+
+    Args:
+        ignored_after: Ignore them when the block ends, as the process does then; otherwise restore the handlers.
+    """
+    global _listener
+    _listener = _Listener()
+    unraisable = sys.unraisablehook
+    sys.unraisablehook = _raise_again
+    before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
+    before = {signum: old for signum, old in before.items() if old not in (signal.SIG_IGN, None)}
+    for signum in before:
+        signal.signal(signum, _listener.hear)
+    try:
+        yield
+    finally:
+        for signum, old in before.items():
+            signal.signal(signum, signal.SIG_IGN if ignored_after else old)
+        sys.unraisablehook = unraisable
+
+
+def _raise_again(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Send the signal again whose exception was lost in a finalizer or a callback; print anything else."""
+    signum = signal_of(unraisable.exc_value)
+    if signum is None:
+        sys.__unraisablehook__(unraisable)
+        return
+    _listener.first_seconds = None
+    threading.Timer(0.05, os.kill, (os.getpid(), signum)).start()
+
+
+def take_signals(take: Callable[[int], None]) -> None:
+    """Call a function for the first signal instead of leaving; a later one leaves at once.
+
+    Args:
+        take: Gets the signal; it may not log, as the signal may have interrupted the logger.
+    """
+    _listener.take, _listener.note = take, ""
+
+
+def release_signals(note: str) -> None:
+    """Leave again when a signal arrives, or now if one did since `take_signals`.
+
+    Args:
+        note: See `note_if_interrupted`.
+
+    Raises:
+        Terminated: A signal arrived.
+    """
+    _listener.take, _listener.note = None, note
+    if _listener.taken is not None:
+        raise Terminated(_listener.taken)
+
+
+def ignore_signals() -> None:
+    """Ignore further signals: the command is leaving."""
+    for signum in STOP_SIGNALS:
+        if signal.getsignal(signum) == _listener.hear:
+            signal.signal(signum, signal.SIG_IGN)
+
+
+def note_if_interrupted(text: str) -> None:
+    """Set what the line about an interruption says besides the signal, e.g. what is kept."""
+    _listener.note = text
+
+
+def interruption_note(signum: int) -> str:
+    """Return the line about an interruption."""
+    name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+    return f"interrupted by {name}" + (f": {_listener.note}" if _listener.note else "")
+
+
+def signal_of(error: BaseException | None) -> int | None:
+    """Return the signal behind an exception, also where a library turned it into another one; None: there is none."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            return signal.SIGINT
+        if isinstance(error, Terminated):
+            return error.signum
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def say(text: str) -> None:
+    """Write a line to standard error, without the logger, which a signal may have interrupted."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{text}\n".encode())
