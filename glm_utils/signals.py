@@ -52,7 +52,7 @@ class _Listener:
             return
         if self.first_seconds is not None:
             if time.monotonic() - self.first_seconds > SAME_SIGNAL_SECONDS:
-                say(f"{signal.Signals(signum).name} again: leaving at once")
+                say(f"{signal_name(signum)} again: leaving at once")
                 os._exit(128 + signum)
         elif self.take:
             self.first_seconds = time.monotonic()
@@ -138,8 +138,12 @@ def note_if_interrupted(text: str) -> None:
 
 def interruption_note(signum: int) -> str:
     """Return the line about an interruption."""
-    name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
-    return f"interrupted by {name}" + (f": {_listener.note}" if _listener.note else "")
+    return f"interrupted by {signal_name(signum)}" + (f": {_listener.note}" if _listener.note else "")
+
+
+def signal_name(signum: int) -> str:
+    """Return the name of a signal as a user knows it."""
+    return "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
 
 
 def signal_of(error: BaseException | None) -> int | None:

@@ -17,7 +17,7 @@ from loguru import logger
 from torch import distributed
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from glm_utils.signals import ignore_signals, say, take_signals
+from glm_utils.signals import ignore_signals, say, signal_name, take_signals
 
 SAVED_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 INTERRUPTED_CODE = 128 + signal.SIGINT
@@ -57,7 +57,7 @@ class StopRequest(TrainerCallback):
         self.signum = signum
         if self.is_first_process:
             then = "the last step is done, so the run is finished" if self.is_finishing else "saving a checkpoint"
-            say(f"{signal.Signals(signum).name}: {then}; a second signal leaves at once")
+            say(f"{signal_name(signum)}: {then}; a second signal leaves at once")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Ask for a checkpoint if a signal arrived; the last step needs none, as the run is finished anyway."""
@@ -125,9 +125,9 @@ class StopRequest(TrainerCallback):
         trainer.callback_handler.on_train_end(trainer.args, state, trainer.control)  # closes the bar and TensorBoard
         if self.is_first_process:
             checkpoint = Path(trainer.args.output_dir) / f"checkpoint-{state.global_step}"
-            name = signal.Signals(self.agreed).name
+            name = signal_name(self.agreed)
             logger.warning(
-                f"{name}: stopped at step {state.global_step}/{state.max_steps}, saved {checkpoint}. Go on:"
+                f"{name}: stopped at step {state.global_step}/{state.max_steps}, saved {checkpoint}. Go on with:"
             )
             sys.stderr.write(resume_command(command_line()) + "\n")
             sys.stderr.flush()
