@@ -159,6 +159,22 @@ def signal_of(error: BaseException | None) -> int | None:
     return None
 
 
+def end_with_parent(parent_id: int, poll_seconds: float = 0.5) -> None:
+    """End this process soon after its parent: one that is killed cannot end its children itself.
+
+    Args:
+        parent_id: The parent's process id, as the parent knows it: it may have ended already.
+        poll_seconds: Time between two looks.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent_id:
+            time.sleep(poll_seconds)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def say(text: str) -> None:
     """Write a line to standard error, without the logger, which a signal may have interrupted."""
     with contextlib.suppress(OSError):

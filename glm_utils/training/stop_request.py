@@ -1,20 +1,22 @@
 """A signal stops a training: a checkpoint at the next step, the command that goes on, exit code 75 or, Ctrl-C, 130."""
 
+import atexit
 import contextlib
 import functools
+import multiprocessing
 import os
 import re
 import shlex
 import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from loguru import logger
 from torch import distributed
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from glm_utils.signals import ignore_signals, say, signal_name, take_signals
@@ -168,32 +170,29 @@ def resume_command(words: Sequence[str]) -> str:
     return shlex.join([*kept, "--resume_from_checkpoint", value])
 
 
-def outlive_signals(worker_init: Callable[[int], None] | None, worker_id: int) -> None:
-    """Let a data loader's worker live on when a signal reaches the whole process group: its parent needs its batches.
+def with_lasting_workers(loader: DataLoader) -> DataLoader:
+    """Return a data loader whose workers live on when a signal reaches the whole process group.
 
-    PyTorch lets a worker exit on the SIGTERM of its parent and die of any other one, which fails the training.
+    PyTorch lets a worker exit at the SIGTERM of its parent and die of any other one, which fails the training.
+    """
+    if loader.num_workers:
+        is_over = multiprocessing.RawValue("b", 0)
+        atexit.register(setattr, is_over, "value", 1)  # runs before multiprocessing terminates and joins the workers
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper starts the workers of this one
+        inner.worker_init_fn = functools.partial(outlive_signals, is_over, inner.worker_init_fn)
+    return loader
+
+
+def outlive_signals(is_over: Any, worker_init: Callable[[int], None] | None, worker_id: int) -> None:
+    """Let a data loader's worker ignore signals until its parent exits.
 
     Args:
+        is_over: Shared number; not 0: the parent exits.
         worker_init: The loader's own function for new workers.
         worker_id: See torch.utils.data.DataLoader.
     """
     for signum in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_for_parent, daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if is_over.value else None)
     if worker_init is not None:
         worker_init(worker_id)
-
-
-def _end_for_parent() -> None:
-    """End this process at a SIGTERM that its parent sends."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
-
-
-def with_lasting_workers(loader: torch.utils.data.DataLoader) -> torch.utils.data.DataLoader:
-    """Return a data loader whose workers outlive signals to the process group."""
-    if loader.num_workers:
-        loader.worker_init_fn = functools.partial(outlive_signals, loader.worker_init_fn)
-    return loader
