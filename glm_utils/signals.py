@@ -10,9 +10,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+PROJECT_DIR = Path(__file__).resolve().parent.parent
+POLL_SECONDS = 0.05
 SAME_SIGNAL_SECONDS = 1.0  # timeout, Slurm and torchrun reach a process twice: directly, and through group or parent
 
 
@@ -35,7 +38,7 @@ class _Listener:
         pid: The process; its children inherit the handlers.
         take: What a stage does instead of leaving; None: leave.
         taken: The signal that the stage took; None: none yet.
-        first_seconds: When the first signal arrived that does not just interrupt an answer in chat; None: not yet.
+        first_seconds: When the signal arrived that ends the command; None: not yet.
         note: What is left behind, for the line about the interruption.
     """
 
@@ -54,15 +57,27 @@ class _Listener:
             if time.monotonic() - self.first_seconds > SAME_SIGNAL_SECONDS:
                 say(f"{signal_name(signum)} again: leaving at once")
                 os._exit(128 + signum)
-        elif self.take:
-            self.first_seconds = time.monotonic()
-            self.taken = signum
+            return
+        if self.take:
+            self.first_seconds, self.taken = time.monotonic(), signum
             self.take(signum)
-        elif signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        else:
+        elif is_importing(frame):
             self.first_seconds = time.monotonic()
-            raise Terminated(signum)
+            signal.signal(signal.SIGALRM, lambda _, frame: self.leave(signum, frame))
+            signal.setitimer(signal.ITIMER_REAL, POLL_SECONDS, POLL_SECONDS)
+        else:
+            self.leave(signum, frame)
+
+    def leave(self, signum: int, frame: FrameType | None) -> None:
+        """Raise the exception for a signal once no module is being imported: libraries lose it while they are."""
+        if is_importing(frame):
+            return
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        if signum == signal.SIGINT:
+            self.first_seconds = None  # chat goes on after it
+            raise KeyboardInterrupt
+        self.first_seconds = time.monotonic()
+        raise Terminated(signum)
 
 
 _listener = _Listener()
@@ -77,8 +92,6 @@ def signals_heard(ignored_after: bool) -> Iterator[None]:
     """
     global _listener
     _listener = _Listener()
-    unraisable = sys.unraisablehook
-    sys.unraisablehook = _raise_again
     before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
     before = {signum: old for signum, old in before.items() if old not in (signal.SIG_IGN, None)}
     for signum in before:
@@ -86,19 +99,59 @@ def signals_heard(ignored_after: bool) -> Iterator[None]:
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for signum, old in before.items():
             signal.signal(signum, signal.SIG_IGN if ignored_after else old)
-        sys.unraisablehook = unraisable
 
 
-def _raise_again(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Send the signal again whose exception was lost in a finalizer or a callback; print anything else."""
-    signum = signal_of(unraisable.exc_value)
-    if signum is None:
-        sys.__unraisablehook__(unraisable)
-        return
-    _listener.first_seconds = None
-    threading.Timer(0.05, os.kill, (os.getpid(), signum)).start()
+def is_importing(frame: FrameType | None) -> bool:
+    """Return whether a frame runs below an import."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def is_own_script(frame: FrameType | None) -> bool:
+    """Return whether a frame runs below a script of this project."""
+    path = ""
+    while frame is not None:
+        path = path if frame.f_code.co_filename.startswith("<frozen") else frame.f_code.co_filename
+        frame = frame.f_back
+    return "site-packages" not in path and Path(path).resolve().is_relative_to(PROJECT_DIR)
+
+
+def hear_while_importing(signum: int, frame: FrameType | None) -> None:
+    """Leave at Ctrl-C while a script imports its modules: there is nothing to clean up yet, and libraries lose it."""
+    if is_importing(frame) and is_own_script(frame):
+        say(interruption_note(signum))
+        os._exit(128 + signum)
+    signal.default_int_handler(signum, frame)
+
+
+def quiet_interruptions() -> None:
+    """Let an interruption that nothing handles end the process in one line, also where Python would lose it."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, hear_while_importing)
+    excepthook, unraisablehook = sys.excepthook, sys.unraisablehook
+
+    def print_one_line(kind, error, trace) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            sys.stderr.write(interruption_note(signal.SIGINT) + "\n")
+        else:
+            excepthook(kind, error, trace)
+
+    def send_again(unraisable: "sys.UnraisableHookArgs") -> None:
+        """Repeat the signal whose exception was lost in a finalizer or a callback, instead of a traceback."""
+        signum = signal_of(unraisable.exc_value)
+        if signum is None:
+            unraisablehook(unraisable)
+        else:
+            _listener.first_seconds = None
+            threading.Timer(POLL_SECONDS, os.kill, (os.getpid(), signum)).start()
+
+    sys.excepthook, sys.unraisablehook = print_one_line, send_again
 
 
 def take_signals(take: Callable[[int], None]) -> None:
@@ -126,6 +179,7 @@ def release_signals(note: str) -> None:
 
 def ignore_signals() -> None:
     """Ignore further signals: the command is leaving."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
     for signum in STOP_SIGNALS:
         if signal.getsignal(signum) == _listener.hear:
             signal.signal(signum, signal.SIG_IGN)
@@ -178,4 +232,4 @@ def end_with_parent(parent_id: int, poll_seconds: float = 0.5) -> None:
 def say(text: str) -> None:
     """Write a line to standard error, without the logger, which a signal may have interrupted."""
     with contextlib.suppress(OSError):
-        os.write(2, f"\n{text}\n".encode())
+        os.write(2, f"{text}\n".encode())

@@ -1,5 +1,6 @@
 """Signals: one line and 128 + N, nothing left behind; training saves a checkpoint first and says how to go on."""
 
+import importlib
 import json
 import os
 import re
@@ -17,7 +18,6 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing import event_accumulator
 from transformers import Trainer
 
-import glm_utils
 import merge_lora_and_quantize
 import train_qlora
 from glm_utils import signals
@@ -324,8 +324,11 @@ def test_an_ignored_signal_stays_ignored(end):
     assert end(["--seconds=0.3"], work)[0] == 0
 
 
-def test_a_signal_whose_exception_is_lost_comes_again(end):
+def test_a_signal_whose_exception_is_lost_comes_again(end, monkeypatch):
     """A finalizer cannot pass an exception on: Python would print it and go on."""
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    signals.quiet_interruptions()
 
     class Finalized:
         def __del__(self):
@@ -492,12 +495,57 @@ def test_a_signal_ends_a_process_with_its_number(signum):
     assert re.fullmatch(r"\S+ WARNING interrupted by \S+\n", err)
 
 
-def test_ctrl_c_during_imports_is_one_line(capsys):
-    assert sys.excepthook is not sys.__excepthook__
-    error = KeyboardInterrupt()
-    glm_utils._excepthook(KeyboardInterrupt, error, None)
-    assert capsys.readouterr().err == "interrupted by Ctrl-C\n"
-    code = "import glm_utils, signal; signal.raise_signal(signal.SIGINT)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT_DIR, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGINT  # a shell shows 130
+SWALLOWS = """
+import os, signal, time
+try:
+    os.kill(os.getpid(), signal.SIGNUM)
+    time.sleep(0.3)
+except BaseException:
+    pass
+"""
+LOST = """
+import signal, time
+import glm_utils
+
+class Finalized:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+Finalized()
+time.sleep(20)
+"""
+
+
+@SIGNALS
+def test_a_signal_is_heard_behind_the_import_that_it_interrupts(end, tmp_path, monkeypatch, signum):
+    """Libraries catch what is raised while they import optional packages; a module that is half there stays broken."""
+    (tmp_path / f"swallows_{signum}.py").write_text(SWALLOWS.replace("SIGNUM", signum.name) + "finished = True")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def stage() -> None:
+        importlib.import_module(f"swallows_{signum}")
+        time.sleep(5)
+
+    code, _, err = end([], stage)
+    assert code == 128 + signum
+    assert len(err.splitlines()) == 1
+    assert sys.modules[f"swallows_{signum}"].finished
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_code"),
+    [
+        ("import glm_utils, signal; signal.raise_signal(signal.SIGINT)", -signal.SIGINT),  # a shell shows 130
+        (LOST, -signal.SIGINT),
+        ("import glm_utils, swallows; time.sleep(20)", 130),
+    ],
+)
+def test_ctrl_c_before_the_command_begins_is_one_line(code, exit_code, tmp_path):
+    """Also where it is lost: in a finalizer, and while a library is imported."""
+    (tmp_path / "swallows.py").write_text(SWALLOWS.replace("SIGNUM", "SIGINT"))
+    script = PROJECT_DIR / "saved_files_script_of_a_test.py"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", f"exec(compile({code!r}, {str(script)!r}, 'exec'))"]
+    done = subprocess.run(command, cwd=PROJECT_DIR, capture_output=True, text=True, timeout=15, env=environment)
     assert done.stderr == "interrupted by Ctrl-C\n"
+    assert done.returncode == exit_code

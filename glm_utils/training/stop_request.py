@@ -59,7 +59,7 @@ class StopRequest(TrainerCallback):
         self.signum = signum
         if self.is_first_process:
             then = "the last step is done, so the run is finished" if self.is_finishing else "saving a checkpoint"
-            say(f"{signal_name(signum)}: {then}; a second signal leaves at once")
+            say(f"\n{signal_name(signum)}: {then}; a second signal leaves at once")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Ask for a checkpoint if a signal arrived; the last step needs none, as the run is finished anyway."""
