@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from loguru import logger
 
 from glm_utils.cli import run_cli
+from glm_utils.signals import note_if_interrupted, release_signals
 from glm_utils.training.argument_keys import JSON_ONLY
 from glm_utils.training.inputs import read_inputs
 
@@ -67,6 +68,7 @@ def train_qlora(
             report goes to a directory beside output_dir, named output_dir + "_evaluation".
     """
     inputs = read_inputs(dict(locals()))
+    note_if_interrupted("no step was done, so there is nothing to save")
 
     from glm_utils.training.lora_model import make_lora_model
     from glm_utils.training.output import claim_output
@@ -114,6 +116,7 @@ def evaluate_run(settings: "TrainingSettings") -> None:
     from glm_utils.evaluation.at_end import evaluate_output
 
     args, out = settings.training_args, settings.output_dir
+    release_signals("the adapter is written, but not evaluated")
     if args.process_index == 0:
         device = resolve_device("cpu" if args.use_cpu else "auto")
         evaluate_output(out, out, settings.data_paths["eval"], device, load_in_4bit=True, seed=args.seed)
