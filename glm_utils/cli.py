@@ -16,6 +16,8 @@ import fire
 from loguru import logger
 from tqdm import tqdm
 
+from glm_utils.visible_text import one_line
+
 LOG_FORMAT = "<green>{time:HH:mm:ss}</green> <level>{level: <7}</level> {message}"
 TRUE_WORDS = ("true", "yes", "on", "1")
 FALSE_WORDS = ("false", "no", "off", "0")
@@ -50,8 +52,13 @@ def run_cli(stage: Callable, argv: Sequence[str] | None = None) -> None:
 
 
 def setup_logging() -> None:
-    """Write loguru's messages through tqdm, so that they do not break a progress bar."""
+    """Write loguru's messages through tqdm, so that they do not break a progress bar.
+
+    Whatever a message quotes (data, file names, settings, names of an adapter) is one line that cannot steer the
+    terminal; the colors are the log's own and are added afterwards.
+    """
     logger.remove()
+    logger.configure(patcher=lambda record: record.update(message=one_line(record["message"])))
     logger.add(
         lambda message: tqdm.write(message, file=sys.stderr, end=""),
         format=LOG_FORMAT,

@@ -13,7 +13,7 @@ from loguru import logger
 from glm_utils.cli import UserError
 from glm_utils.files import atomic_files, check_writable
 from glm_utils.inference.partial_answers import json_line
-from glm_utils.inference.prompt_file import PromptRow, printable
+from glm_utils.inference.prompt_file import PromptRow
 
 ENDINGS = (".jsonl", ".csv")
 ADDED_COLUMNS = ("sample", "answer", "num_tokens", "ended_by", "error")
@@ -138,7 +138,7 @@ def log_errors(rows: Sequence[PromptRow], most: int = 10) -> None:
     """
     errors = [row.error for row in rows if row.error]
     for error in errors[:most]:
-        logger.warning(printable(error))
+        logger.warning(error)
     if len(errors) > most:
         logger.warning(f"and {len(errors) - most} more rows, see `error` in the output")
 

@@ -1,7 +1,6 @@
 """Turn the arrival times of tokens into figures, and the figures of several models into a Markdown table."""
 
 import itertools
-import json
 import statistics
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from glm_utils.cli import UserError
 from glm_utils.files import check_writable, write_json
 from glm_utils.inference.tables import markdown_table
 from glm_utils.run_record import git_commit, versions
+from glm_utils.visible_text import json_line
 
 TABLE_ROWS = (  # title, key of a model's figures, factor from the key's unit to the title's, decimals
     ("token_number/s", "tokens_per_second", 1, 2),
@@ -118,4 +118,4 @@ def write_report(result: dict, output_json: str | Path | None) -> str:
     result = {**result, "versions": versions(), "commit": git_commit()}
     if output_json:
         write_json(Path(output_json).expanduser(), result)
-    return f"{models_table(result['models'])}\n\n{json.dumps(result, ensure_ascii=False)}"
+    return f"{models_table(result['models'])}\n\n{json_line(result)}"
