@@ -9,7 +9,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from glm_utils.adapter_config import AdapterConfig, read_adapter_config
 from glm_utils.cli import UserError
+from glm_utils.directory_kind import advice
 from glm_utils.family import Family
 from glm_utils.files import LFS_MAGIC, download_again, read_json_object
 
@@ -75,29 +77,55 @@ def weight_files(checkpoint_dir: Path) -> list[Path]:
     raise UserError(f"{checkpoint_dir}: no weights. Expected {names}; download the checkpoint completely")
 
 
-def check_adapter_files(adapter_dir: Path) -> dict:
+def check_adapter_files(adapter_dir: Path) -> AdapterConfig:
     """Check that a directory holds a complete LoRA adapter.
 
     Args:
         adapter_dir: Directory with adapter_config.json and adapter_model.safetensors or .bin.
 
     Returns:
-        The parsed adapter_config.json.
+        Its checked settings.
 
     Raises:
-        UserError: Another kind of adapter, or a file that is missing, a Git LFS pointer or truncated.
+        UserError: Another kind of adapter, a setting that is out of range, or a file that is missing, a Git LFS
+            pointer, truncated or a link out of the directory.
     """
     config_path = adapter_dir / "adapter_config.json"
     if not config_path.is_file():
-        raise UserError(f"{config_path} is missing: not a LoRA adapter. Give the output_dir of a training run")
-    config = read_json_object(config_path)
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{config_path}: peft_type is {config.get('peft_type')!r}, expected 'LORA'")
+        raise UserError(f"{config_path} is missing: not a LoRA adapter. {advice(adapter_dir)}")
+    check_inside(config_path)
+    config = read_adapter_config(adapter_dir)
+    check_file(adapter_weights(adapter_dir))
+    return config
+
+
+def adapter_weights(adapter_dir: Path) -> Path:
+    """Return the file of an adapter's weights; safetensors are preferred to a .bin file.
+
+    Raises:
+        UserError: There is none, or it is a link out of the directory.
+    """
     found = [adapter_dir / name for name in ADAPTER_WEIGHT_NAMES if (adapter_dir / name).is_file()]
     if not found:
         raise UserError(f"{adapter_dir}: no {' or '.join(ADAPTER_WEIGHT_NAMES)}. Was the training interrupted?")
-    check_file(found[0])
-    return config
+    check_inside(found[0])
+    return found[0]
+
+
+def check_inside(path: Path) -> None:
+    """Refuse a link out of its directory, which an unpacked archive can hold; the cache of the hub links to its blobs.
+
+    Args:
+        path: A file of an adapter; it need not exist.
+
+    Raises:
+        UserError: It is such a link.
+    """
+    directory, target = path.parent.resolve(), path.resolve()
+    blobs = directory.parent.parent / "blobs"
+    is_cached = directory.parent.name == "snapshots" and blobs in target.parents
+    if directory not in target.parents and not is_cached:
+        raise UserError(f"{path}: a link out of its directory, to {target}, not read. If it is yours, copy it here")
 
 
 def check_file(path: Path) -> None:

@@ -18,6 +18,9 @@ from tqdm import tqdm
 
 from glm_utils.visible_text import one_line
 
+if typing.TYPE_CHECKING:
+    import loguru
+
 LOG_FORMAT = "<green>{time:HH:mm:ss}</green> <level>{level: <7}</level> {message}"
 TRUE_WORDS = ("true", "yes", "on", "1")
 FALSE_WORDS = ("false", "no", "off", "0")
@@ -58,13 +61,18 @@ def setup_logging() -> None:
     terminal; the colors are the log's own and are added afterwards.
     """
     logger.remove()
-    logger.configure(patcher=lambda record: record.update(message=one_line(record["message"])))
+    logger.configure(patcher=_spell_out)
     logger.add(
         lambda message: tqdm.write(message, file=sys.stderr, end=""),
         format=LOG_FORMAT,
         colorize=sys.stderr.isatty(),
         level="INFO",
     )
+
+
+def _spell_out(record: "loguru.Record") -> None:
+    """Make a log record's message one line of visible characters."""
+    record["message"] = one_line(record["message"])
 
 
 def parse_args(stage: Callable, argv: Sequence[str]) -> dict:

@@ -4,7 +4,6 @@ A model that does not fit into the free memory is refused from its config.json, 
 """
 
 import copy
-import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,11 @@ import peft
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from glm_utils.adapter import Adapter, find_base, read_adapter
+from glm_utils.adapter import Adapter, find_base, read_adapter, read_updates
 from glm_utils.checkpoint import Checkpoint, open_checkpoint, project_path
-from glm_utils.checkpoint_files import check_adapter_files
 from glm_utils.cli import UserError
 from glm_utils.device import as_dtype, dtype_name, free_bytes
+from glm_utils.directory_kind import advice, directory_kind
 
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # per weight: 4 bits, uint8 absmax per 64 weights, fp32 per 256 absmax
 
@@ -65,7 +64,7 @@ class ModelSource:
         """
         model = load_base_model(self.checkpoint, self.load_in_4bit, self.dtype, {"": str(self.device)})
         if self.adapter:
-            model = load_adapter(model, self.adapter.directory)
+            model = put_on(model, self.adapter)
             if merge_adapter and not self.load_in_4bit:
                 model = model.merge_and_unload()
         return model.eval()
@@ -130,8 +129,8 @@ def find_model(model_path: str | None, lora_path: str | None) -> tuple[Checkpoin
         found = "both are given" if model_path else "neither is given"
         raise UserError(f"{found}: give --model_path DIR, or --lora_path DIR, which names its base itself")
     path = project_path(model_path)
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        raise UserError(f"--model_path {model_path}: a LoRA adapter. Give it as --lora_path {model_path}")
+    if path.exists() and directory_kind(path) not in ("model", "unknown"):
+        raise UserError(f"--model_path {model_path}: not a model that this project loads. {advice(path)}")
     return open_checkpoint(model_path), None
 
 
@@ -232,28 +231,48 @@ def keep_4bit_layout(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def load_adapter(model: PreTrainedModel, adapter_dir: Path, is_trainable: bool = False) -> peft.PeftModel:
-    """Put a LoRA adapter on a base model, including one of peft 0.4 (adapter_model.bin, read with weights_only).
+def load_adapter(model: PreTrainedModel, adapter_dir: Path) -> peft.PeftModel:
+    """Read a LoRA adapter, including one of peft 0.4 (adapter_model.bin), and put it on a base model; see `put_on`.
+
+    Raises:
+        UserError: Not an adapter of plain LoRA, or weights that do not fit the model.
+    """
+    return put_on(model, read_updates(adapter_dir))
+
+
+def put_on(model: PreTrainedModel, adapter: Adapter) -> peft.PeftModel:
+    """Put a LoRA adapter on a base model, for generation.
+
+    peft gets whole paths of modules and the ranks that the weights have, and reads none of the adapter's files: it
+    would run the regular expressions in them, and allocate whatever rank they name.
 
     Args:
         model: The base model.
-        adapter_dir: Directory of the adapter.
-        is_trainable: Whether the LoRA weights get gradients.
+        adapter: The adapter, with its settings.
 
     Raises:
-        UserError: Not an adapter, or weights that do not fit the model.
+        UserError: The adapter does not fit the model.
     """
-    check_adapter_files(adapter_dir)
-    try:
-        peft_model = peft.PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=is_trainable)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{adapter_dir}/adapter_model.bin holds more than tensors, not read: {error}") from error
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{adapter_dir}: the adapter does not fit this base model: {error}") from error
+    linears = {path: module for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    shapes = {path: (module.out_features, module.in_features) for path, module in linears.items()}
+    adapter.check_fit(shapes, model.name_or_path or type(model).__name__)
+    settings = adapter.config
+    peft_model = peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            r=settings.values["r"],
+            lora_alpha=settings.values["lora_alpha"],
+            use_rslora=bool(settings.values.get("use_rslora")),
+            rank_pattern={path: settings.rank(path) for path in adapter.pairs},
+            alpha_pattern={path: settings.alpha(path) for path in adapter.pairs},
+            target_modules=list(adapter.pairs),
+            task_type="CAUSAL_LM",
+            inference_mode=True,
+        ),
+    )
     keep_4bit_layout(peft_model)
-    loaded = set(peft.utils.load_peft_weights(str(adapter_dir), device="cpu"))
-    expected = set(peft.get_peft_model_state_dict(peft_model))
-    if loaded != expected:
-        missing, unexpected = sorted(expected - loaded)[:3], sorted(loaded - expected)[:3]
-        raise UserError(f"{adapter_dir}: does not fit this base model; missing {missing}, unexpected {unexpected}")
-    return peft_model
+    for path, pair in adapter.pairs.items():
+        layer = peft_model.get_base_model().get_submodule(path)
+        layer.lora_A["default"].weight.data.copy_(pair.a)
+        layer.lora_B["default"].weight.data.copy_(pair.b)
+    return peft_model.eval()

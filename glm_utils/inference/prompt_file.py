@@ -60,9 +60,7 @@ def read_prompts(path: Path, prompt_column: str | None) -> list[PromptRow]:
     text = read_text(path, f"Give a file of prompts: {FORMS}", encoding_remedy(path))
     if ending == ".txt":
         if prompt_column is not None:
-            raise UserError(
-                f"--prompt_column {prompt_column}: {path} is text without columns. Leave it out"
-            )
+            raise UserError(f"--prompt_column {prompt_column}: {path} is text without columns. Leave it out")
         rows = [PromptRow(where, {"prompt": line}, line) for line, where in iter_text(path, text)]
     elif ending == ".csv":
         rows = list(iter_csv(path, text, prompt_column))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from loguru import logger
 
+from glm_utils.adapter_config import read_adapter_config
 from glm_utils.checkpoint_files import ADAPTER_WEIGHT_NAMES, check_adapter_files
 from glm_utils.cli import UserError
 from glm_utils.family import FAMILIES
@@ -112,7 +113,7 @@ def check_same_run(checkpoint: Path, identity: dict) -> None:
     Raises:
         UserError: A setting differs.
     """
-    adapter_config = read_json_object(checkpoint / "adapter_config.json")
+    adapter_config = read_adapter_config(checkpoint).values
     before = {name: adapter_config.get(key) for key, name in LORA_KEYS.items()}
     before["lora_targets"] = adapter_config.get("target_modules")
     before.update(read_run_config(checkpoint).get("identity", {}))
