@@ -13,9 +13,9 @@ import torch
 from loguru import logger
 from safetensors.torch import load_file
 
-from glm_utils.adapter_config import MERGE_ELSEWHERE, AdapterConfig, base_name, check_plain_lora
+from glm_utils.adapter_config import MERGE_ELSEWHERE, AdapterConfig, base_name, check_inside, check_plain_lora
 from glm_utils.checkpoint import Checkpoint, open_checkpoint
-from glm_utils.checkpoint_files import adapter_weights, check_adapter_files, check_inside
+from glm_utils.checkpoint_files import adapter_weights, check_adapter_files
 from glm_utils.cli import UserError
 from glm_utils.directory_kind import advice, directory_kind
 from glm_utils.module_names import is_module_name, summarize
@@ -90,8 +90,8 @@ class Adapter:
         for path, pair in self.pairs.items():
             if tuple(linears[path]) != pair.shape:
                 raise UserError(f"{where} {path} is {list(linears[path])}, the adapter updates {list(pair.shape)}")
-        if self.config.targets is None or self.config.targets.is_all:
-            return  # "all linear" leaves out an output layer that this project does not know
+        if self.config.targets is None:
+            return
         named = {path for path in linears if self.config.is_adapted(path)}
         if missing := named - self.pairs.keys():
             raise UserError(f"{where} its weights of {summarize(missing)} are missing. Copy the adapter again")

@@ -1,23 +1,23 @@
 """adapter_config.json of a LoRA adapter: every key that peft or this project reads, checked before either acts on it.
 
-Source: peft 0.21, LoraConfig; adapters of 2023 (peft 0.2 to 0.4) have some of its keys.
+Needs no torch, so that a wrong adapter is refused at once. Source: peft 0.21, LoraConfig and lora/layer.py.
 """
 
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from loguru import logger
 
+from glm_utils.adapter_keys import KEYS
 from glm_utils.cli import UserError
+from glm_utils.directory_kind import advice
 from glm_utils.files import read_json_object
 from glm_utils.module_names import ModuleNames, PatternTable, endings_of, read_names
 from glm_utils.visible_text import UNSAFE, shortened
 
 MAX_FILE_BYTES = 10_000_000
-MAX_RANK, MAX_ALPHA = 1 << 16, 1e6
 MAX_PATH_BYTES, MAX_PART_BYTES = 4000, 255  # of a path and of a name in it
 MERGE_ELSEWHERE = "Merge it with peft (PeftModel.merge_and_unload) and save the fp16 model"
 UNSUPPORTED = (  # settings under which the update is not scale * B @ A on Linear weights alone
@@ -98,9 +98,12 @@ def read_adapter_config(adapter_dir: Path) -> AdapterConfig:
     """Read adapter_config.json.
 
     Raises:
-        UserError: Not an adapter, not LoRA, or a value of another type or out of range.
+        UserError: Not an adapter, not LoRA, a link out of the directory, or a value of another type or out of range.
     """
     path = adapter_dir / "adapter_config.json"
+    if not path.is_file():
+        raise UserError(f"{path} is missing: not a LoRA adapter. {advice(adapter_dir)}")
+    check_inside(path)
     if path.stat().st_size > MAX_FILE_BYTES:
         raise UserError(f"{path}: {path.stat().st_size:,} bytes, expected a few thousand. Copy the adapter again")
     values = read_json_object(path)
@@ -123,6 +126,22 @@ def read_adapter_config(adapter_dir: Path) -> AdapterConfig:
         ranks=PatternTable(values.get("rank_pattern") or {}, "rank_pattern", path),
         alphas=PatternTable(values.get("alpha_pattern") or {}, "alpha_pattern", path),
     )
+
+
+def check_inside(path: Path) -> None:
+    """Refuse a link out of its directory, which an unpacked archive can hold; the cache of the hub links to its blobs.
+
+    Args:
+        path: A file of an adapter; it need not exist.
+
+    Raises:
+        UserError: It is such a link.
+    """
+    directory, target = path.parent.resolve(), path.resolve()
+    blobs = directory.parent.parent / "blobs"
+    is_cached = directory.parent.name == "snapshots" and blobs in target.parents
+    if directory not in target.parents and not is_cached:
+        raise UserError(f"{path}: a link out of its directory, to {target}, not read. If it is yours, copy it here")
 
 
 def check_plain_lora(config: AdapterConfig) -> None:
@@ -172,73 +191,3 @@ def is_path(text: str) -> bool:
     if any(len(part.encode()) > MAX_PART_BYTES for part in text.split("/")):
         return False
     return not os.path.expanduser(text).startswith("~")  # the home of a user that does not exist
-
-
-def _is(*kinds: type) -> Callable[[object], bool]:
-    """Return a check for None or a value of some kinds; true and false are no numbers."""
-    return lambda value: value is None or (isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)))
-
-
-def _is_number(value: object, low: float, high: float) -> bool:
-    """Return whether a value is a number in a range; NaN is in none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
-
-
-def _is_rank(value: object) -> bool:
-    return isinstance(value, int) and _is_number(value, 1, MAX_RANK)
-
-
-def _is_alpha(value: object) -> bool:
-    return _is_number(value, 1e-6, MAX_ALPHA)
-
-
-def _is_list_of(*kinds: type) -> Callable[[object], bool]:
-    """Return a check for None or a list of values of some kinds."""
-    return lambda value: value is None or (isinstance(value, list) and all(_is(*kinds)(item) for item in value))
-
-
-def _is_text_or_list(value: object) -> bool:
-    return isinstance(value, str) or _is_list_of(str)(value)
-
-
-def _is_table_of(fits: Callable[[object], bool]) -> Callable[[object], bool]:
-    """Return a check for None or an object whose values fit."""
-    return lambda value: value is None or (isinstance(value, dict) and all(map(fits, value.values())))
-
-
-_TEXT = ("text", _is(str))
-_SWITCH = ("true or false", _is(bool))
-_OBJECT = ("an object or null", _is(dict))
-_NAMES = ("a list of texts", _is_list_of(str))
-_TEXT_OR_NAMES = ("text or a list of texts", _is_text_or_list)
-_RANK_WORDS, _ALPHA_WORDS = f"a whole number from 1 to {MAX_RANK}", f"a number above 0, at most {MAX_ALPHA:g}"
-KEYS: dict[str, tuple[str, Callable[[object], bool]]] = {  # what is expected, in words and as a check
-    **dict.fromkeys(("peft_type", "task_type", "peft_version", "revision", "megatron_core"), _TEXT),
-    "base_model_name_or_path": _TEXT,
-    **dict.fromkeys(("use_dora", "use_rslora", "use_qalora", "lora_bias", "fan_in_fan_out"), _SWITCH),
-    **dict.fromkeys(("inference_mode", "ensure_weight_tying", "merge_weights"), _SWITCH),
-    **dict.fromkeys(("auto_mapping", "megatron_config", "loftq_config", "eva_config", "corda_config"), _OBJECT),
-    **dict.fromkeys(("lora_ga_config", "velora_config", "monteclora_config", "arrow_config", "kasa_config"), _OBJECT),
-    **dict.fromkeys(("runtime_config", "use_bdlora"), _OBJECT),
-    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), _TEXT_OR_NAMES),
-    **dict.fromkeys(("modules_to_save", "target_parameters"), _NAMES),
-    "r": (_RANK_WORDS, _is_rank),
-    "lora_alpha": (_ALPHA_WORDS, _is_alpha),
-    "rank_pattern": (f"an object whose values are each {_RANK_WORDS}", _is_table_of(_is_rank)),
-    "alpha_pattern": (f"an object whose values are each {_ALPHA_WORDS}", _is_table_of(_is_alpha)),
-    "lora_dropout": ("a number from 0 to below 1", lambda value: value is None or _is_number(value, 0, 1 - 1e-9)),
-    "bias": ("none, all or lora_only", lambda value: value in ("none", "all", "lora_only")),
-    "init_lora_weights": ("true, false or text", _is(bool, str)),
-    "layers_to_transform": (
-        "a number or a list of numbers",
-        lambda value: _is(int)(value) or _is_list_of(int)(value),
-    ),
-    "qalora_group_size": ("a number", _is(int)),
-    "alora_invocation_tokens": ("a list of numbers", _is_list_of(int)),
-    "enable_lora": ("a list of true and false", _is_list_of(bool)),
-    "layer_replication": ("a list of pairs", _is_list_of(list)),
-    "trainable_token_indices": (
-        "a list of numbers, or an object of such lists",
-        lambda value: _is_list_of(int)(value) or _is_table_of(_is_list_of(int))(value),
-    ),
-}

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from glm_utils.adapter_config import AdapterConfig, read_adapter_config
+from glm_utils.adapter_config import AdapterConfig, check_inside, read_adapter_config
 from glm_utils.cli import UserError
-from glm_utils.directory_kind import advice
 from glm_utils.family import Family
 from glm_utils.files import LFS_MAGIC, download_again, read_json_object
 
@@ -90,10 +89,6 @@ def check_adapter_files(adapter_dir: Path) -> AdapterConfig:
         UserError: Another kind of adapter, a setting that is out of range, or a file that is missing, a Git LFS
             pointer, truncated or a link out of the directory.
     """
-    config_path = adapter_dir / "adapter_config.json"
-    if not config_path.is_file():
-        raise UserError(f"{config_path} is missing: not a LoRA adapter. {advice(adapter_dir)}")
-    check_inside(config_path)
     config = read_adapter_config(adapter_dir)
     check_file(adapter_weights(adapter_dir))
     return config
@@ -110,22 +105,6 @@ def adapter_weights(adapter_dir: Path) -> Path:
         raise UserError(f"{adapter_dir}: no {' or '.join(ADAPTER_WEIGHT_NAMES)}. Was the training interrupted?")
     check_inside(found[0])
     return found[0]
-
-
-def check_inside(path: Path) -> None:
-    """Refuse a link out of its directory, which an unpacked archive can hold; the cache of the hub links to its blobs.
-
-    Args:
-        path: A file of an adapter; it need not exist.
-
-    Raises:
-        UserError: It is such a link.
-    """
-    directory, target = path.parent.resolve(), path.resolve()
-    blobs = directory.parent.parent / "blobs"
-    is_cached = directory.parent.name == "snapshots" and blobs in target.parents
-    if directory not in target.parents and not is_cached:
-        raise UserError(f"{path}: a link out of its directory, to {target}, not read. If it is yours, copy it here")
 
 
 def check_file(path: Path) -> None:

@@ -14,10 +14,12 @@ import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from glm_utils.adapter import Adapter, find_base, read_adapter, read_updates
+from glm_utils.adapter_layers import put_on
 from glm_utils.checkpoint import Checkpoint, open_checkpoint, project_path
 from glm_utils.cli import UserError
 from glm_utils.device import as_dtype, dtype_name, free_bytes
 from glm_utils.directory_kind import advice, directory_kind
+from glm_utils.loading_bar import bar_of_long_loads
 
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # per weight: 4 bits, uint8 absmax per 64 weights, fp32 per 256 absmax
 
@@ -161,15 +163,16 @@ def load_base_model(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=as_dtype(compute_dtype),
         )
-    model, loading_info = checkpoint.classes.model.from_pretrained(
-        checkpoint.directory,
-        config=copy.deepcopy(checkpoint.model_config),  # from_pretrained writes into it
-        dtype=as_dtype(dtype or compute_dtype),
-        device_map=device_map,
-        quantization_config=quantization_config,
-        ignore_mismatched_sizes=True,  # reported below, with a remedy
-        output_loading_info=True,
-    )
+    with bar_of_long_loads(checkpoint):
+        model, loading_info = checkpoint.classes.model.from_pretrained(
+            checkpoint.directory,
+            config=copy.deepcopy(checkpoint.model_config),  # from_pretrained writes into it
+            dtype=as_dtype(dtype or compute_dtype),
+            device_map=device_map,
+            quantization_config=quantization_config,
+            ignore_mismatched_sizes=True,  # reported below, with a remedy
+            output_loading_info=True,
+        )
     check_loaded_weights(checkpoint.directory, model, loading_info)
     keep_4bit_layout(model)
     return model
@@ -232,47 +235,9 @@ def keep_4bit_layout(model: torch.nn.Module) -> None:
 
 
 def load_adapter(model: PreTrainedModel, adapter_dir: Path) -> peft.PeftModel:
-    """Read a LoRA adapter, including one of peft 0.4 (adapter_model.bin), and put it on a base model; see `put_on`.
+    """Read a LoRA adapter, including one of peft 0.4 (adapter_model.bin), and put it on a base model.
 
     Raises:
         UserError: Not an adapter of plain LoRA, or weights that do not fit the model.
     """
     return put_on(model, read_updates(adapter_dir))
-
-
-def put_on(model: PreTrainedModel, adapter: Adapter) -> peft.PeftModel:
-    """Put a LoRA adapter on a base model, for generation.
-
-    peft gets whole paths of modules and the ranks that the weights have, and reads none of the adapter's files: it
-    would run the regular expressions in them, and allocate whatever rank they name.
-
-    Args:
-        model: The base model.
-        adapter: The adapter, with its settings.
-
-    Raises:
-        UserError: The adapter does not fit the model.
-    """
-    linears = {path: module for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    shapes = {path: (module.out_features, module.in_features) for path, module in linears.items()}
-    adapter.check_fit(shapes, model.name_or_path or type(model).__name__)
-    settings = adapter.config
-    peft_model = peft.get_peft_model(
-        model,
-        peft.LoraConfig(
-            r=settings.values["r"],
-            lora_alpha=settings.values["lora_alpha"],
-            use_rslora=bool(settings.values.get("use_rslora")),
-            rank_pattern={path: settings.rank(path) for path in adapter.pairs},
-            alpha_pattern={path: settings.alpha(path) for path in adapter.pairs},
-            target_modules=list(adapter.pairs),
-            task_type="CAUSAL_LM",
-            inference_mode=True,
-        ),
-    )
-    keep_4bit_layout(peft_model)
-    for path, pair in adapter.pairs.items():
-        layer = peft_model.get_base_model().get_submodule(path)
-        layer.lora_A["default"].weight.data.copy_(pair.a)
-        layer.lora_B["default"].weight.data.copy_(pair.b)
-    return peft_model.eval()

@@ -157,7 +157,7 @@ def test_nf4_base_is_what_training_saw(base_dir, adapter, merge, log_lines):
         num_linears += 1
     assert num_linears == 12
     text = "\n".join(log_lines)
-    assert "NF4 error |W - NF4(W)| / |W|: dense_4h_to_h" in text
+    assert re.search(r"NF4 error \|W - NF4\(W\)\| / \|W\|: [\d.]+ to [\d.]+ \(\w+\), median [\d.]+ of 12 weights", text)
     assert "update |scale B A| / |W|: query_key_value" in text
     assert "the NF4 weights are closer to training" in text
     assert "Merged into: the NF4 weights" in text
