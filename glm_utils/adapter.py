@@ -13,11 +13,12 @@ import torch
 from loguru import logger
 from safetensors.torch import load_file
 
-from glm_utils.adapter_config import MERGE_ELSEWHERE, AdapterConfig, base_name, check_inside, check_plain_lora
+from glm_utils.adapter_config import MERGE_ELSEWHERE, AdapterConfig, base_name, check_plain_lora
 from glm_utils.checkpoint import Checkpoint, open_checkpoint
 from glm_utils.checkpoint_files import adapter_weights, check_adapter_files
 from glm_utils.cli import UserError
 from glm_utils.directory_kind import advice, directory_kind
+from glm_utils.links import check_inside
 from glm_utils.module_names import is_module_name, summarize
 from glm_utils.run_record import RUN_CONFIG_NAME, read_run_config
 from glm_utils.tensor_files import list_bin, list_tensors, load_bin

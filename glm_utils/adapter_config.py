@@ -14,6 +14,7 @@ from glm_utils.adapter_keys import KEYS
 from glm_utils.cli import UserError
 from glm_utils.directory_kind import advice
 from glm_utils.files import read_json_object
+from glm_utils.links import check_inside
 from glm_utils.module_names import ModuleNames, PatternTable, endings_of, read_names
 from glm_utils.visible_text import UNSAFE, shortened
 
@@ -126,22 +127,6 @@ def read_adapter_config(adapter_dir: Path) -> AdapterConfig:
         ranks=PatternTable(values.get("rank_pattern") or {}, "rank_pattern", path),
         alphas=PatternTable(values.get("alpha_pattern") or {}, "alpha_pattern", path),
     )
-
-
-def check_inside(path: Path) -> None:
-    """Refuse a link out of its directory, which an unpacked archive can hold; the cache of the hub links to its blobs.
-
-    Args:
-        path: A file of an adapter; it need not exist.
-
-    Raises:
-        UserError: It is such a link.
-    """
-    directory, target = path.parent.resolve(), path.resolve()
-    blobs = directory.parent.parent / "blobs"
-    is_cached = directory.parent.name == "snapshots" and blobs in target.parents
-    if directory not in target.parents and not is_cached:
-        raise UserError(f"{path}: a link out of its directory, to {target}, not read. If it is yours, copy it here")
 
 
 def check_plain_lora(config: AdapterConfig) -> None:

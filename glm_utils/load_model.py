@@ -4,7 +4,6 @@ A model that does not fit into the free memory is refused from its config.json, 
 """
 
 import copy
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,9 @@ from glm_utils.checkpoint import Checkpoint, open_checkpoint, project_path
 from glm_utils.cli import UserError
 from glm_utils.device import as_dtype, dtype_name, free_bytes
 from glm_utils.directory_kind import advice, directory_kind
+from glm_utils.generation_checks import make_generation_config
 from glm_utils.loading_bar import bar_of_long_loads
+from glm_utils.weight_checks import check_weights
 
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # per weight: 4 bits, uint8 absmax per 64 weights, fp32 per 256 absmax
 
@@ -45,6 +46,7 @@ class ModelSource:
     device: torch.device
 
     def __post_init__(self) -> None:
+        self.checkpoint.require_streamable()
         if self.load_in_4bit:
             self.checkpoint.require_unquantized("--load_in_4bit quantizes fp16 weights: leave it out to use these")
 
@@ -170,6 +172,7 @@ def load_base_model(
             dtype=as_dtype(dtype or compute_dtype),
             device_map=device_map,
             quantization_config=quantization_config,
+            generation_config=make_generation_config(checkpoint.generation_settings, checkpoint.config_path),
             ignore_mismatched_sizes=True,  # reported below, with a remedy
             output_loading_info=True,
         )
@@ -200,26 +203,6 @@ def check_loaded_weights(checkpoint_dir: Path, model: PreTrainedModel, loading_i
         and tuple(state.shape) != (module.out_features, module.in_features)
     ]
     check_weights(checkpoint_dir, **found)
-
-
-def check_weights(checkpoint_dir: Path, **faults: Iterable[str]) -> None:
-    """Refuse weights that do not match config.json.
-
-    Args:
-        checkpoint_dir: The model's directory, for messages.
-        **faults: Names of weights by fault: missing, mismatched (a shape may follow the name), unexpected. Names of
-            rotary frequencies are ignored: the models compute them, whether they are stored or not.
-
-    Raises:
-        UserError: There are such weights.
-    """
-    for kind, names in faults.items():
-        counted = sorted(name for name in names if not name.split(" ")[0].endswith("inv_freq"))
-        if counted:
-            raise UserError(
-                f"{checkpoint_dir}: {len(counted)} {kind} weights, e.g. {counted[0]}. The weights must match "
-                "config.json; download both again, from the same revision"
-            )
 
 
 def keep_4bit_layout(model: torch.nn.Module) -> None:

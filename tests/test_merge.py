@@ -162,7 +162,9 @@ def test_nf4_base_is_what_training_saw(base_dir, adapter, merge, log_lines):
         num_linears += 1
     assert num_linears == 12
     text = "\n".join(log_lines)
-    assert re.search(r"NF4 error \|W - NF4\(W\)\| / \|W\|: [\d.]+ to [\d.]+ \(\w+\), median [\d.]+ of 12 weights", text)
+    assert re.search(
+        r"NF4 error \|W - NF4\(W\)\| / \|W\|: [\d.]+ to [\d.]+ \(\w+\), median [\d.]+ of 12 weights", text
+    )
     assert re.search(r"update \|scale B A\| / \|W\|: [\d.]+ to [\d.]+ \((query_key_value|dense)\), median", text)
     assert "the NF4 weights are closer to training" in text
     assert "Merged into: the NF4 weights" in text
