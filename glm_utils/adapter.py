@@ -19,10 +19,10 @@ from glm_utils.checkpoint_files import adapter_weights, check_adapter_files
 from glm_utils.cli import UserError
 from glm_utils.directory_kind import advice, directory_kind
 from glm_utils.links import check_inside
+from glm_utils.model_json import read_model_json, shown
 from glm_utils.module_names import is_module_name, summarize
-from glm_utils.run_record import RUN_CONFIG_NAME, read_run_config
+from glm_utils.run_record import RUN_CONFIG_NAME
 from glm_utils.tensor_files import list_bin, list_tensors, load_bin
-from glm_utils.visible_text import shortened
 
 LORA_KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 RECORDED = {  # what is read of the run_config.json of a training: its kind, and the lowest number
@@ -138,17 +138,17 @@ def read_training_record(adapter_dir: Path) -> dict:
     """
     path = adapter_dir / RUN_CONFIG_NAME
     check_inside(path)
-    record = read_run_config(adapter_dir)
+    record = read_model_json(path) if path.is_file() else {}
     remedy = "Copy it again from the training's directory, or delete it: then the base is taken to be unchanged"
     for (section, key), (kind, lowest) in RECORDED.items():
         part = record.get(section, {})
         if not isinstance(part, dict):
-            raise UserError(f"{path}: {section} is {shortened(part)}, expected an object. {remedy}")
+            raise UserError(f"{path}: {section} is {shown(part)}, expected an object. {remedy}")
         value = part.get(key)
         is_right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
         if value is not None and not (is_right and (lowest is None or value >= lowest)):
             expected = {str: "text", int: f"a whole number of at least {lowest}", bool: "true or false"}[kind]
-            raise UserError(f"{path}: {section}.{key} is {shortened(value)}, expected {expected}. {remedy}")
+            raise UserError(f"{path}: {section}.{key} is {shown(value)}, expected {expected}. {remedy}")
     return record
 
 
@@ -172,7 +172,7 @@ def find_base(adapter: Adapter) -> Checkpoint:
     if trained_on and trained_on != base.fingerprint:
         raise UserError(
             f"{base.directory} is not the base that {adapter.directory} was trained on: its fingerprint is "
-            f"{base.fingerprint}, run_config.json recorded {shortened(trained_on)}. Restore that revision of the "
+            f"{base.fingerprint}, run_config.json recorded {shown(trained_on)}. Restore that revision of the "
             "base, or train on this one"
         )
     if not trained_on:
@@ -201,7 +201,7 @@ def read_pairs(adapter_dir: Path, config: AdapterConfig) -> dict[str, LoraPair]:
     for key, tensor in read_tensors(path).items():
         match = LORA_KEY.fullmatch(key) if isinstance(key, str) else None
         if not match or not is_module_name(match["path"]):
-            raise UserError(f"{path}: weight {shortened(key)} is not a LoRA matrix of a Linear. {MERGE_ELSEWHERE}")
+            raise UserError(f"{path}: weight {shown(key)} is not a LoRA matrix of a Linear. {MERGE_ELSEWHERE}")
         matrices = sides.setdefault(match["path"], {})
         if match["side"] in matrices:
             raise UserError(f"{path}: lora_{match['side']} of {match['path']} stands twice. Copy the adapter again")

@@ -13,12 +13,11 @@ from loguru import logger
 from glm_utils.adapter_keys import KEYS
 from glm_utils.cli import UserError
 from glm_utils.directory_kind import advice
-from glm_utils.files import read_json_object
 from glm_utils.links import check_inside
+from glm_utils.model_json import read_model_json, shown
 from glm_utils.module_names import ModuleNames, PatternTable, endings_of, read_names
-from glm_utils.visible_text import UNSAFE, shortened
+from glm_utils.visible_text import UNSAFE
 
-MAX_FILE_BYTES = 10_000_000
 MAX_PATH_BYTES, MAX_PART_BYTES = 4000, 255  # of a path and of a name in it
 MERGE_ELSEWHERE = "Merge it with peft (PeftModel.merge_and_unload) and save the fp16 model"
 UNSUPPORTED = (  # settings under which the update is not scale * B @ A on Linear weights alone
@@ -105,20 +104,18 @@ def read_adapter_config(adapter_dir: Path) -> AdapterConfig:
     if not path.is_file():
         raise UserError(f"{path} is missing: not a LoRA adapter. {advice(adapter_dir)}")
     check_inside(path)
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise UserError(f"{path}: {path.stat().st_size:,} bytes, expected a few thousand. Copy the adapter again")
-    values = read_json_object(path)
+    values = read_model_json(path)
     if values.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type is {shortened(values.get('peft_type'))}, expected 'LORA'")
+        raise UserError(f"{path}: peft_type is {shown(values.get('peft_type'))}, expected 'LORA'")
     for key in ("r", "lora_alpha"):
         if key not in values:
             raise UserError(f"{path}: {key} is missing. Copy the adapter again")
     for key, value in values.items():
         expected, fits = KEYS.get(key, ("", None))
         if fits and not fits(value):
-            raise UserError(f"{path}: {key} is {shortened(value)}, expected {expected}. Copy the adapter again")
+            raise UserError(f"{path}: {key} is {shown(value)}, expected {expected}. Copy the adapter again")
         if not fits and value:
-            logger.warning(f"{path}: {shortened(key)} is not a setting that this project knows: ignored")
+            logger.warning(f"{path}: {shown(key)} is not a setting that this project knows: ignored")
     return AdapterConfig(
         path=path,
         values=values,
@@ -136,7 +133,7 @@ def check_plain_lora(config: AdapterConfig) -> None:
         UserError: The adapter has such settings.
     """
     values = config.values
-    found = [f"{key} {shortened(values[key])}" for key in UNSUPPORTED if values.get(key)]
+    found = [f"{key} {shown(values[key])}" for key in UNSUPPORTED if values.get(key)]
     if values.get("bias", "none") != "none":
         found.append(f"bias {values['bias']!r}")
     if found:
@@ -144,7 +141,7 @@ def check_plain_lora(config: AdapterConfig) -> None:
     init = str(values.get("init_lora_weights", "")).lower()
     if init.startswith(CHANGES_THE_BASE):
         raise UserError(
-            f"{config.path}: init_lora_weights {shortened(init)} changed the base weights before training. Convert it "
+            f"{config.path}: init_lora_weights {shown(init)} changed the base weights before training. Convert it "
             "to plain LoRA first (save_pretrained with path_initial_model_for_weight_conversion)"
         )
 
@@ -157,12 +154,10 @@ def base_name(config: AdapterConfig) -> str:
     """
     name, revision = config.values.get("base_model_name_or_path"), config.values.get("revision")
     if not name or not is_path(name):
-        raise UserError(
-            f"{config.path}: base_model_name_or_path is {shortened(name)}. Write the base model's path there"
-        )
+        raise UserError(f"{config.path}: base_model_name_or_path is {shown(name)}. Write the base model's path there")
     if revision:
         raise UserError(
-            f"{config.path}: trained on revision {shortened(revision)} of {name}. Download that revision (hf download "
+            f"{config.path}: trained on revision {shown(revision)} of {name}. Download that revision (hf download "
             f"{name} --revision {revision} --local-dir DIR), then set base_model_name_or_path to DIR and revision to "
             "null"
         )

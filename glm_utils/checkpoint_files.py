@@ -10,10 +10,10 @@ from pathlib import Path
 
 from glm_utils.adapter_config import AdapterConfig, read_adapter_config
 from glm_utils.cli import UserError
-from glm_utils.config_checks import read_model_json, shown
 from glm_utils.family import Family
 from glm_utils.files import LFS_MAGIC, download_again
 from glm_utils.links import check_inside, check_links
+from glm_utils.model_json import read_model_json, shown
 from glm_utils.tensor_files import TensorSpec, is_legacy_bin, list_tensors, read_header
 
 WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin")  # each alone, or sharded with <name>.index.json

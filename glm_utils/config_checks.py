@@ -4,9 +4,7 @@ transformers assigns what a config.json says to a configuration object, whatever
 wrong type then ends in the middle of a layer, and a wrong size in an allocation that no machine can make.
 """
 
-import codecs
 import dataclasses
-import math
 import typing
 from pathlib import Path
 from types import NoneType
@@ -16,10 +14,8 @@ from loguru import logger
 from transformers import GenerationConfig, PretrainedConfig
 
 from glm_utils.cli import UserError
-from glm_utils.files import download_again, read_json_object
+from glm_utils.model_json import shown
 
-MAX_JSON_BYTES = 16_000_000
-MAX_DEPTH = 32  # of lists and objects in each other; json itself gives up near 1,000
 MAX_TOKENS = 2**31 - 1
 
 
@@ -75,51 +71,6 @@ NO_MEANING = {"auto_map", "classifier_dropout", "tokenizer_class", "torchscript"
 NO_MEANING |= {"pruned_heads", "is_decoder", "add_cross_attention", "cross_attention_hidden_size", "prefix"}
 NO_MEANING |= {"tie_encoder_decoder", "finetuning_task", "sep_token_id", "task_specific_params", "num_labels"}
 NO_MEANING |= set(PretrainedConfig().to_dict()) | set(GenerationConfig().to_dict())
-
-
-def read_model_json(path: Path, byte_order_mark: bool = True) -> dict:
-    """Read a JSON file of a model directory; its values are plain: finite numbers, encodable texts, little nesting.
-
-    Args:
-        path: The file.
-        byte_order_mark: Whether it may begin with one; transformers, where it reads the file too, does not accept it.
-
-    Raises:
-        UserError: The file is missing, broken, too large, or holds another value.
-    """
-    if path.is_file() and path.stat().st_size > MAX_JSON_BYTES:
-        raise UserError(f"{path}: {path.stat().st_size:,} bytes, expected at most {MAX_JSON_BYTES:,} of JSON")
-    found = read_json_object(path)
-    if not byte_order_mark and path.read_bytes().startswith(codecs.BOM_UTF8):
-        raise UserError(f"{path}:1: begins with a byte order mark. Save it as UTF-8 without one")
-    pending: list[tuple[str, object, int]] = [(key, value, 1) for key, value in found.items()]
-    while pending:
-        key, value, depth = pending.pop()
-        if depth > MAX_DEPTH:
-            raise UserError(f"{path}: {shown(key)} is nested more than {MAX_DEPTH} deep. {download_again(path)}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{path}: {shown(key)} is {value}, expected a finite number. {download_again(path)}")
-        inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        texts = [key, *value] if isinstance(value, dict) else [key, value]
-        if any(isinstance(text, str) and not text.isascii() and not _is_unicode(text) for text in texts):
-            raise UserError(f"{path}: {shown(key)} holds half a character (a lone surrogate). {download_again(path)}")
-        pending += [(f"{key}.{name}" if depth == 1 else key, item, depth + 1) for name, item in inner]
-    return found
-
-
-def _is_unicode(text: str) -> bool:
-    """Return whether UTF-8 can encode a text."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def shown(value: object) -> str:
-    """Return a value of a file for a message: on one line, control characters escaped, shortened."""
-    text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def value_fault(value: object, hint: typing.Any, allowed: Range | None = None) -> str | None:

@@ -13,10 +13,9 @@ from glm_utils.config_checks import (
     SHARE,
     Range,
     check_token_ids,
-    read_model_json,
-    shown,
     value_fault,
 )
+from glm_utils.model_json import read_model_json, shown
 
 POSITIVE = Range(1e-6, 1e6)
 SETTINGS: dict[str, tuple[Any, Range | None]] = {

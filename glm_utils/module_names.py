@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from glm_utils.cli import UserError
-from glm_utils.visible_text import shortened
+from glm_utils.model_json import shown
 
 ALL_LINEAR = "all-linear"
 MAX_NAME_CHARACTERS = 1000
@@ -82,10 +82,10 @@ def read_names(value: object, key: str, source: Path) -> ModuleNames | None:
     if isinstance(value, str):
         return ModuleNames(is_all=True) if value.lower() == ALL_LINEAR else _parse(value, key, source)
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise UserError(f"{source}: {key} is {shortened(value)}, expected names of modules. {REMEDY}")
+        raise UserError(f"{source}: {key} is {shown(value)}, expected names of modules. {REMEDY}")
     for name in value:
         if not is_module_name(name):
-            raise UserError(f"{source}: {key} holds {shortened(name)}, which is not a name of a module. {REMEDY}")
+            raise UserError(f"{source}: {key} holds {shown(name)}, which is not a name of a module. {REMEDY}")
     return ModuleNames(frozenset(value))
 
 
@@ -94,7 +94,7 @@ def _parse(text: str, key: str, source: Path) -> ModuleNames:
     match = LITERAL.fullmatch(text) if len(text) <= MAX_NAME_CHARACTERS else None
     if match is None or (match["any"] is None and match["names"]):
         raise UserError(
-            f"{source}: {key} {shortened(text)} is not a name of a module, and regular expressions of a file are not "
+            f"{source}: {key} {shown(text)} is not a name of a module, and regular expressions of a file are not "
             f"run. {REMEDY}"
         )
     names = [name.replace("\\", "") for name in (match["name"] or match["names"]).split("|")]
@@ -123,7 +123,7 @@ class PatternTable:
         for number, (text, value) in enumerate(entries.items()):
             names = _parse(text, key, source)
             if names.tails:
-                raise UserError(f"{source}: {key} {shortened(text)} is a regular expression. Write the module's name")
+                raise UserError(f"{source}: {key} {shown(text)} is a regular expression. Write the module's name")
             for name in names.endings:
                 self._endings.setdefault(name, (number, value))
             for name in names.paths:
@@ -139,4 +139,4 @@ class PatternTable:
 def summarize(paths: Iterable[str]) -> str:
     """Name one of several modules and count the rest."""
     first, *others = sorted(paths)
-    return shortened(first) + (f" and {len(others)} more" if others else "")
+    return shown(first) + (f" and {len(others)} more" if others else "")

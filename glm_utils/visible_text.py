@@ -6,15 +6,12 @@ Imports the standard library only: the log needs it before anything else is load
 import html
 import json
 import re
-import reprlib
 
 # C0 and C1 controls but newline and tab, line and paragraph separators, marks that turn the direction of writing,
 # halves of surrogate pairs, which no file takes
 UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff]")
 # Between two letters or digits, - = + # _ mean nothing
 MARKDOWN = re.compile(r"[\\`*{}\[\]()!|<>~$&]|(?<![^\W_])[-=+#_]|[-=+#_](?![^\W_])")
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
 
 
 def visible(text: str) -> str:
@@ -25,11 +22,6 @@ def visible(text: str) -> str:
 def one_line(text: str) -> str:
     """Return a text as one visible line: what a message quotes cannot pass for a line of the log."""
     return visible(text).replace("\n", r"\n")
-
-
-def shortened(value: object) -> str:
-    """Return a value of a file for a message: as Python writes it, long texts and lists without their middle."""
-    return _SHORT.repr(value)
 
 
 def html_text(text: str) -> str:
