@@ -42,7 +42,7 @@ def list_tensors(path: Path) -> dict[str, TensorSpec]:
         path: A .safetensors file, or a .bin file of torch.save.
 
     Raises:
-        UserError: The file is damaged, holds something other than tensors, or tensors of a dtype that is not read here.
+        UserError: The file is damaged, or holds something other than tensors of the dtypes that are read here.
     """
     return read_header(path) if path.suffix == ".safetensors" else list_bin(path, load_bin(path))
 
@@ -123,9 +123,8 @@ def _check_library_agrees(path: Path) -> None:
 
 def _broken(path: Path, fault: str) -> UserError:
     """Word the error of a safetensors file."""
-    return UserError(
-        f"{path}: broken or truncated safetensors file of {path.stat().st_size} bytes ({fault}). {download_again(path)}"
-    )
+    num_bytes, remedy = path.stat().st_size, download_again(path)
+    return UserError(f"{path}: broken or truncated safetensors file of {num_bytes} bytes ({fault}). {remedy}")
 
 
 def is_legacy_bin(path: Path) -> bool:
