@@ -89,9 +89,11 @@ def read_generation_settings(directory: Path, vocab_size: int) -> dict:
     path = path if is_own else directory / "config.json"
     found = read_model_json(path) | ({} if is_own else {"_from_model_config": True})
     settings = {key: value for key, value in found.items() if key in KNOWN}
-    for key, value in settings.items():
-        if key in SETTINGS and (fault := value_fault(value, *SETTINGS[key])):
-            raise UserError(f"{path}: {key} is {shown(value)}, {fault}")
+    for key in settings.keys() & SETTINGS:
+        if fault := value_fault(settings[key], *SETTINGS[key]):
+            raise UserError(f"{path}: {key} is {shown(settings[key])}, {fault}")
+        if SETTINGS[key][0] == float | None and settings[key] is not None:
+            settings[key] = float(settings[key])  # 2 is one too, but not to transformers
     _check_pairs(settings, path)
     ids = {key: value for key, value in settings.items() if key.endswith(("_token_id", "suppress_tokens"))}
     ids["bad_words_ids"] = [token for word in settings.get("bad_words_ids") or [] for token in word]
