@@ -15,7 +15,7 @@ from loguru import logger
 
 from glm_utils.cli import check_minimums, run_cli
 from glm_utils.device import free_bytes, resolve_device
-from glm_utils.inference.measure import Workload, measure_model, stream_generate
+from glm_utils.inference.measure import Workload, check_finite, measure_model, stream_generate
 from glm_utils.inference.memory import copy_bandwidth
 from glm_utils.inference.report import check_report_path, write_report
 from glm_utils.inference.request import check_context, prompt_ids, resolve_sources
@@ -73,7 +73,7 @@ def inference_test(
     for source, prompt in zip(sources, prompts, strict=True):
         logger.info(f"{source.label}: {source.weight_format}, batch {batch_size}, {len(prompt)} + {new_tokens} tokens")
         workload = Workload(torch.tensor([prompt] * batch_size, device=device), new_tokens, loop_number, max_time)
-        models.append(identify(source) | measure_model(source.load, make_generate, workload, bandwidth))
+        models.append(identify(source) | measure_model(source.load, make_generate, workload, bandwidth, check_finite))
     print(write_report({"arguments": arguments, "copy_bytes_per_second": bandwidth, "models": models}, output_json))
 
 

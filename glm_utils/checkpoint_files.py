@@ -51,13 +51,11 @@ def check_checkpoint_files(checkpoint_dir: Path, config: dict, family: Family) -
     """
     check_links(checkpoint_dir)
     if (checkpoint_dir / "adapter_config.json").exists():  # transformers would put it on the model without a word
-        raise UserError(
-            f"{checkpoint_dir}: holds a model and a LoRA adapter. Move adapter_* to a directory of its own"
-        )
+        raise UserError(f"{checkpoint_dir}: a model and a LoRA adapter in one place. Move adapter_* to another one")
     if config.get("pre_seq_len"):
         raise UserError(
-            f"{checkpoint_dir / 'config.json'}: pre_seq_len {shown(config['pre_seq_len'])} marks a P-tuning checkpoint, and "
-            f"prefix tuning is not part of this project. Give the base model it was tuned from, e.g. "
+            f"{checkpoint_dir / 'config.json'}: pre_seq_len {shown(config['pre_seq_len'])} marks a P-tuning "
+            f"checkpoint, and prefix tuning is not part of this project. Give the base model it was tuned from, e.g. "
             f"{family.hub_ids[0]}"
         )
     for path in weight_files(checkpoint_dir):

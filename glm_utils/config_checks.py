@@ -31,7 +31,7 @@ SIZES = Range(1, 2**20)
 POSITIONS = Range(1, MAX_TOKENS)
 SHARE = Range(0, 1)
 VOCABULARY = Range(1, 2**24)
-# Of every number in the configurations of both families. Products of sizes stay below 2**63, which torch can represent.
+# Of every number in both families' configurations. Products of sizes stay below 2**63, which torch can represent.
 RANGES = {
     "vocab_size": VOCABULARY,
     "padded_vocab_size": VOCABULARY,
@@ -145,7 +145,8 @@ def check_config(config: dict, config_class: type[PretrainedConfig], path: Path)
         if config.get(key):
             raise UserError(f"{path}: {key} {shown(config[key])} is not supported. Give the published fp16 checkpoint")
     vocabulary = config_class.attribute_map.get("vocab_size", "vocab_size")
-    check_token_ids(checked, checked.get(vocabulary, getattr(config_class, vocabulary)), path)
+    ids = {key: value for key, value in checked.items() if key.endswith("_token_id")}
+    check_token_ids(ids, checked.get(vocabulary, getattr(config_class, vocabulary)), path)
     ignored = [key for key in config if key not in {*names, *DESCRIPTIVE, *NO_MEANING, *NOT_COMPUTED}]
     if ignored := [shown(key) for key in ignored if not key.startswith("_")]:
         logger.warning(f"{path}: ignored, as the model has no such settings: {', '.join(ignored[:8])}")
@@ -158,18 +159,17 @@ def settings_of(config_class: type[PretrainedConfig]) -> dict[str, typing.Any]:
     return {field.name: field.type for field in own if field.name not in PretrainedConfig.__dataclass_fields__}
 
 
-def check_token_ids(settings: dict, vocab_size: int, path: Path) -> None:
+def check_token_ids(ids: dict[str, int | list[int] | None], vocab_size: int, path: Path) -> None:
     """Refuse a token id that the model's vocabulary does not have.
 
     Args:
-        settings: Checked settings; of these, those whose names end with _token_id count.
+        ids: One or several by the name of their setting.
         vocab_size: Rows of the embedding.
         path: The file, for messages.
 
     Raises:
         UserError: An id is too large.
     """
-    for key, value in settings.items():
-        ids = value if isinstance(value, list) else [value]
-        if key.endswith("_token_id") and any(item is not None and item >= vocab_size for item in ids):
+    for key, value in ids.items():
+        if any(item is not None and item >= vocab_size for item in (value if isinstance(value, list) else [value])):
             raise UserError(f"{path}: {key} is {shown(value)}, expected ids below the vocabulary's size {vocab_size}")

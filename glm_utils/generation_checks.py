@@ -83,19 +83,21 @@ def read_generation_settings(directory: Path, vocab_size: int) -> dict:
     Raises:
         UserError: The file is broken, or a value is of a wrong type or out of range.
     """
-    path, found = directory / "generation_config.json", {}
-    if not path.is_file():
-        path, found = directory / "config.json", {"_from_model_config": True}
-    found |= read_model_json(path)
+    path = directory / "generation_config.json"
+    is_own = path.is_file()
+    path = path if is_own else directory / "config.json"
+    found = read_model_json(path) | ({} if is_own else {"_from_model_config": True})
     settings = {key: value for key, value in found.items() if key in KNOWN}
-    for key, value in settings.items():
-        if key in SETTINGS and (fault := value_fault(value, *SETTINGS[key])):
-            raise UserError(f"{path}: {key} is {shown(value)}, {fault}")
+    for key in settings.keys() & SETTINGS:
+        if fault := value_fault(settings[key], *SETTINGS[key]):
+            raise UserError(f"{path}: {key} is {shown(settings[key])}, {fault}")
+        if SETTINGS[key][0] == float | None and settings[key] is not None:
+            settings[key] = float(settings[key])  # 2 is one too, but not to transformers
     _check_pairs(settings, path)
-    named = {f"{key}_token_id": settings.get(key) for key in ("suppress_tokens", "begin_suppress_tokens")}
-    words = [token for word in settings.get("bad_words_ids") or [] for token in word]
-    words += [token for pair in settings.get("sequence_bias") or [] for token in pair[0]]
-    check_token_ids({**settings, **named, "bad_words_or_bias_token_id": words}, vocab_size, path)
+    ids = {key: value for key, value in settings.items() if key.endswith(("_token_id", "suppress_tokens"))}
+    ids["bad_words_ids"] = [token for word in settings.get("bad_words_ids") or [] for token in word]
+    ids["sequence_bias"] = [token for tokens, _ in settings.get("sequence_bias") or [] for token in tokens]
+    check_token_ids(ids, vocab_size, path)
     make_generation_config(settings, path)
     return settings
 
@@ -107,15 +109,18 @@ def _check_pairs(settings: dict, path: Path) -> None:
         UserError: They are not.
     """
     decay, biases = settings.get("exponential_decay_length_penalty"), settings.get("sequence_bias")
-    if decay is not None:
-        is_pair = isinstance(decay, list) and len(decay) == 2 and settings.get("eos_token_id") is not None
-        if not is_pair or value_fault(decay[0], int, COUNT) or value_fault(decay[1], float, POSITIVE):
-            expected = "expected a length and a factor, beside an eos_token_id"
-            raise UserError(f"{path}: exponential_decay_length_penalty is {shown(decay)}, {expected}")
-    for pair in biases if isinstance(biases, list) else [biases] if biases is not None else []:
-        is_pair = isinstance(pair, list) and len(pair) == 2
-        if not is_pair or value_fault(pair[0], list[int], COUNT) or value_fault(pair[1], float, Range(-1e6, 1e6)):
+    is_pair = isinstance(decay, list) and len(decay) == 2 and settings.get("eos_token_id") is not None
+    if decay is not None and not (is_pair and _are(decay, int, POSITIVE)):
+        expected = "expected a length and a factor, beside an eos_token_id"
+        raise UserError(f"{path}: exponential_decay_length_penalty is {shown(decay)}, {expected}")
+    for pair in biases if isinstance(biases, list) else [] if biases is None else [biases]:
+        if not (isinstance(pair, list) and len(pair) == 2 and _are(pair, list[int], Range(-1e6, 1e6))):
             raise UserError(f"{path}: sequence_bias holds {shown(pair)}, expected token ids and a number")
+
+
+def _are(pair: list, first: Any, second: Range) -> bool:
+    """Return whether a pair holds a count, or a list of them, and a number in a range."""
+    return not value_fault(pair[0], first, COUNT) and not value_fault(pair[1], float, second)
 
 
 def make_generation_config(settings: dict, path: Path) -> GenerationConfig:
@@ -149,6 +154,6 @@ def check_streamable(settings: dict, generate_only: dict, directory: Path) -> No
     for key, none in generate_only.items():
         if settings.get(key) not in (None, none):
             raise UserError(
-                f"{directory}: {key} is {shown(settings[key])} in generation_config.json or config.json, which chat and evaluation do not do: they generate token "
-                "by token. Delete the key, or use the merged model's `generate`"
+                f"{directory}: generation_config.json or config.json asks for {key} {shown(settings[key])}, which is "
+                "not done here: chat and evaluation generate token by token. Delete the key there"
             )

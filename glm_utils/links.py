@@ -37,4 +37,4 @@ def check_inside(path: Path) -> None:
     except (OSError, RuntimeError):  # a loop of links
         raise UserError(f"{path}: a link that leads nowhere. {download_again(path)}") from None
     if path.parent.resolve() not in target.parents and not HUB_BLOB.fullmatch(target.as_posix()):
-        raise UserError(f"{path}: a link out of its directory, to {target}: not followed. Put the file itself here")
+        raise UserError(f"{path}: a link out of its directory, to {target}: not followed. Copy the file here")

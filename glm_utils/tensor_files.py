@@ -42,7 +42,7 @@ def list_tensors(path: Path) -> dict[str, TensorSpec]:
         path: A .safetensors file, or a .bin file of torch.save.
 
     Raises:
-        UserError: The file is damaged, holds something other than tensors, or tensors of a dtype that is not read here.
+        UserError: The file is damaged, or holds something other than tensors of the dtypes that are read here.
     """
     return read_header(path) if path.suffix == ".safetensors" else list_bin(path, load_bin(path))
 
@@ -123,9 +123,8 @@ def _check_library_agrees(path: Path) -> None:
 
 def _broken(path: Path, fault: str) -> UserError:
     """Word the error of a safetensors file."""
-    return UserError(
-        f"{path}: broken or truncated safetensors file of {path.stat().st_size} bytes ({fault}). {download_again(path)}"
-    )
+    num_bytes, remedy = path.stat().st_size, download_again(path)
+    return UserError(f"{path}: broken or truncated safetensors file of {num_bytes} bytes ({fault}). {remedy}")
 
 
 def is_legacy_bin(path: Path) -> bool:
@@ -157,9 +156,9 @@ def load_bin(path: Path) -> dict:
 
 def _pickle_fault(error: Exception) -> str:
     """Return the part of an error of torch.load that says what is wrong; advice on weights_only stands around it."""
-    paragraphs = [" ".join(part.split()) for part in str(error).split("\n\n") if part.strip()]
-    is_advice = isinstance(error, pickle.UnpicklingError) and len(paragraphs) > 1
-    return f"{type(error).__name__}: {paragraphs[int(is_advice)][:120] if paragraphs else ''}"
+    text = str(error)
+    fault = text.rpartition("WeightsUnpickler error: ")[2] if isinstance(error, pickle.UnpicklingError) else text
+    return f"{type(error).__name__}: {' '.join(fault.split())[:120]}"
 
 
 def list_bin(path: Path, loaded: dict) -> dict[str, TensorSpec]:

@@ -128,6 +128,6 @@ def check_fits_model(tokenizer: PreTrainedTokenizer, config: PretrainedConfig, d
         expected, found = getattr(tokenizer, key, None), getattr(config, key, None)
         if None not in (expected, found) and expected != found:
             raise UserError(
-                f"{directory / 'config.json'}: {key} is {found}, but the tokenizer's is {expected}. Both must come from "
-                "the same model"
+                f"{directory / 'config.json'}: {key} is {found}, but the tokenizer's is {expected}. Both must come "
+                "from the same model"
             )

@@ -76,14 +76,14 @@ def check_weights(checkpoint_dir: Path, **faults: Iterable[str]) -> None:
 
     Args:
         checkpoint_dir: The model's directory, for messages.
-        **faults: Names of weights by fault: missing, mismatched (a shape may follow the name), unexpected. Names of
-            rotary frequencies are ignored: the models compute them, whether they are stored or not.
+        **faults: Names of weights by fault: missing, mismatched (a shape may follow the name), unexpected. Rotary
+            frequencies may be missing or unexpected: the models compute them, whether they are stored or not.
 
     Raises:
         UserError: There are such weights.
     """
     for kind, names in faults.items():
-        counted = sorted(name for name in names if not name.split(" ")[0].endswith("inv_freq"))
+        counted = sorted(name for name in names if kind == "mismatched" or not name.endswith("inv_freq"))
         if counted:
             raise UserError(
                 f"{checkpoint_dir}: {len(counted)} {kind} weights, e.g. {counted[0]}. The weights must match "

@@ -161,7 +161,7 @@ def test_any_run_config(whole_adapter, tmp_path_factory, record):
         ({"base_model_name_or_path": ["x"]}, "base_model_name_or_path is .*, expected text"),
         ({"base_model_name_or_path": "a\x00b"}, "base_model_name_or_path is .*Write the base model's path there"),
         ({"base_model_name_or_path": "~nobody-here/base"}, "base_model_name_or_path is .*Write the base"),
-        ({"target_modules": ["dense"]}, "unexpected weights of .*query_key_value.* does not name"),
+        ({"target_modules": ["dense"]}, "unexpected weights of .*query_key.* does not name"),
         ({"layers_to_transform": [0]}, "unexpected weights of"),
         ({"lora_bias": True}, "lora_bias True cannot be merged here. Merge it with peft"),
     ],
