@@ -50,9 +50,7 @@ def check_tokenizer_files(directory: Path, vocab_size: int) -> None:
     check_settings(settings, path)
     num_images = settings.get("num_image_tokens", 0)
     if num_images > vocab_size:
-        raise UserError(
-            f"{path}: num_image_tokens is {num_images}, expected at most the {vocab_size} rows of the model"
-        )
+        raise UserError(f"{path}: num_image_tokens is {num_images}, expected at most the vocabulary's {vocab_size}")
     for path in (directory / name for name in OTHER_FILES):
         if path.is_file():
             found = read_model_json(path, byte_order_mark=False)
@@ -119,10 +117,11 @@ def check_fits_model(tokenizer: PreTrainedTokenizer, config: PretrainedConfig, d
         UserError: An id is not a row of the embedding, or a control token has another id than config.json says.
     """
     ids = [*tokenizer.encode_prompt("a"), *tokenizer.encode_answer("a")]
-    if len(tokenizer) > config.vocab_size or not all(0 <= token < config.vocab_size for token in ids):
+    ids += [len(tokenizer) - 1, *tokenizer.added_tokens_decoder]
+    if not 0 <= min(ids) <= max(ids) < config.vocab_size:
         raise UserError(
-            f"{directory}: the tokenizer has {len(tokenizer)} tokens, config.json has room for {config.vocab_size}. "
-            "Both must come from the same model"
+            f"{directory}: the tokenizer has ids from {min(ids)} to {max(ids)}, config.json has room for 0 to "
+            f"{config.vocab_size - 1}. Both must come from the same model"
         )
     for key in CONTROL_IDS:
         expected, found = getattr(tokenizer, key, None), getattr(config, key, None)
