@@ -1,5 +1,6 @@
 """Checkpoints: what is refused and why, that foreign code never runs, and the bitsandbytes trap on CPUs."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -11,8 +12,9 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.utils.logging import is_progress_bar_enabled
 
-from glm_utils import checkpoint
+from glm_utils import checkpoint, loading_bar
 from glm_utils.checkpoint import find_checkpoint_dir, load_classes, open_checkpoint
 from glm_utils.checkpoint_files import fingerprint
 from glm_utils.cli import UserError
@@ -405,6 +407,20 @@ def old_adapter(model_dir, target):
     }
     (target / "adapter_config.json").write_text(json.dumps(config))
     return model
+
+
+def test_the_bar_of_loading_is_for_those_who_wait(model_dir, monkeypatch):
+    """None while a small model is loaded or where nobody watches; it stays as it was for other programs."""
+    shown = {}
+    for is_terminal, min_bytes in ((False, 0), (True, 10**9), (True, 0)):
+        screen = io.StringIO()
+        screen.isatty = lambda is_terminal=is_terminal: is_terminal
+        monkeypatch.setattr("sys.stderr", screen)
+        monkeypatch.setattr(loading_bar, "MIN_BYTES", min_bytes)
+        load_base_model(open_checkpoint(model_dir))
+        shown[is_terminal, min_bytes] = "Loading weights" in screen.getvalue()
+        assert is_progress_bar_enabled()
+    assert shown == {(False, 0): False, (True, 10**9): False, (True, 0): True}
 
 
 def test_adapters_of_the_original_project_load(model_dir, tokenizer, tmp_path):

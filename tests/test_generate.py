@@ -249,7 +249,7 @@ def test_prompt_column_is_chosen(write):
         ("a.csv", "id;question\n1;x\n", None, r"one column, 'id;question'\. Separate columns by commas"),
         ("a.csv", 'question\nx\n"y\n', None, r"a\.csv:3: broken CSV"),
         ("a.csv", "question\n", None, "no prompts in it"),
-        ("a.csv", "que\x1b[31mstion\n1\n", None, r"Did you mean que\\x1b\[31mstion"),
+        ("a.csv", "que\x1b[31mstion\n1\n", None, r"Did you mean que\x1b\[31mstion"),
         ("a.txt", "\n \n", None, "no prompts in it"),
         ("a.txt", "x\n", "y", "text without columns"),
         ("a.xlsx", "PK", None, r'a spreadsheet\. Save it as "CSV UTF-8"'),
