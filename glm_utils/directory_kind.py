@@ -79,7 +79,7 @@ def _made_from(path: Path) -> str:
 def _peek(path: Path) -> dict:
     """Return the object in a JSON file, empty for any other file: whoever needs its content reports the fault."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
+        if not path.is_file() or path.stat().st_size > MAX_JSON_BYTES:  # a pipe would never end
             return {}
         value = json.loads(path.read_bytes())
     except (OSError, *JSON_ERRORS):

@@ -144,7 +144,8 @@ def damaged_safetensors(draw, original: bytes):
 CONFIG_KEYS = ("num_hidden_layers", "head_dim", "id2label", "num_labels", "per_layer_config", "quantization_config",
                "rope_scaling", "_attn_implementation", "attn_implementation", "return_dict", "output_attentions",
                "dtype", "quantization_bit", "pre_seq_len", "to_dict", "__class__", "_heterogeneity_spec",
-               "layer_types", "num_beams", "repetition_penalty", "eos_token_id", "problem_type", "attribute_map")  # fmt: skip
+               "layer_types", "num_beams", "repetition_penalty", "eos_token_id", "problem_type",
+               "attribute_map")  # fmt: skip
 TOKENIZER_KEYS = ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens", "num_image_tokens",
                   "init_inputs", "vocab_file", "padding_side", "model_max_length", "chat_template", "sp_model_kwargs",
                   "model_specific_special_tokens", "bos_token", "pad_token", "image_token", "is_local")  # fmt: skip
@@ -156,8 +157,9 @@ GENERATION = {
     "typical_p": 0.9, "min_p": 0.01, "epsilon_cutoff": 0.001, "transformers_version": "4.27.1",
 }  # fmt: skip
 GENERATION_KEYS = ("num_return_sequences", "max_time", "penalty_alpha", "max_length", "compile_config",
-                   "cache_config", "cache_implementation", "watermarking_config", "guidance_scale", "stop_strings", "to_dict",
-                   "validate", "early_stopping", "continuous_batching_config", "assistant_ensemble_weight")  # fmt: skip
+                   "cache_config", "cache_implementation", "watermarking_config", "guidance_scale", "stop_strings",
+                   "to_dict", "validate", "early_stopping", "continuous_batching_config",
+                   "assistant_ensemble_weight")  # fmt: skip
 
 
 def index_of(names: list[str]) -> dict:

@@ -1,6 +1,7 @@
 """Adapters that are damaged or malicious: one line that names the file, no code run, no giant allocation, no hang."""
 
 import json
+import os
 import re
 import shutil
 import time
@@ -336,6 +337,16 @@ def test_links_out_of_the_adapter_are_not_followed(adapter_dir, tmp_path, name):
     shutil.move(adapter_dir / name, tmp_path / "private.json")
     (adapter_dir / name).symlink_to(tmp_path / "private.json")
     assert re.search(f"{name}: a link out of its directory, to .*private.json", refusal(lambda: use(adapter_dir)))
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "adapter_model.safetensors", "run_config.json", "config.json"]
+)
+def test_pipes_are_not_waited_for(adapter_dir, name):
+    (adapter_dir / name).unlink(missing_ok=True)
+    os.mkfifo(adapter_dir / name)
+    refused = refusal(lambda: find_model(None, str(adapter_dir)))
+    assert refused is None if name in ("run_config.json", "config.json") else str(adapter_dir) in refused
 
 
 def test_links_of_the_hub_and_inside_the_adapter_are_followed(adapter_dir, tmp_path):
