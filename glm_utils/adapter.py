@@ -17,7 +17,6 @@ from glm_utils.adapter_config import MERGE_ELSEWHERE, AdapterConfig, base_name, 
 from glm_utils.checkpoint import Checkpoint, open_checkpoint
 from glm_utils.checkpoint_files import adapter_weights, check_adapter_files
 from glm_utils.cli import UserError
-from glm_utils.directory_kind import advice, directory_kind
 from glm_utils.links import check_inside
 from glm_utils.model_json import read_model_json, shown
 from glm_utils.module_names import is_module_name, summarize
@@ -110,10 +109,6 @@ def read_adapter(adapter_dir: Path) -> Adapter:
         UserError: Not an adapter, settings beyond plain LoRA, weights that are incomplete or of the wrong shape, or no
             base that could be opened.
     """
-    if not adapter_dir.exists():
-        raise UserError(f"--lora_path {adapter_dir}: no such directory. Give the output_dir of a training run")
-    if directory_kind(adapter_dir) == "glm adapter":
-        raise UserError(f"--lora_path {adapter_dir}: not for this project's models. {advice(adapter_dir)}")
     adapter = read_updates(adapter_dir)
     return Adapter(adapter_dir, base_name(adapter.config), adapter.pairs, adapter.run_config, adapter.config)
 

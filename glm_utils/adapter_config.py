@@ -12,7 +12,7 @@ from loguru import logger
 
 from glm_utils.adapter_keys import KEYS
 from glm_utils.cli import UserError
-from glm_utils.directory_kind import advice
+from glm_utils.directory_kind import advice, directory_kind
 from glm_utils.links import check_inside
 from glm_utils.model_json import read_model_json, shown
 from glm_utils.module_names import ModuleNames, PatternTable, endings_of, read_names
@@ -103,6 +103,8 @@ def read_adapter_config(adapter_dir: Path) -> AdapterConfig:
     path = adapter_dir / "adapter_config.json"
     if not path.is_file():
         raise UserError(f"{path} is missing: not a LoRA adapter. {advice(adapter_dir)}")
+    if directory_kind(adapter_dir) == "glm adapter":
+        raise UserError(f"{adapter_dir}: not an adapter for this project's models. {advice(adapter_dir)}")
     check_inside(path)
     values = read_model_json(path)
     if values.get("peft_type") != "LORA":
@@ -110,12 +112,9 @@ def read_adapter_config(adapter_dir: Path) -> AdapterConfig:
     for key in ("r", "lora_alpha"):
         if key not in values:
             raise UserError(f"{path}: {key} is missing. Copy the adapter again")
-    for key, value in values.items():
-        expected, fits = KEYS.get(key, ("", None))
-        if fits and not fits(value):
-            raise UserError(f"{path}: {key} is {shown(value)}, expected {expected}. Copy the adapter again")
-        if not fits and value:
-            logger.warning(f"{path}: {shown(key)} is not a setting that this project knows: ignored")
+    for key, (expected, fits) in KEYS.items():
+        if key in values and not fits(values[key]):
+            raise UserError(f"{path}: {key} is {shown(values[key])}, expected {expected}. Copy the adapter again")
     return AdapterConfig(
         path=path,
         values=values,
@@ -127,12 +126,14 @@ def read_adapter_config(adapter_dir: Path) -> AdapterConfig:
 
 
 def check_plain_lora(config: AdapterConfig) -> None:
-    """Refuse settings whose update is not scale * B @ A.
+    """Refuse settings whose update is not scale * B @ A, and name those that are not known.
 
     Raises:
         UserError: The adapter has such settings.
     """
     values = config.values
+    if unknown := [shown(key) for key, value in values.items() if key not in KEYS and value]:
+        logger.warning(f"{config.path}: {', '.join(unknown[:5])} are not settings that this project knows: ignored")
     found = [f"{key} {shown(values[key])}" for key in UNSUPPORTED if values.get(key)]
     if values.get("bias", "none") != "none":
         found.append(f"bias {values['bias']!r}")

@@ -6,7 +6,6 @@ Code that lies beside a checkpoint or on the hub is never executed: only config,
 and the classes come from this project through transformers' own loader.
 """
 
-import re
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,15 +16,16 @@ from huggingface_hub import HfApi, snapshot_download
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from glm_utils.checkpoint_files import check_checkpoint_files, fingerprint, read_config, stored_tensors
+from glm_utils.checkpoint_files import check_checkpoint_files, fingerprint, stored_tensors
 from glm_utils.cli import UserError
 from glm_utils.config_checks import check_config
-from glm_utils.family import FAMILIES, PROJECT_DIR, Family, detect_family
+from glm_utils.early_checks import local_model_dir, project_path
+from glm_utils.family import Family, detect_family
 from glm_utils.generation_checks import check_streamable, read_generation_settings
+from glm_utils.model_json import read_config
 from glm_utils.tokenizer_checks import check_fits_model, check_tokenizer_files
 from glm_utils.weight_checks import check_stored_weights
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_PATTERNS = ["*.json", "*.model", "*.safetensors", "pytorch_model*.bin"]  # never *.py
 MODEL_CLASS = "modeling_chatglm.ChatGLMForConditionalGeneration"
 TOKENIZER_CLASS = "tokenization_chatglm.ChatGLMTokenizer"
@@ -176,12 +176,6 @@ def open_checkpoint(name_or_path: str | Path) -> Checkpoint:
     return checkpoint
 
 
-def project_path(path: str | Path) -> Path:
-    """Return a path as given or, if nothing is there, relative to the project's directory (for shipped files)."""
-    path = Path(path).expanduser()
-    return path if path.exists() or not (PROJECT_DIR / path).exists() else PROJECT_DIR / path
-
-
 def find_checkpoint_dir(name_or_path: str | Path) -> Path:
     """Find a model: a local directory, or a hub id, of which config, tokenizer and weights are downloaded.
 
@@ -191,13 +185,10 @@ def find_checkpoint_dir(name_or_path: str | Path) -> Path:
     Raises:
         UserError: Neither a directory nor a reachable hub id.
     """
-    path, name_or_path = project_path(name_or_path), str(name_or_path)
-    if path.is_dir():
-        return path.resolve()
-    is_hub_id = HUB_ID.fullmatch(name_or_path) and not path.exists() and not path.parent.is_dir()
-    if not is_hub_id and name_or_path not in [hub_id for family in FAMILIES for hub_id in family.hub_ids]:
-        known = ", ".join(hub_id for family in FAMILIES for hub_id in family.hub_ids)
-        raise UserError(f"{name_or_path}: no such directory, and not a hub id either. Known hub ids: {known}")
+    directory = local_model_dir(name_or_path)
+    if directory:
+        return directory
+    name_or_path = str(name_or_path)
     try:
         return _download(name_or_path)
     except Exception as error:  # without a network, whatever huggingface_hub's HTTP library raises

@@ -22,21 +22,6 @@ ADAPTER_WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 SAMPLE_BYTES = 1 << 16
 
 
-def read_config(checkpoint_dir: Path) -> dict:
-    """Read config.json of a model directory.
-
-    Raises:
-        UserError: It is missing or broken. If the directory is a LoRA adapter, the message names its base.
-    """
-    config_path, adapter_config_path = checkpoint_dir / "config.json", checkpoint_dir / "adapter_config.json"
-    if config_path.is_file():
-        return read_model_json(config_path)
-    if adapter_config_path.is_file():
-        base = read_model_json(adapter_config_path).get("base_model_name_or_path")
-        raise UserError(f"{checkpoint_dir}: a LoRA adapter, not a base model. Give its base: {shown(base)}")
-    raise UserError(f"{config_path} is missing: not a model directory. Give a complete checkpoint directory")
-
-
 def check_checkpoint_files(checkpoint_dir: Path, config: dict, family: Family) -> None:
     """Check that a directory holds a complete model: weights and vocabulary.
 

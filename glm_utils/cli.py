@@ -10,7 +10,7 @@ import inspect
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import fire
 from loguru import logger
@@ -33,19 +33,20 @@ class UserError(ValueError):
     """
 
 
-def run_cli(stage: Callable, argv: Sequence[str] | None = None) -> None:
+def run_cli(stage: Callable, argv: Sequence[str] | None = None, elsewhere: Mapping[str, str] | None = None) -> None:
     """Run a stage function as a command.
 
     Args:
         stage: Function with keyword-only, annotated arguments; its docstring is the `--help` text.
         argv: Command line without the program's name; `sys.argv[1:]` when None.
+        elsewhere: Names that are not flags of the stage although people give them as such, with what to do instead.
 
     Raises:
         SystemExit: Code 1 after a `UserError`, 130 after Ctrl-C, 2 when fire itself refuses the command line.
     """
     setup_logging()
     try:
-        stage(**parse_args(stage, sys.argv[1:] if argv is None else argv))
+        stage(**parse_args(stage, sys.argv[1:] if argv is None else argv, elsewhere))
     except UserError as error:
         logger.error(str(error))
         raise SystemExit(1) from None
@@ -75,12 +76,13 @@ def _spell_out(record: "loguru.Record") -> None:
     record["message"] = one_line(record["message"])
 
 
-def parse_args(stage: Callable, argv: Sequence[str]) -> dict:
+def parse_args(stage: Callable, argv: Sequence[str], elsewhere: Mapping[str, str] | None = None) -> dict:
     """Turn a command line into checked keyword arguments of a stage.
 
     Args:
         stage: The stage function.
         argv: Command line without the program's name.
+        elsewhere: See `run_cli`.
 
     Returns:
         The arguments that were given, converted to their annotated types.
@@ -96,7 +98,8 @@ def parse_args(stage: Callable, argv: Sequence[str]) -> dict:
         raise UserError(f"{' '.join(words)}: a value without a flag. Flags: {flags}")
     for name in recorded:
         if name not in parameters:
-            raise UserError(f"unknown flag --{name}. {nearest(name, parameters, 'flags', prefix='--')}")
+            hint = (elsewhere or {}).get(name) or nearest(name, parameters, "flags", prefix="--")
+            raise UserError(f"unknown flag --{name}. {hint}")
     for name, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and name not in recorded:
             raise UserError(f"--{name} is required; see --help")
@@ -200,6 +203,11 @@ def type_in_words(annotation: object) -> str:
         else:
             words.append(getattr(member, "__name__", str(member)))
     return " or ".join(words)
+
+
+def as_list(paths: str | list[str] | None) -> list[str]:
+    """Return the value of a flag that takes one path or several, or None, as a list."""
+    return [paths] if isinstance(paths, str) else paths or []
 
 
 def check_minimums(arguments: dict, minimums: dict[str, int]) -> None:

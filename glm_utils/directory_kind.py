@@ -1,4 +1,4 @@
-"""What a directory holds, and which flag or program takes it: advice for a path that was given to the wrong one."""
+"""What a directory holds, and which flag or program takes it: advice for a path given to the wrong one. No torch."""
 
 import json
 import re
@@ -48,7 +48,7 @@ def advice(path: Path) -> str:
         if checkpoint is None:
             return "It is a training that was interrupted before its first checkpoint. Start it again"
         return f"It is a training that has not finished: {finish}, or use its checkpoint, --lora_path {checkpoint}"
-    return "Give the output_dir of a training run as --lora_path, or a model's directory as --model_path"
+    return f"{'' if path.exists() else 'There is no such directory. '}Give the output_dir of a training run"
 
 
 def newest_checkpoint(output_dir: Path) -> Path | None:

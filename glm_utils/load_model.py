@@ -3,24 +3,28 @@
 A model that does not fit into the free memory is refused from its config.json, before any weight is read.
 """
 
+from __future__ import annotations  # peft is imported where it is used
+
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import bitsandbytes
-import peft
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from glm_utils.adapter import Adapter, find_base, read_adapter, read_updates
-from glm_utils.adapter_layers import put_on
-from glm_utils.checkpoint import Checkpoint, open_checkpoint, project_path
+from glm_utils.checkpoint import Checkpoint, open_checkpoint
 from glm_utils.cli import UserError
 from glm_utils.device import as_dtype, dtype_name, free_bytes
-from glm_utils.directory_kind import advice, directory_kind
+from glm_utils.early_checks import check_model_choice
 from glm_utils.generation_checks import make_generation_config
 from glm_utils.loading_bar import bar_of_long_loads
+from glm_utils.nf4_layers import keep_4bit_layout, layers_in_4bit
 from glm_utils.weight_checks import check_weights
+
+if TYPE_CHECKING:
+    import peft
 
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # per weight: 4 bits, uint8 absmax per 64 weights, fp32 per 256 absmax
 
@@ -68,6 +72,8 @@ class ModelSource:
         """
         model = load_base_model(self.checkpoint, self.load_in_4bit, self.dtype, {"": str(self.device)})
         if self.adapter:
+            from glm_utils.adapter_layers import put_on  # here, as a merged model is loaded without peft
+
             model = put_on(model, self.adapter)
             if merge_adapter and not self.load_in_4bit:
                 model = model.merge_and_unload()
@@ -126,16 +132,11 @@ def find_model(model_path: str | None, lora_path: str | None) -> tuple[Checkpoin
     Raises:
         UserError: Neither is given, both are, or the model or adapter cannot be opened.
     """
-    if lora_path and not model_path:
-        adapter = read_adapter(Path(lora_path).expanduser())
-        return find_base(adapter), adapter
-    if lora_path or not model_path:
-        found = "both are given" if model_path else "neither is given"
-        raise UserError(f"{found}: give --model_path DIR, or --lora_path DIR, which names its base itself")
-    path = project_path(model_path)
-    if path.exists() and directory_kind(path) not in ("model", "unknown"):
-        raise UserError(f"--model_path {model_path}: not a model that this project loads. {advice(path)}")
-    return open_checkpoint(model_path), None
+    check_model_choice(model_path, lora_path)
+    if model_path:
+        return open_checkpoint(model_path), None
+    adapter = read_adapter(Path(str(lora_path)).expanduser())
+    return find_base(adapter), adapter
 
 
 def load_base_model(
@@ -197,24 +198,11 @@ def check_loaded_weights(checkpoint_dir: Path, model: PreTrainedModel, loading_i
     # transformers silently accepts 4-bit weights of any shape, so they are compared here
     found["mismatched"] += [
         f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, bitsandbytes.nn.Linear4bit)
-        and (state := getattr(module.weight, "quant_state", None)) is not None
+        for name, module in layers_in_4bit(model)
+        if (state := getattr(module.weight, "quant_state", None)) is not None
         and tuple(state.shape) != (module.out_features, module.in_features)
     ]
     check_weights(checkpoint_dir, **found)
-
-
-def keep_4bit_layout(model: torch.nn.Module) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights on the CPU.
-
-    On a CPU with avx512_bf16 `Linear4bit` repacks its weights in place in the first evaluation forward. Training then
-    continues through a matmul without gradient: the LoRA gradients of earlier layers are exactly 0, and dequantizing
-    returns garbage. Source: bitsandbytes 0.50.2, nn/modules.py, `Linear4bit.forward`.
-    """
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
 
 
 def load_adapter(model: PreTrainedModel, adapter_dir: Path) -> peft.PeftModel:
@@ -223,4 +211,6 @@ def load_adapter(model: PreTrainedModel, adapter_dir: Path) -> peft.PeftModel:
     Raises:
         UserError: Not an adapter of plain LoRA, or weights that do not fit the model.
     """
+    from glm_utils.adapter_layers import put_on
+
     return put_on(model, read_updates(adapter_dir))

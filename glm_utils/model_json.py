@@ -54,3 +54,18 @@ def shown(value: object) -> str:
     """Return a value of a file for a message: on one line, control characters escaped, shortened."""
     text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def read_config(checkpoint_dir: Path) -> dict:
+    """Read config.json of a model directory.
+
+    Raises:
+        UserError: It is missing or broken. If the directory is a LoRA adapter, the message names its base.
+    """
+    config_path, adapter_config_path = checkpoint_dir / "config.json", checkpoint_dir / "adapter_config.json"
+    if config_path.is_file():
+        return read_model_json(config_path)
+    if adapter_config_path.is_file():
+        base = read_model_json(adapter_config_path).get("base_model_name_or_path")
+        raise UserError(f"{checkpoint_dir}: a LoRA adapter, not a base model. Give its base: {shown(base)}")
+    raise UserError(f"{config_path} is missing: not a model directory. Give a complete checkpoint directory")

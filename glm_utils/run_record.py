@@ -7,8 +7,6 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from glm_utils.cli import UserError
 from glm_utils.family import PROJECT_DIR
 from glm_utils.files import check_apart, check_writable, read_json_object
@@ -54,6 +52,8 @@ def check_replaceable(output_dir: Path, overwrite: bool, stage: str, inputs: Seq
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and the packages, and the name of the device."""
+    import torch  # here, as what a script checks first needs this file too
+
     found = {package: importlib.metadata.version(package) for package in PACKAGES}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {"python": platform.python_version(), **found, "device": device}

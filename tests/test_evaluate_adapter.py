@@ -18,12 +18,12 @@ from glm_utils import visible_text
 from glm_utils.checkpoint import open_checkpoint
 from glm_utils.cli import UserError, run_cli
 from glm_utils.data import read_examples
-from glm_utils.encoding import EncodingLimits
 from glm_utils.evaluation import attributes, bootstrap, job, losses, metrics, verdict
 from glm_utils.evaluation import write as writing
 from glm_utils.evaluation.bootstrap import Difference
 from glm_utils.evaluation.figures import FIGURES, GROUPS, Comparison
 from glm_utils.evaluation.probe import KINDS, SUBJECTS_OF_2023, read_probe, thin_out
+from glm_utils.limits import EncodingLimits
 from glm_utils.load_model import load_base_model
 from tests.conftest import PROJECT_DIR
 

@@ -189,7 +189,7 @@ def test_merge_and_chat_refuse_a_regular_expression(adapter_dir, tmp_path):
 def test_a_setting_of_a_later_peft_is_named(adapter_dir, log_lines):
     edit(adapter_dir, use_something_new=True, something_off=False)
     use(adapter_dir)
-    assert [line for line in log_lines if "'use_something_new' is not a setting that this project knows" in line]
+    assert [line for line in log_lines if "'use_something_new' are not settings that this project knows" in line]
     assert not [line for line in log_lines if "something_off" in line]
 
 

@@ -19,7 +19,7 @@ from glm_utils.checkpoint import load_tokenizer_class, open_checkpoint
 from glm_utils.cli import UserError, run_cli
 from glm_utils.family import FAMILIES, PROJECT_DIR
 from glm_utils.load_model import load_adapter, load_base_model
-from glm_utils.training import preflight
+from glm_utils.training import preflight, run, settings
 
 COLORS, CLOTHES = "白黑红蓝绿", ("上衣", "裤子", "裙子")
 EXAMPLES = [
@@ -401,8 +401,8 @@ def checkpoint(train):
 @pytest.mark.parametrize("family_name", ["chatglm2-6b"])
 def test_ways_to_name_the_checkpoint(train, checkpoint, monkeypatch, form):
     given = {}
-    monkeypatch.setattr(stage, "run_trainer", lambda trainer, path: given.update(path=path) or {})
-    monkeypatch.setattr(stage, "save_adapter", lambda *args: None)
+    monkeypatch.setattr(run, "run_trainer", lambda trainer, path: given.update(path=path) or {})
+    monkeypatch.setattr(run, "save_adapter", lambda *args: None)
     out = checkpoint.parent
     value = {"path": str(checkpoint), "output_dir": str(out), "true": True}[form]
     train(args={"max_steps": 3, "save_steps": 1}, resume_from_checkpoint=value)
@@ -638,7 +638,7 @@ def test_an_adapter_as_base_is_refused(train, no_training, tmp_path):
 
 @pytest.mark.parametrize("flags", [{"lora_rank": 0}, {"lora_dropout": 1.0}, {"train_args_json": "none.json"}])
 def test_the_base_is_not_fetched_before_flags_are_right(train, monkeypatch, flags):
-    monkeypatch.setattr(stage, "open_checkpoint", lambda name: pytest.fail("a base was asked for"))
+    monkeypatch.setattr(settings, "open_checkpoint", lambda name: pytest.fail("a base was asked for"))
     with pytest.raises(UserError):
         train(**flags)
 

@@ -3,19 +3,23 @@
 It knows nothing of a terminal: a web page or an API only sends the pieces somewhere else.
 """
 
+from __future__ import annotations  # peft is imported for its types only
+
 import contextlib
 import os
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
-
-from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizer
+from typing import TYPE_CHECKING
 
 from glm_utils.cli import UserError
 from glm_utils.device import is_out_of_memory
+from glm_utils.early_checks import check_sampling
 
-MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 1000  # below, logits overflow; above, all are alike
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizer
+
 UNFINISHED = "\ufffd"  # the first bytes of a character decode to this
 
 
@@ -71,24 +75,6 @@ def chat_settings(
         raise UserError(f"--max_length {settings.max_length}: expected 1 to {context}, the model's context in tokens")
     check_sampling(settings.temperature, settings.top_p)
     return settings
-
-
-def check_sampling(temperature: float | None, top_p: float | None) -> None:
-    """Refuse sampling parameters that define no distribution.
-
-    Args:
-        temperature: Divides the logits; 0: always the most probable token; None: the default.
-        top_p: Nucleus probability; None: the default.
-
-    Raises:
-        UserError: A value is out of range.
-    """
-    if temperature and not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
-        raise UserError(
-            f"--temperature {temperature}: expected 0 (most probable token), or {MIN_TEMPERATURE} to {MAX_TEMPERATURE}"
-        )
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"--top_p {top_p}: expected more than 0 and at most 1")
 
 
 @dataclass

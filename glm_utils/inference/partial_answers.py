@@ -1,15 +1,20 @@
 """The answers of a job so far: each goes to a file as it comes, and a run that was stopped goes on from there."""
 
+from __future__ import annotations  # batch.py imports torch
+
 import json
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loguru import logger
 
 from glm_utils.cli import UserError
 from glm_utils.files import DISK_FULL_ERRORS
-from glm_utils.inference.batch import Answer
+
+if TYPE_CHECKING:
+    from glm_utils.inference.batch import Answer
 
 SYNC_SECONDS = 5  # between two waits for the disk
 
@@ -50,7 +55,7 @@ class PartialAnswers:
         if not num_bytes:
             self._write({"job": self.identity})
 
-    def __enter__(self) -> "PartialAnswers":
+    def __enter__(self) -> PartialAnswers:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -3,19 +3,23 @@
 A fault in one row is kept with the row and does not keep the others from being answered.
 """
 
+from __future__ import annotations  # checkpoint.py imports transformers
+
 import csv
 import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from glm_utils.checkpoint import Checkpoint
 from glm_utils.cli import UserError, nearest
 from glm_utils.data import iter_list, parse_example
 from glm_utils.files import parse_json, read_text
-from glm_utils.inference.batch import no_room
+
+if TYPE_CHECKING:
+    from glm_utils.checkpoint import Checkpoint
 
 PROMPT_COLUMNS = ("content", "instruction", "prompt", "query", "question")  # the first that is there is the prompt
 FORMS = "JSONL or JSON as for training, CSV with a header, or text with one prompt per line"
@@ -225,3 +229,8 @@ def encode_prompts(rows: list[PromptRow], checkpoint: Checkpoint) -> tuple[list[
         found.append(row)
         prompts.append(ids)
     return found, prompts
+
+
+def no_room(num_prompt_tokens: int, context: int) -> str:
+    """Say that a prompt leaves no room for an answer in the model's context."""
+    return f"the prompt takes {num_prompt_tokens} tokens, the model's context holds {context}: shorten it"

@@ -4,8 +4,6 @@ import itertools
 import statistics
 from pathlib import Path
 
-import numpy as np
-
 from glm_utils.cli import UserError
 from glm_utils.files import check_writable, write_json
 from glm_utils.inference.tables import markdown_table
@@ -54,6 +52,8 @@ def summarize(runs: list[list[float]], num_prompt_tokens: int, batch_size: int) 
     ttft = statistics.median(run[0] for run in runs)
     rates = [(num_new - 1) / (run[-1] - run[0]) for run in runs]
     decode = statistics.median(rates)
+    import numpy as np  # here, as a wrong flag is answered before
+
     tpot_p50, tpot_p95 = np.percentile(gaps, [50, 95], method="inverted_cdf").tolist()
     return {
         "batch_size": batch_size,
