@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Literal
 
 from loguru import logger
 
-from glm_utils.checkpoint_files import read_adapter_config
+from glm_utils.adapter_config import read_adapter_config
 from glm_utils.cli import UserError, as_list, check_minimums, run_cli
-from glm_utils.early_checks import check_model_dir
+from glm_utils.early_checks import check_model_path
 from glm_utils.inference.report import check_report_path, write_report
 
 if TYPE_CHECKING:
@@ -63,14 +63,14 @@ def inference_test(
     if not model_path and not lora_path:
         raise UserError("nothing to test. Give --model_path DIR (or DIR1,DIR2,...) or --lora_path DIR, or both")
     for path in as_list(model_path):
-        check_model_dir(path)
+        check_model_path(path)
     for path in as_list(lora_path):
         read_adapter_config(Path(path).expanduser())
 
     import torch
 
     from glm_utils.device import free_bytes, resolve_device
-    from glm_utils.inference.measure import Workload, measure_model, stream_generate
+    from glm_utils.inference.measure import Workload, check_finite, measure_model, stream_generate
     from glm_utils.inference.memory import copy_bandwidth
     from glm_utils.inference.request import check_context, prompt_ids, resolve_sources
 
@@ -87,7 +87,7 @@ def inference_test(
     for source, prompt in zip(sources, prompts, strict=True):
         logger.info(f"{source.label}: {source.weight_format}, batch {batch_size}, {len(prompt)} + {new_tokens} tokens")
         workload = Workload(torch.tensor([prompt] * batch_size, device=device), new_tokens, loop_number, max_time)
-        models.append(identify(source) | measure_model(source.load, make_generate, workload, bandwidth))
+        models.append(identify(source) | measure_model(source.load, make_generate, workload, bandwidth, check_finite))
     result = {"arguments": arguments, "copy_bytes_per_second": bandwidth, "models": models}
     try:
         print(write_report(result, output_json))

@@ -17,7 +17,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: large tensors 
 
 from loguru import logger
 
-from glm_utils.checkpoint_files import read_adapter_config
+from glm_utils.adapter_config import read_adapter_config
 from glm_utils.cli import UserError, run_cli
 from glm_utils.data import read_examples
 from glm_utils.early_checks import check_device_name

@@ -8,9 +8,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from glm_utils.checkpoint_files import read_adapter_config, read_config
+from glm_utils.adapter_config import read_adapter_config
 from glm_utils.cli import UserError
+from glm_utils.directory_kind import advice, directory_kind
 from glm_utils.family import FAMILIES, PROJECT_DIR, detect_family
+from glm_utils.model_json import read_config
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
@@ -35,6 +37,8 @@ def local_model_dir(name_or_path: str | Path) -> Path | None:
     path, name = project_path(name_or_path), str(name_or_path)
     if path.is_dir():
         return path.resolve()
+    if path.is_file():
+        raise UserError(f"{name}: not a model. {advice(path)}")
     known = [hub_id for family in FAMILIES for hub_id in family.hub_ids]
     is_hub_id = HUB_ID.fullmatch(name) and not path.exists() and not path.parent.is_dir()
     if is_hub_id or name in known:
@@ -50,7 +54,21 @@ def check_model_dir(name_or_path: str | Path) -> None:
     """
     directory = local_model_dir(name_or_path)
     if directory:
+        if directory_kind(directory) not in ("model", "adapter", "unknown"):
+            raise UserError(f"{name_or_path}: not a model that this project loads. {advice(directory)}")
         detect_family(read_config(directory), directory / "config.json")
+
+
+def check_model_path(model_path: str) -> None:
+    """Check --model_path of a command that takes adapters too, as --lora_path.
+
+    Raises:
+        UserError: See `check_model_dir`; a LoRA adapter is told its flag.
+    """
+    path = project_path(model_path)
+    if directory_kind(path) == "adapter":
+        raise UserError(f"--model_path {model_path}: not a model. {advice(path)}")
+    check_model_dir(path if path.exists() else model_path)
 
 
 def check_model_choice(model_path: str | None, lora_path: str | None) -> None:
@@ -69,10 +87,7 @@ def check_model_choice(model_path: str | None, lora_path: str | None) -> None:
     if lora_path:
         read_adapter_config(Path(lora_path).expanduser())
         return
-    path = project_path(str(model_path))
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        raise UserError(f"--model_path {model_path}: a LoRA adapter. Give it as --lora_path {model_path}")
-    check_model_dir(path if path.is_dir() else str(model_path))
+    check_model_path(str(model_path))
 
 
 def check_number_of_models(model_paths: Sequence[str], lora_path: str | None) -> None:

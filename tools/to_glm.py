@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from loguru import logger
 
-from glm_utils.checkpoint_files import read_adapter_config
+from glm_utils.adapter_config import read_adapter_config
 from glm_utils.cli import UserError, run_cli
 from glm_utils.early_checks import check_model_dir
 from glm_utils.files import check_free_space, write_json

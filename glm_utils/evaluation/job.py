@@ -130,7 +130,8 @@ def find_limits(sides: Sequence[Side], prompt_text: str | None) -> EncodingLimit
     """
     adapters = [side.source.adapter for side in sides if side.source.adapter]
     recorded = adapters[0].run_config.get("arguments", {}) if adapters else {}
-    values = {key: recorded.get(key, default) for key, default in DEFAULT_LIMITS.items()}
+    found = {key: value for key, value in recorded.items() if key in DEFAULT_LIMITS and value is not None}
+    values = DEFAULT_LIMITS | found
     return EncodingLimits(**(values if prompt_text is None else {**values, "prompt_text": prompt_text}))
 
 

@@ -27,6 +27,7 @@ from glm_utils.merging.shards import CheckpointReader
 from glm_utils.signals import end_with_parent
 
 FULL_RELOAD_MAX_BYTES = 2_000_000_000
+MAX_LOGGED_LINES = 30  # of what the fresh process said before it failed
 FULL, BY_MODULE = "from_pretrained", "from_config, filled module by module"
 
 
@@ -85,7 +86,10 @@ def check_reload(
         command = [sys.executable, "-m", "glm_utils.merging.reload_check", str(request_path)]
         child = subprocess.run(command, cwd=PROJECT_DIR, env=environment, capture_output=True, text=True)
         if child.returncode:
-            raise UserError(f"the written model does not load in a fresh process:\n{child.stderr[-3000:]}")
+            lines = child.stderr.strip().splitlines() or [f"exit code {child.returncode}"]
+            for line in lines[-MAX_LOGGED_LINES:-1]:
+                logger.info(line)
+            raise UserError(f"the written model does not load in a fresh process: {lines[-1]}")
         result = load_file(result_path)
     if result["input_ids"].tolist() != input_ids:
         raise UserError(f"the written tokenizer differs: {result['input_ids'].tolist()}, expected {input_ids}")
