@@ -1,5 +1,8 @@
 # make demo         train the two included tiny models and see the answer change (six minutes on two CPU cores)
 # make test         the test suite with the pinned versions; make test TESTS=tests/test_cli.py: one file
+# make test-slow    the campaigns of tests/campaign from a random seed, hours on two cores: kills, small disks, damaged and
+#                   hostile files; JOBS=16 for more processes, CAMPAIGN_SEED=5 repeats one, CAMPAIGN_SCALE=0.01 is a taste;
+#                   results in saved_files/campaign.json, python -m tools.campaign_table writes them into docs/robustness.md
 # make self-test MODEL=THUDM/chatglm2-6b   check a model with its published weights, report in saved_files/self_test
 # make lint         ruff check, ruff format --check, the copies in remote_scripts, mypy
 # make types        mypy alone
@@ -28,6 +31,11 @@ self-test: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python $(PYTEST)
+
+# a random seed unless CAMPAIGN_SEED is set: tests/campaign/conftest.py prints it and records it
+test-slow: $(STAMP)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal -q -m campaign \
+		$(or $(TESTS),tests/campaign)
 
 test-oldest: $(VENV)-oldest/.installed
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python $(PYTEST)

@@ -68,18 +68,18 @@ def turn(session: ChatSession, rng, found: dict) -> None:
     query = "".join(rng.choices(JUNK, k=rng.choice((0, 1, 1, 2, 3, 30))))
     found["turns"] += 1
     num_before, stop_after = len(session.history), rng.choice((None, None, 0, 1, 3))
-    shown = ""
+    shown, is_stopped = "", False
     with contextlib.closing(session.ask(query)) as pieces:
         for index, piece in enumerate(pieces):
             shown += piece
             if index == stop_after:
-                found["stopped"] += 1
+                is_stopped = True
                 break
-    history = session.history
-    if len(history) != num_before + 1 or history[-1][0] != query or not shown.endswith(history[-1][1][: len(shown)]):
-        is_stopped = stop_after is not None
-        if len(history) != num_before + 1 or history[-1][0] != query or not is_stopped:
-            found["faults"].append(["wrong bits", f"{query!r}: shown {shown!r}, history {history[-1:]!r}"])
+    found["stopped"] += is_stopped
+    asked, answer = session.history[-1] if session.history else (None, None)
+    is_recorded = len(session.history) == num_before + 1 and asked == query
+    if not is_recorded or not (is_stopped or shown.endswith(answer)):
+        found["faults"].append(["wrong bits", f"{query!r}: shown {shown!r}, recorded {asked!r}, {answer!r}"])
     action = rng.random()
     if action < 0.15:
         session.undo()
@@ -96,8 +96,7 @@ def test_a_long_conversation(number, tally, tmp_path):
         found = json.loads(result_path.read_text("utf-8"))
         tally.case(found["turns"])
         for key in ("stopped", "refused"):
-            for _ in range(found[key]):
-                tally.note(key)
+            tally.note(*[key] * found[key])
         for kind, what in found["faults"]:
             tally.fault(kind, what.replace(TRACEBACK, ""))
         tally.require(found["growth"] < MAX_GROWTH, "other", f"memory grew by {found['growth']:,} bytes")
