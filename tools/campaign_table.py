@@ -61,7 +61,7 @@ TEXTS = {
     "sum": ("all", "合计"),
     "run": (
         "Commit `{commit}`, seed {seed}, {date}, scale {scale:g}, {machine}, torch {torch}, transformers "
-        "{transformers}; {hours:.1f} hours of all processes together. [Results](../benchmarks/results/robustness.json)",
+        "{transformers}; {hours:.1f} hours of all processes. [Results](../benchmarks/results/robustness.json)",
         "提交 `{commit}`，种子 {seed}，{date}，规模 {scale:g}，{machine}，torch {torch}，transformers {transformers}；"
         "所有进程合计 {hours:.1f} 小时。[结果文件](../benchmarks/results/robustness.json)",
     ),
