@@ -1,4 +1,4 @@
-"""Command line of every stage: strict flags on top of fire, one error type for bad input, one log format.
+"""Command line of every stage: strict flags on top of fire, one line for whatever ends it early, one log format.
 
 Fire calls a function first and complains about unknown flags afterwards, and it ignores annotations. So fire only
 collects the raw strings here; names and types are checked against the stage's signature before anything runs.
@@ -10,11 +10,18 @@ import inspect
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import fire
 from loguru import logger
 from tqdm import tqdm
+
+from glm_utils.ending import BROKEN_PIPE_CODE, describe_crash, flush_output, is_output_fault, open_missing_outputs
+from glm_utils.signals import ignore_signals, interruption_note, signal_of, signals_heard
+from glm_utils.visible_text import one_line
+
+if typing.TYPE_CHECKING:
+    import loguru
 
 LOG_FORMAT = "<green>{time:HH:mm:ss}</green> <level>{level: <7}</level> {message}"
 TRUE_WORDS = ("true", "yes", "on", "1")
@@ -28,30 +35,57 @@ class UserError(ValueError):
     """
 
 
-def run_cli(stage: Callable, argv: Sequence[str] | None = None) -> None:
+def run_cli(stage: Callable, argv: Sequence[str] | None = None, elsewhere: Mapping[str, str] | None = None) -> None:
     """Run a stage function as a command.
 
     Args:
         stage: Function with keyword-only, annotated arguments; its docstring is the `--help` text.
         argv: Command line without the program's name; `sys.argv[1:]` when None.
+        elsewhere: Names that are not flags of the stage although people give them as such, with what to do instead.
 
     Raises:
-        SystemExit: Code 1 after a `UserError`, 130 after Ctrl-C, 2 when fire itself refuses the command line.
+        SystemExit: Code 1 after a `UserError` or an exception that nothing foresaw, 128 + N after signal N, 2 when
+            fire itself refuses the command line, 141 when nobody reads the output any more.
     """
+    open_missing_outputs()
     setup_logging()
-    try:
-        stage(**parse_args(stage, sys.argv[1:] if argv is None else argv))
-    except UserError as error:
+    code = None
+    with signals_heard(ignored_after=argv is None):  # only a script of its own is over when its stage is
+        try:
+            stage(**parse_args(stage, sys.argv[1:] if argv is None else argv, elsewhere))
+        except BaseException as error:
+            ignore_signals()
+            code = _report(error, stage.__name__)
+        code = flush_output(code)
+    if code is not None:
+        raise SystemExit(code)
+
+
+def _report(error: BaseException, command: str) -> int:
+    """Log in one line what ended a command; return its exit code."""
+    if isinstance(error, SystemExit) and not isinstance(error.code, str):
+        return error.code or 0
+    signum = signal_of(error)
+    if isinstance(error, UserError | SystemExit):
         logger.error(str(error))
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        logger.warning("interrupted")
-        raise SystemExit(130) from None
+    elif signum is not None:
+        logger.warning(interruption_note(signum))
+        return 128 + signum
+    elif not is_output_fault(error):
+        logger.error(describe_crash(error, command))
+    elif isinstance(error, BrokenPipeError):
+        return BROKEN_PIPE_CODE
+    return 1
 
 
 def setup_logging() -> None:
-    """Write loguru's messages through tqdm, so that they do not break a progress bar."""
+    """Write loguru's messages through tqdm, so that they do not break a progress bar.
+
+    Whatever a message quotes (data, file names, settings, names of an adapter) is one line that cannot steer the
+    terminal; the colors are the log's own and are added afterwards.
+    """
     logger.remove()
+    logger.configure(patcher=_spell_out)
     logger.add(
         lambda message: tqdm.write(message, file=sys.stderr, end=""),
         format=LOG_FORMAT,
@@ -60,12 +94,18 @@ def setup_logging() -> None:
     )
 
 
-def parse_args(stage: Callable, argv: Sequence[str]) -> dict:
+def _spell_out(record: "loguru.Record") -> None:
+    """Make a log record's message one line of visible characters."""
+    record["message"] = one_line(record["message"])
+
+
+def parse_args(stage: Callable, argv: Sequence[str], elsewhere: Mapping[str, str] | None = None) -> dict:
     """Turn a command line into checked keyword arguments of a stage.
 
     Args:
         stage: The stage function.
         argv: Command line without the program's name.
+        elsewhere: See `run_cli`.
 
     Returns:
         The arguments that were given, converted to their annotated types.
@@ -81,7 +121,8 @@ def parse_args(stage: Callable, argv: Sequence[str]) -> dict:
         raise UserError(f"{' '.join(words)}: a value without a flag. Flags: {flags}")
     for name in recorded:
         if name not in parameters:
-            raise UserError(f"unknown flag --{name}. {nearest(name, parameters, 'flags', prefix='--')}")
+            hint = (elsewhere or {}).get(name) or nearest(name, parameters, "flags", prefix="--")
+            raise UserError(f"unknown flag --{name}. {hint}")
     for name, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and name not in recorded:
             raise UserError(f"--{name} is required; see --help")
@@ -185,6 +226,11 @@ def type_in_words(annotation: object) -> str:
         else:
             words.append(getattr(member, "__name__", str(member)))
     return " or ".join(words)
+
+
+def as_list(paths: str | list[str] | None) -> list[str]:
+    """Return the value of a flag that takes one path or several, or None, as a list."""
+    return [paths] if isinstance(paths, str) else paths or []
 
 
 def check_minimums(arguments: dict, minimums: dict[str, int]) -> None:

@@ -147,12 +147,13 @@ def check_output_file(path: Path, name: str, companions: Sequence[str] = ()) -> 
         The path, links followed.
 
     Raises:
-        UserError: A directory, a device or pipe, a name that is too long, or a place that cannot be written to.
+        UserError: A directory, a device, pipe or mounted file, a name that is too long, or a place that cannot be
+            written to.
     """
     target = real_path(path, name)
     check_writable(target.parent, name, [target.name + ending for ending in ("", *companions)])
-    if target.exists() and not target.is_file():
-        fault = "a directory" if target.is_dir() else "a device or a pipe"
+    if target.exists() and (not target.is_file() or os.path.ismount(target)):
+        fault = "a directory" if target.is_dir() else "a device, a pipe or a mounted file, which cannot be replaced"
         raise UserError(f"{name} {path}: {fault}. Give a file in a directory that can be written to")
     return target
 

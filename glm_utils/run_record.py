@@ -7,8 +7,6 @@ import subprocess
 import tomllib
 from pathlib import Path
 
-import torch
-
 from glm_utils.family import PROJECT_DIR
 from glm_utils.files import read_json_object
 
@@ -29,6 +27,8 @@ def read_run_config(directory: Path) -> dict:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python, this project and the packages, and the name of the device."""
+    import torch  # here, as what a script checks first needs this file too
+
     project = tomllib.loads((PROJECT_DIR / "pyproject.toml").read_text("utf-8"))["project"]
     found = {package: importlib.metadata.version(package) for package in PACKAGES}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()

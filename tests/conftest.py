@@ -22,6 +22,7 @@ if not torch.cuda.is_available():
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent
 from glm_utils.checkpoint import load_classes, open_checkpoint
+from glm_utils.cli import setup_logging
 from glm_utils.family import FAMILIES
 from glm_utils.load_model import load_base_model
 
@@ -89,8 +90,9 @@ def golden_model(model_dir):
 
 @pytest.fixture
 def log_lines():
-    """Messages that loguru wrote during the test, as "LEVEL message"."""
+    """Messages that a command's log wrote during the test, as "LEVEL message"."""
     lines = []
+    setup_logging()
     handler = logger.add(lambda text: lines.append(text.rstrip("\n")), format="{level} {message}", level="INFO")
     yield lines
     with contextlib.suppress(ValueError):  # run_cli sets logging up afresh

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -137,6 +138,10 @@ def test_quantized_weights_are_the_quantized_merged_weights(adapter, merge, fami
     record = json.loads((quantized_dir / "run_config.json").read_text())
     assert 0 < record["report"]["relative_weight_error"] < (1e-4 if bits == 8 else 0.012)
     assert record["report"]["relative_weight_error"] < record["report"]["relative_weight_error_of_absmax"]
+    assert set(record["report"]["by_module"]["relative_weight_error"]) == set(family.linear_names)
+    assert {name: kind["num_layers"] for name, kind in record["report"]["by_module"]["update_norm"].items()} == {
+        "query_key_value": 3
+    }
 
 
 def test_nf4_base_is_what_training_saw(base_dir, adapter, merge, log_lines):
@@ -157,8 +162,10 @@ def test_nf4_base_is_what_training_saw(base_dir, adapter, merge, log_lines):
         num_linears += 1
     assert num_linears == 12
     text = "\n".join(log_lines)
-    assert "NF4 error |W - NF4(W)| / |W|: dense_4h_to_h" in text
-    assert "update |scale B A| / |W|: query_key_value" in text
+    assert re.search(
+        r"NF4 error \|W - NF4\(W\)\| / \|W\|: [\d.]+ to [\d.]+ \(\w+\), median [\d.]+ of 12 weights", text
+    )
+    assert re.search(r"update \|scale B A\| / \|W\|: [\d.]+ to [\d.]+ \((query_key_value|dense)\), median", text)
     assert "the NF4 weights are closer to training" in text
     assert "Merged into: the NF4 weights" in text
 

@@ -23,6 +23,7 @@ from transformers import dynamic_module_utils
 
 from glm_utils import disk, output_dir, remote_code
 from glm_utils.cli import UserError
+from glm_utils.evaluation.job import check_output_dir
 from glm_utils.evaluation.write import evaluate
 from glm_utils.family import FAMILIES, PROJECT_DIR
 from glm_utils.files import (
@@ -34,6 +35,7 @@ from glm_utils.files import (
     write_json,
 )
 from glm_utils.inference.answer_file import check_output_path, lock_answers, write_output
+from glm_utils.inference.partial_answers import PartialAnswers
 from glm_utils.inference.report import check_report_path, write_report
 from glm_utils.merging.shards import ShardWriter, TensorSpec
 from glm_utils.output_dir import atomic_directory, check_replaceable, lock_directory
@@ -263,11 +265,15 @@ def killed_at(number, action):
     return os.waitpid(child, 0)[1] == signal.SIGKILL
 
 
-KINDS = ("directory", "mount point", "undetected mount point")
-
-
 @pytest.mark.parametrize(
-    ("kind", "earlier"), [("directory", None), *((kind, earlier) for kind in KINDS for earlier in ("empty", "old"))]
+    ("kind", "earlier"),
+    [
+        ("directory", None),
+        ("directory", "old"),
+        ("mount point", "empty"),
+        ("mount point", "old"),
+        ("undetected mount point", "old"),
+    ],
 )
 def test_a_kill_at_any_step_loses_nothing(tmp_path, monkeypatch, kind, earlier):
     rename = os.rename
@@ -504,19 +510,47 @@ def test_a_file_behind_a_link_is_written_there(tmp_path):
 def test_files_that_cannot_be_written_are_refused_before_the_work(tmp_path):
     os.mkfifo(tmp_path / "pipe.jsonl")
     for name, fault in (
-        ("pipe.jsonl", "a device or a pipe"),
+        ("pipe.jsonl", "a device, a pipe or a mounted file"),
         ("x" * 249 + ".jsonl", "a name of more than 255 bytes"),
         ("x" * 235 + ".jsonl", "a name of more than 255 bytes"),  # but its run_config.json
     ):
         with pytest.raises(UserError, match=fault):
             check_output_path(str(tmp_path / name), "none", overwrite=True)
     for path, fault in (
-        ("/dev/null", "a device or a pipe"),
+        ("/dev/null", "a device, a pipe"),
         (str(tmp_path / "x" / "y.json"), "there is no directory"),
     ):
         with pytest.raises(UserError, match=f"--output_json .*{fault}"):
             check_report_path(path)
     assert check_output_file(tmp_path / ("x" * 255), "--output_json") == tmp_path / ("x" * 255)
+
+
+def test_a_mounted_file_is_refused_before_the_work(mount, tmp_path):
+    (tmp_path / "answers.csv").write_text("")
+    (mount("disk") / "file").write_text("")
+    command = ["mount", "--bind", str(tmp_path / "disk/file"), str(tmp_path / "answers.csv")]
+    subprocess.run(command, check=True)
+    try:
+        with pytest.raises(UserError, match="a mounted file, which cannot be replaced"):
+            check_output_path(str(tmp_path / "answers.csv"), "none", overwrite=True)
+    finally:
+        subprocess.run(["umount", str(tmp_path / "answers.csv")], check=True)
+
+
+def test_partial_answers_do_not_follow_a_link(tmp_path):
+    (tmp_path / "private").write_text("mine")
+    (tmp_path / "answers.csv.partial.jsonl").symlink_to(tmp_path / "private")
+    with pytest.raises(UserError, match=r"answers.csv.partial.jsonl: a link. Delete it"):
+        PartialAnswers(tmp_path / "answers.csv", {}, resume=False)
+    assert (tmp_path / "private").read_text() == "mine"
+
+
+def test_an_evaluation_that_was_killed_at_its_end_can_be_repeated(tmp_path):
+    (tmp_path / "report.html").write_text("")
+    with pytest.raises(UserError, match=r"not empty, and no run_config.json in it says"):
+        check_output_dir(tmp_path, ())
+    disk.hidden_sibling(tmp_path / "run_config.json", "incomplete").mkdir()
+    check_output_dir(tmp_path, ())
 
 
 def test_a_report_is_complete_or_the_earlier_one(tmp_path):

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from glm_utils.cli import UserError
 from glm_utils.family import FAMILIES, PROJECT_DIR
+from glm_utils.training.build_args import build_args
 from glm_utils.training.training_args import read_train_args
 
 OLD_FILE = PROJECT_DIR / "tests" / "fixtures" / "train_args_2023.json"
@@ -38,7 +39,7 @@ def _clean_environment(monkeypatch):
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_shipped_files_are_todays(family, log_lines):
-    args = read_train_args(PROJECT_DIR / family.train_args_json).build(use_cpu=True)
+    args = build_args(read_train_args(PROJECT_DIR / family.train_args_json), use_cpu=True)
     assert log_lines == []
     assert args.eval_strategy == "steps"
     assert args.get_warmup_steps(100) == 10
@@ -49,7 +50,7 @@ def test_shipped_files_are_todays(family, log_lines):
 
 def test_2023_file_keeps_its_meaning(log_lines):
     args_file = read_train_args(OLD_FILE)
-    args = args_file.build(use_cpu=True)
+    args = build_args(args_file, use_cpu=True)
     assert args_file.overwrite_output_dir is True
     assert os.environ["TENSORBOARD_LOGGING_DIR"] == "saved_files/chatGLM2_6B_QLoRA_t32/logs"
     assert args.eval_strategy == "steps"
@@ -63,7 +64,7 @@ def test_2023_file_keeps_its_meaning(log_lines):
 
 
 def test_2023_file_logs_one_warning_per_key_with_its_line(log_lines):
-    read_train_args(OLD_FILE)
+    build_args(read_train_args(OLD_FILE), use_cpu=True)
     old = "overwrite_output_dir warmup_ratio logging_dir evaluation_strategy save_safetensors half_precision_backend "
     old += "group_by_length no_cuda"
     if hasattr(TrainingArguments, "activation_checkpointing"):  # transformers 5.17 still has the old name
@@ -76,7 +77,7 @@ def test_2023_file_logs_one_warning_per_key_with_its_line(log_lines):
 
 
 def test_no_cuda_and_adafactor(write):
-    args = read_train_args(write("a.json", {"output_dir": "x", "no_cuda": True, "adafactor": True})).build()
+    args = build_args(read_train_args(write("a.json", {"output_dir": "x", "no_cuda": True, "adafactor": True})))
     assert args.use_cpu is True
     assert args.optim == "adafactor"
 
@@ -93,7 +94,7 @@ def test_no_cuda_and_adafactor(write):
     ],
 )
 def test_warmup(write, values, num_warmup):
-    args = read_train_args(write("a.json", {"output_dir": "x", **values})).build(use_cpu=True)
+    args = build_args(read_train_args(write("a.json", {"output_dir": "x", **values})), use_cpu=True)
     assert args.get_warmup_steps(100) == num_warmup
 
 
@@ -110,14 +111,14 @@ def test_every_key_of_4_30_is_known(write, key):
 
 def test_checkpointing_can_be_turned_off(write):
     for key in ("gradient_checkpointing", "activation_checkpointing"):
-        args = read_train_args(write("a.json", {"output_dir": "x", key: False})).build(use_cpu=True)
+        args = build_args(read_train_args(write("a.json", {"output_dir": "x", key: False})), use_cpu=True)
         assert args.gradient_checkpointing is False
 
 
 def test_tensorboard_is_on_unless_the_file_says_otherwise(write):
-    assert read_train_args(write("a.json", {"output_dir": "x"})).build(use_cpu=True).report_to == ["tensorboard"]
+    assert build_args(read_train_args(write("a.json", {"output_dir": "x"})), use_cpu=True).report_to == ["tensorboard"]
     values = {"output_dir": "x", "report_to": "none"}
-    assert read_train_args(write("a.json", values)).build(use_cpu=True).report_to == []
+    assert build_args(read_train_args(write("a.json", values)), use_cpu=True).report_to == []
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,7 @@ def test_faults_name_file_line_and_remedy(write, text, message):
 def test_contradictions_are_user_errors(write, values):
     path = write("args.json", json.dumps({"output_dir": "x", **values}))
     with pytest.raises(UserError, match="args.json"):
-        read_train_args(path).build(use_cpu=True)
+        build_args(read_train_args(path), use_cpu=True)
 
 
 def test_missing_file(tmp_path):

@@ -14,7 +14,7 @@ from glm_utils.cli import UserError
 from glm_utils.disk import hidden_sibling
 from glm_utils.files import atomic_files, check_output_file
 from glm_utils.inference.partial_answers import PARTIAL_ENDING, json_line
-from glm_utils.inference.prompt_file import PromptRow, printable
+from glm_utils.inference.prompt_file import PromptRow
 from glm_utils.output_lock import lock_output
 
 ENDINGS = (".jsonl", ".csv")
@@ -153,7 +153,7 @@ def log_errors(rows: Sequence[PromptRow], most: int = 10) -> None:
     """
     errors = [row.error for row in rows if row.error]
     for error in errors[:most]:
-        logger.warning(printable(error))
+        logger.warning(error)
     if len(errors) > most:
         logger.warning(f"and {len(errors) - most} more rows, see `error` in the output")
 

@@ -3,19 +3,23 @@
 A fault in one row is kept with the row and does not keep the others from being answered.
 """
 
+from __future__ import annotations  # checkpoint.py imports transformers
+
 import csv
 import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from glm_utils.checkpoint import Checkpoint
 from glm_utils.cli import UserError, nearest
 from glm_utils.data import iter_list, parse_example
 from glm_utils.files import parse_json, read_text
-from glm_utils.inference.batch import no_room
+
+if TYPE_CHECKING:
+    from glm_utils.checkpoint import Checkpoint
 
 PROMPT_COLUMNS = ("content", "instruction", "prompt", "query", "question")  # the first that is there is the prompt
 FORMS = "JSONL or JSON as for training, CSV with a header, or text with one prompt per line"
@@ -60,9 +64,7 @@ def read_prompts(path: Path, prompt_column: str | None) -> list[PromptRow]:
     text = read_text(path, f"Give a file of prompts: {FORMS}", encoding_remedy(path))
     if ending == ".txt":
         if prompt_column is not None:
-            raise UserError(
-                f"--prompt_column {printable(prompt_column)}: {path} is text without columns. Leave it out"
-            )
+            raise UserError(f"--prompt_column {prompt_column}: {path} is text without columns. Leave it out")
         rows = [PromptRow(where, {"prompt": line}, line) for line, where in iter_text(path, text)]
     elif ending == ".csv":
         rows = list(iter_csv(path, text, prompt_column))
@@ -76,7 +78,7 @@ def read_prompts(path: Path, prompt_column: str | None) -> list[PromptRow]:
         raise UserError(f"{path}: no prompts in it. Give {FORMS}")
     errors = [row.error for row in rows if row.error]
     if len(errors) == len(rows):
-        raise UserError(f"{path}: no row can be answered. The first: {printable(errors[0])}")
+        raise UserError(f"{path}: no row can be answered. The first: {errors[0]}")
     return rows
 
 
@@ -150,12 +152,10 @@ def find_column(columns: Iterable[str], prompt_column: str | None, where: str) -
         return found
     if prompt_column is not None:
         close = nearest(prompt_column, columns, "columns")
-        raise UserError(printable(f"{where}: no column {prompt_column!r} (--prompt_column). {close}"))
+        raise UserError(f"{where}: no column {prompt_column!r} (--prompt_column). {close}")
     hints = (nearest(name, columns, "columns") for name in PROMPT_COLUMNS)
     hint = next((hint for hint in hints if hint.startswith("Did")), f"Columns: {', '.join(columns) or 'none'}.")
-    raise UserError(
-        printable(f"{where}: no column {', '.join(PROMPT_COLUMNS)}. {hint} Name the prompt's with --prompt_column")
-    )
+    raise UserError(f"{where}: no column {', '.join(PROMPT_COLUMNS)}. {hint} Name the prompt's with --prompt_column")
 
 
 def iter_csv(path: Path, text: str, prompt_column: str | None) -> Iterator[PromptRow]:
@@ -203,9 +203,9 @@ def check_header(header: list[str], prompt_column: str | None, where: str) -> st
         UserError: It is missing, or a name stands twice.
     """
     if repeated := {name for name in header if header.count(name) > 1}:
-        raise UserError(printable(f"{where}: column {min(repeated)!r} stands twice in the header. Rename one"))
+        raise UserError(f"{where}: column {min(repeated)!r} stands twice in the header. Rename one")
     if len(header) == 1 and any(separator in header[0] for separator in ";\t"):
-        raise UserError(printable(f"{where}: one column, {header[0]!r}. Separate columns by commas"))
+        raise UserError(f"{where}: one column, {header[0]!r}. Separate columns by commas")
     return find_column(header, prompt_column, where)
 
 
@@ -231,9 +231,6 @@ def encode_prompts(rows: list[PromptRow], checkpoint: Checkpoint) -> tuple[list[
     return found, prompts
 
 
-def printable(text: str) -> str:
-    """Return a text in which characters that could control a terminal are spelled out."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape", "backslashreplace").decode()
-        for character in text
-    )
+def no_room(num_prompt_tokens: int, context: int) -> str:
+    """Say that a prompt leaves no room for an answer in the model's context."""
+    return f"the prompt takes {num_prompt_tokens} tokens, the model's context holds {context}: shorten it"

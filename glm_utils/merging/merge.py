@@ -118,13 +118,10 @@ def check_fit(job: MergeJob) -> None:
     Raises:
         UserError: The adapter belongs to another model, or a row has an odd number of weights.
     """
-    for path, pair in job.adapter.pairs.items():
-        spec = job.reader.specs.get(f"{path}.weight")
-        where = f"{job.adapter.directory} does not fit {job.base.directory} ({job.base.family.title})"
-        if spec is None or not job.is_linear(f"{path}.weight"):
-            raise UserError(f"{where}: the base has no Linear {path}. Was it trained on a model of another family?")
-        if spec.shape != pair.shape:
-            raise UserError(f"{where}: {path} is {list(spec.shape)}, the adapter updates {list(pair.shape)}")
+    linears = {
+        name.removesuffix(".weight"): spec.shape for name, spec in job.reader.specs.items() if job.is_linear(name)
+    }
+    job.adapter.check_fit(linears, f"{job.base.directory} ({job.base.family.title})")
     odd = [name for name, spec in job.reader.specs.items() if job.is_linear(name) and spec.shape[1] % 2]
     if job.bits == 4 and odd:
         raise UserError(

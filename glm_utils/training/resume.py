@@ -7,6 +7,7 @@ from pathlib import Path
 
 from loguru import logger
 
+from glm_utils.adapter_config import read_adapter_config
 from glm_utils.checkpoint_files import ADAPTER_WEIGHT_NAMES
 from glm_utils.cli import UserError
 from glm_utils.family import FAMILIES
@@ -129,7 +130,7 @@ def check_same_run(directory: Path, identity: dict) -> None:
     Raises:
         UserError: A setting differs.
     """
-    adapter_config, recorded = (read_values(directory / name) for name in ("adapter_config.json", RUN_CONFIG_NAME))
+    adapter_config, recorded = read_adapter_config(directory).values, read_values(directory / RUN_CONFIG_NAME)
     before = {name: adapter_config.get(key) for key, name in LORA_KEYS.items()}
     before["lora_targets"] = adapter_config.get("target_modules")
     before |= recorded["identity"] if isinstance(recorded.get("identity"), dict) else {}

@@ -23,6 +23,7 @@ from glm_utils.training.preflight import memory_advice, memory_explained
 from glm_utils.training.run_log import QuietProgress, RunCallback, check_trained_weights
 from glm_utils.training.sample_answers import SampleAnswers
 from glm_utils.training.settings import TrainingSettings, examples_per_step
+from glm_utils.training.stop_request import Stopped, StopRequest, with_lasting_workers
 
 
 class LengthGroups(LengthGroupedSampler):
@@ -55,6 +56,7 @@ class LoraTrainer(Trainer):
         all_metrics: The metrics of all splits so far.
         save_limit: Checkpoints that stay; None: all. The Trainer's own rotation is off.
         saving_dir: Where the Trainer makes the directory checkpoint-N while it saves; None: in output_dir.
+        stop_request: Saves a checkpoint and ends the run when a signal arrives, set by make_trainer.
         eval_sums: Summed loss and number of trained tokens of an evaluation, in this process.
     """
 
@@ -63,12 +65,27 @@ class LoraTrainer(Trainer):
     all_metrics: Mapping = MappingProxyType({})
     save_limit: int | None = None
     saving_dir: Path | None = None
+    stop_request: StopRequest
     eval_sums: torch.Tensor
 
     def _get_train_sampler(self, train_dataset=None):
         """Return the sampler that orders the examples."""
         grouped = self.args.train_sampling_strategy == "group_by_length"
         return LengthGroups(self) if grouped else super()._get_train_sampler(train_dataset)
+
+    def _get_dataloader(self, *args, **kwargs):
+        """Build a data loader."""
+        return with_lasting_workers(super()._get_dataloader(*args, **kwargs))
+
+    def train(self, *args, **kwargs):
+        """Train; a run that a signal stops ends the process here, after its checkpoint.
+
+        Raises:
+            SystemExit: The run was stopped.
+        """
+        with contextlib.suppress(Stopped):
+            return super().train(*args, **kwargs)
+        self.stop_request.leave(self)  # the frames that hold the process group are gone by now
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Run the forward and backward pass of one batch.
@@ -236,4 +253,6 @@ def make_trainer(
     trainer.add_callback(trainer.run_log)
     if settings.num_log_samples:
         trainer.add_callback(SampleAnswers(trainer, encoded["eval"], settings.num_log_samples))
+    trainer.stop_request = StopRequest()
+    trainer.add_callback(trainer.stop_request)  # the last one: what others do behind a checkpoint is done by then
     return trainer
