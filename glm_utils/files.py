@@ -131,7 +131,7 @@ def check_writable(directory: Path, name: str, file_names: Sequence[str] = ()) -
         fault = "is a file"
     except OSError as error:
         place, fault = directory, f"cannot be written to ({error.strerror or error})"
-    subject = name if place == directory else f"{name} cannot be created, {place}"
+    subject = name if place in (directory, directory.absolute()) else f"{name} cannot be created, {place}"
     raise UserError(f"{directory}: {subject} {fault}. Choose another {name}")
 
 

@@ -18,7 +18,8 @@ from glm_utils.cli import UserError
 from glm_utils.family import PROJECT_DIR
 from glm_utils.files import write_json
 from glm_utils.output_lock import lock_output
-from glm_utils.training import checkpoints, disk_space, output, trainer
+from glm_utils.training import checkpoints, disk_space, lora_model, output, trainer
+from glm_utils.training import run as training_run
 from glm_utils.training.manifest import checkpoint_fault
 from glm_utils.training.resume import find_checkpoint
 
@@ -330,7 +331,9 @@ def test_auto_ends_at_once_where_the_run_is_finished(complete, tmp_path, log_lin
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     run(tmp_path, out, resume_from_checkpoint="auto")
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
-    assert any("finished already, 4 steps; nothing to do" in line for line in log_lines)
+    assert any(
+        "finished already, 4 steps are done and the adapter is written; nothing to do" in line for line in log_lines
+    )
     with pytest.raises(UserError, match="seed is 42 in the checkpoint and 1 now"):
         run(tmp_path, out, resume_from_checkpoint="auto", seed=1)
 
@@ -338,7 +341,7 @@ def test_auto_ends_at_once_where_the_run_is_finished(complete, tmp_path, log_lin
 def test_a_run_that_goes_on_has_no_finished_adapter(complete, tmp_path, monkeypatch):
     out = tmp_path / "out"
     shutil.copytree(complete, out)
-    monkeypatch.setattr(stage, "save_adapter", lambda *args: None)
+    monkeypatch.setattr(training_run, "save_adapter", lambda *args: None)
     run(tmp_path, out, {"max_steps": 5}, resume_from_checkpoint="auto")
     assert not (out / "adapter_config.json").exists()
     assert not (out / ADAPTER).exists()
@@ -422,7 +425,7 @@ def test_an_adapter_of_another_program_is_not_replaced(train, tmp_path):
 
 def test_a_second_run_is_refused_in_one_line(train, tmp_path, monkeypatch):
     monkeypatch.setattr(output, "lock_output", functools.partial(lock_output, grace_seconds=0.1))
-    monkeypatch.setattr(stage, "make_lora_model", lambda *args: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(lora_model, "make_lora_model", lambda *args: pytest.fail("a model is loaded"))
     with lock_output(tmp_path / "out/.lock", "it"):
         with pytest.raises(UserError, match=r"^output_dir .*out is in use by another run"):
             train()
@@ -437,7 +440,7 @@ def test_a_second_run_is_refused_in_one_line(train, tmp_path, monkeypatch):
 def test_an_output_dir_that_cannot_be_written_is_refused_before_the_model_is_loaded(
     train, monkeypatch, dry_run, place
 ):
-    monkeypatch.setattr(stage, "make_lora_model", lambda *args: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(lora_model, "make_lora_model", lambda *args: pytest.fail("a model is loaded"))
     with pytest.raises(UserError, match="output_dir cannot be"):
         train(args={"output_dir": place}, dry_run=dry_run)
 
