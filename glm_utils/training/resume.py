@@ -52,16 +52,16 @@ def choose_start(settings: TrainingSettings) -> Start:
         UserError: No such checkpoint, one of another run or of a finished one, or an output directory that holds an
             earlier run without that checkpoint.
     """
-    output_dir, given, notes = settings.output_dir, settings.resume_from, []
+    output_dir, given, num_steps, notes = settings.output_dir, settings.resume_from, settings.num_steps, []
     done = num_finished_steps(output_dir)
-    if given == "auto" and done is not None and done >= settings.num_steps:
+    if given == "auto" and done is not None and done >= num_steps:
         check_same_run(output_dir, settings.identity)
         note = f"{output_dir}: finished already, {done:,} steps are done and the adapter is written; nothing to do"
         return Start(is_finished=True, notes=[("INFO", note)])
     checkpoint = find_checkpoint(given, output_dir, lambda note: notes.append(("WARNING", note)))
     if checkpoint:
         check_same_run(checkpoint, settings.identity)
-        check_unfinished(checkpoint, settings.num_steps, output_dir)
+        check_unfinished(checkpoint, num_steps, output_dir)
         notes += [("INFO", note) for note in (f"going on from {checkpoint}", *differences(checkpoint))]
     if checkpoint is None or not is_checkpoint_of(checkpoint, output_dir):
         check_free_of_runs(output_dir, settings.args_file.overwrite_output_dir)
