@@ -25,6 +25,7 @@ from loguru import logger
 
 from glm_utils.cli import UserError
 from glm_utils.disk import hidden_sibling, real_path, sync, sync_tree, write_faults_explained
+from glm_utils.file_modes import give_usual_modes
 from glm_utils.files import check_apart, check_writable
 from glm_utils.output_lock import lock_output
 from glm_utils.run_record import RUN_CONFIG_NAME, read_run_config
@@ -164,6 +165,7 @@ def atomic_directory(output_dir: Path, overwrite: bool, stage: str) -> Iterator[
             with write_faults_explained(output_dir, "--output_path"):
                 yield filling
             with write_faults_explained(output_dir, "--output_path", every=True):
+                give_usual_modes(filling)
                 sync_tree(filling)
                 put_in_place(place)
         finally:

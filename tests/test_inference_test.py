@@ -30,6 +30,7 @@ from glm_utils.inference.memory import (
 from glm_utils.inference.report import TABLE_ROWS, models_table, summarize
 from glm_utils.inference.request import prompt_ids, resolve_sources
 from glm_utils.load_model import ModelSource, load_adapter, load_base_model
+from tests.conftest import write_int4
 
 CPU = torch.device("cpu")
 AUTO_DTYPE = "fp16" if torch.cuda.is_available() else "fp32"  # of the small models, which are stored in fp16
@@ -78,9 +79,7 @@ def workload(new_tokens=5, loop_number=4, max_time=None):
 @pytest.fixture
 def int4_dir(model_dir, tmp_path):
     """The golden model in int4."""
-    load_base_model(open_checkpoint(model_dir)).quantize(4).save_pretrained(tmp_path / "int4")
-    open_checkpoint(model_dir).tokenizer.save_pretrained(tmp_path / "int4")
-    return tmp_path / "int4"
+    return write_int4(model_dir, tmp_path / "int4")
 
 
 @pytest.fixture

@@ -348,6 +348,16 @@ def test_an_earlier_output_survives_a_failed_rename(tmp_path, monkeypatch):
     assert hidden(tmp_path) == []
 
 
+def test_files_of_safetensors_are_readable_as_others_are(tmp_path):
+    old = os.umask(0o027)
+    try:
+        with atomic_directory(tmp_path / "out", False, STAGE) as directory:
+            save_file({"a": torch.zeros(2)}, directory / "adapter_model.safetensors")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "out/adapter_model.safetensors").stat().st_mode & 0o777 == 0o640
+
+
 def test_all_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     order = []
     for name in ("fsync", "rename", "replace"):
