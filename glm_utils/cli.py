@@ -50,7 +50,7 @@ def run_cli(stage: Callable, argv: Sequence[str] | None = None, elsewhere: Mappi
     open_missing_outputs()
     setup_logging()
     code = None
-    with signals_heard(ignored_after=argv is None):  # only a script of its own is over when its stage is
+    with signals_heard(stage if argv is None else None):  # only a script is over when its stage is
         try:
             stage(**parse_args(stage, sys.argv[1:] if argv is None else argv, elsewhere))
         except BaseException as error:

@@ -11,7 +11,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
+from typing import NoReturn
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 PROJECT_DIR = Path(__file__).resolve().parent.parent
@@ -40,9 +41,14 @@ class _Listener:
         taken: The signal that the stage took; None: none yet.
         first_seconds: When the signal arrived that ends the command; None: not yet.
         note: What is left behind, for the line about the interruption.
+
+    Args:
+        stage: Function of a process of its own; its import statements come before anything that must be cleaned up.
+            None: a caller's process, which goes on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stage: Callable | None = None) -> None:
+        self.stage_code = getattr(stage, "__code__", None)
         self.pid = os.getpid()
         self.take: Callable[[int], None] | None = None
         self.taken: int | None = None
@@ -61,7 +67,9 @@ class _Listener:
         if self.take:
             self.first_seconds, self.taken = time.monotonic(), signum
             self.take(signum)
-        elif is_importing(frame):
+        elif (importer := find_importer(frame)) is not None:
+            if importer is self.stage_code:
+                leave_at_once(signum)
             self.first_seconds = time.monotonic()
             signal.signal(signal.SIGALRM, lambda _, frame: self.leave(signum, frame))
             signal.setitimer(signal.ITIMER_REAL, POLL_SECONDS, POLL_SECONDS)
@@ -70,7 +78,7 @@ class _Listener:
 
     def leave(self, signum: int, frame: FrameType | None) -> None:
         """Raise the exception for a signal once no module is being imported: libraries lose it while they are."""
-        if is_importing(frame):
+        if find_importer(frame) is not None:
             return
         signal.setitimer(signal.ITIMER_REAL, 0)
         if signum == signal.SIGINT:
@@ -84,14 +92,15 @@ _listener = _Listener()
 
 
 @contextlib.contextmanager
-def signals_heard(ignored_after: bool) -> Iterator[None]:
+def signals_heard(stage: Callable | None) -> Iterator[None]:
     """Turn SIGINT, SIGTERM and SIGUSR1 into exceptions while the block runs, except those that are ignored already.
 
     Args:
-        ignored_after: Ignore them when the block ends, as the process does then; otherwise restore the handlers.
+        stage: The function that this process is for; when the block ends, the process does, and ignores them. None:
+            the handlers are restored.
     """
     global _listener
-    _listener = _Listener()
+    _listener = _Listener(stage)
     before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
     before = {signum: old for signum, old in before.items() if old not in (signal.SIG_IGN, None)}
     for signum in before:
@@ -101,16 +110,24 @@ def signals_heard(ignored_after: bool) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for signum, old in before.items():
-            signal.signal(signum, signal.SIG_IGN if ignored_after else old)
+            signal.signal(signum, signal.SIG_IGN if stage else old)
 
 
-def is_importing(frame: FrameType | None) -> bool:
-    """Return whether a frame runs below an import."""
+def find_importer(frame: FrameType | None) -> CodeType | None:
+    """Return the code whose import, not itself part of another one, is running; None: no module is being imported."""
+    importer, is_below = None, False
     while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            return True
-        frame = frame.f_back
-    return False
+        is_import = frame.f_code.co_filename.startswith("<frozen importlib")
+        if is_below and not is_import:
+            importer = frame.f_code
+        is_below, frame = is_import, frame.f_back
+    return importer
+
+
+def leave_at_once(signum: int) -> NoReturn:
+    """End the process in one line; nothing needs cleaning up yet."""
+    say(interruption_note(signum))
+    os._exit(128 + signum)
 
 
 def is_own_script(frame: FrameType | None) -> bool:
@@ -124,9 +141,8 @@ def is_own_script(frame: FrameType | None) -> bool:
 
 def hear_while_importing(signum: int, frame: FrameType | None) -> None:
     """Leave at Ctrl-C while a script imports its modules: there is nothing to clean up yet, and libraries lose it."""
-    if is_importing(frame) and is_own_script(frame):
-        say(interruption_note(signum))
-        os._exit(128 + signum)
+    if find_importer(frame) is not None and is_own_script(frame):
+        leave_at_once(signum)
     signal.default_int_handler(signum, frame)
 
 

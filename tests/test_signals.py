@@ -422,14 +422,16 @@ from glm_utils.cli import run_cli
 def stage(*, what: str) -> None:
     print("a line " * 2000 if what == "long" else "a line", flush=what == "flush")
     print("READY", file=sys.stderr, flush=True)
+    if what == "import":
+        import slow
     time.sleep(20 if what == "sleep" else 0)
 
 run_cli(stage)
 """
 
 
-def program(*words, buffered=True, **options):
-    environment = {**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"}
+def program(*words, buffered=True, modules="", **options):
+    environment = {**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1", "PYTHONPATH": str(modules)}
     command = [sys.executable, "-c", PROGRAM, *words]
     return subprocess.Popen(command, cwd=PROJECT_DIR, text=True, env=environment, **options)
 
@@ -514,6 +516,19 @@ class Finalized:
 Finalized()
 time.sleep(20)
 """
+
+
+@SIGNALS
+def test_a_signal_ends_the_imports_of_a_stage_at_once(signum, tmp_path):
+    """Nothing is to be cleaned up yet; a library that catches everything does not matter."""
+    slow = "import sys, time\ntry:\n print('IN IT', file=sys.stderr, flush=True)\n time.sleep(20)\nexcept: pass"
+    (tmp_path / "slow.py").write_text(slow)
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with program("--what=import", modules=tmp_path, **pipes) as process:
+        assert [process.stderr.readline(), process.stderr.readline()] == ["READY\n", "IN IT\n"]
+        process.send_signal(signum)
+        assert process.stderr.read() == f"interrupted by {signals.signal_name(signum)}\n"
+    assert process.returncode == 128 + signum
 
 
 @SIGNALS
