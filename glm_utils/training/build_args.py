@@ -95,6 +95,8 @@ def make_training_args(
         overrides["train_sampling_strategy"] = "group_by_length"
     if "ddp_find_unused_parameters" not in values:  # every LoRA weight takes part in every batch
         overrides["ddp_find_unused_parameters"] = False
+    if "LOCAL_RANK" not in os.environ:  # without torchrun there is no group of processes, and a backend is an error
+        overrides["ddp_backend"] = None
     overrides["seed"] = values.get("seed", DEFAULT_SEED) if seed is None else seed
     training_args = build_args(file, **overrides, label_names=["labels"])
     if training_args.n_gpu > 1:  # the Trainer would wrap the 4-bit model into DataParallel, which cannot copy it
