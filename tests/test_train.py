@@ -302,6 +302,36 @@ def test_two_processes_train_as_one_with_twice_the_batch(train, write, train_pat
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+def test_the_last_line_names_the_loss_of_the_adapter_that_is_kept(train, write, log_lines):
+    """With load_best_model_at_end that of the best step; a learning rate that is too high makes the last one worse."""
+    steps = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 4}
+    args = {**steps, "load_best_model_at_end": True, "learning_rate": 3.0, "warmup_steps": 0, "optim": "sgd"}
+    args |= {"lr_scheduler_type": "constant"}
+    out = train(args=args, eval_data_path=str(write("dev.json", EXAMPLES[:4])))
+    state = json.loads((out / "trainer_state.json").read_text())
+    assert state["best_global_step"] < 4
+    best = out / f"checkpoint-{state['best_global_step']}"
+    assert_same_bits(out, best)
+    line = next(line for line in log_lines if "adapter written" in line)
+    assert f"eval_loss {state['best_metric']:.4f}" in line
+
+
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+def test_a_step_has_no_more_examples_than_the_data(train, write, log_lines):
+    rows = "".join(json.dumps(row) + "\n" for row in EXAMPLES[:3])
+    args = {"per_device_train_batch_size": 32, "gradient_accumulation_steps": 4}
+    train(args=args, train_data_path=str(write("three.jsonl", rows)), dry_run=True)
+    num_tokens = next(line for line in log_lines if "train: 3 examples" in line).split(", ")[1].split()[0]
+    assert any(f"per step: 3 examples, about {num_tokens} tokens" in line for line in log_lines)
+
+
+@pytest.mark.parametrize("args", [{"learning_rate": -1}, {"lr_scheduler_type": "cosine_with_min_lr"}])
+def test_a_dry_run_refuses_what_a_run_would(train, args):
+    with pytest.raises(UserError, match=f"args.json:1: {next(iter(args))} "):
+        train(args=args, dry_run=True)
+
+
 # ---- shipped and old TrainingArguments
 
 

@@ -47,7 +47,7 @@ class Argument:
     Attributes:
         kind: Type of its value as an annotation; a float may be written as an int.
         range: Which numbers are valid.
-        choices: Which texts are valid; None: the installed transformers knows, or any.
+        choices: Which texts are valid; None: any.
         refused: Why this project does not support the setting, and what to do instead; a value that is false, empty
             or null turns it off and passes.
         needs: Key without which the setting has no meaning and torch raises an error.
@@ -66,6 +66,11 @@ DECAY = Range(0, 1, open_above=True)
 SEEDS = Range(0, 2**32 - 1)  # as numpy takes them
 INTERVALS = ("no", "steps", "epoch")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+SCHEDULES = (
+    *("linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "warmup_stable_decay"),
+    *("cosine", "cosine_with_restarts", "cosine_with_min_lr", "cosine_warmup_with_min_lr"),
+    *("reduce_lr_on_plateau", "greedy"),
+)
 NOT_LOSS = "only the loss is measured during training; evaluate_adapter.py judges the answers. Delete the line"
 ONE_MODEL = "each process holds the complete 4-bit model, as torchrun starts it. Delete the line"
 NO_JIT = "SIGTERM saves a checkpoint without it, and it writes half-trained adapters as finished. Delete the line"
@@ -106,7 +111,7 @@ ARGUMENTS: dict[str, Argument] = {
     ),
     "accelerator_config": Argument(dict | None),
     # optimizer and schedule
-    "optim": Argument(str),
+    "optim": Argument(str),  # see argument_rules.py
     "optim_args": Argument(str | None),
     "optim_target_modules": Argument(
         str | list[str] | None, refused="it belongs to GaLore and APOLLO, which are made for full weights. Delete it"
@@ -114,7 +119,7 @@ ARGUMENTS: dict[str, Argument] = {
     **_each(Argument(float, ANY_RATE), "learning_rate weight_decay max_grad_norm"),
     **_each(Argument(float, DECAY), "adam_beta1 adam_beta2"),
     "adam_epsilon": Argument(float, POSITIVE),
-    "lr_scheduler_type": Argument(str),
+    "lr_scheduler_type": Argument(str, choices=SCHEDULES),
     "lr_scheduler_kwargs": Argument(dict | None),
     "warmup_steps": Argument(float, NUMBER),
     "neftune_noise_alpha": Argument(float | None, ANY_RATE),

@@ -3,11 +3,11 @@
 from __future__ import annotations  # training_args.py imports this file
 
 import importlib.util
-import json
 from typing import TYPE_CHECKING
 
 from glm_utils.cli import UserError, nearest
 from glm_utils.training.argument_keys import ARGUMENTS
+from glm_utils.training.json_faults import shown
 
 if TYPE_CHECKING:
     from glm_utils.training.training_args import TrainArgsFile
@@ -28,6 +28,14 @@ REFUSED_OPTIMIZERS = {  # by the beginning of their names
     "adamw_torch_xla": "it is made for TPUs",
     "adamw_torch_npu": "it is made for NPUs",
 }
+OPTIMIZERS = (
+    *("adamw_torch", "adamw_torch_fused", "adamw_torch_4bit", "adamw_torch_8bit", "adamw_anyprecision"),
+    *("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "stable_adamw", "grokadamw"),
+    *("adafactor", "adagrad", "sgd", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit"),
+    *("lion_8bit", "lion_32bit", "paged_lion_32bit", "paged_lion_8bit"),
+    *("ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit"),
+    *("schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd"),
+)
 ACCELERATOR_KEYS = ("non_blocking", "use_seedable_sampler", "even_batches")
 
 
@@ -80,7 +88,7 @@ def check_trackers(file: TrainArgsFile) -> None:
     names = [given] if isinstance(given, str) else given
     for name in names if names not in (["all"], ["none"]) else []:
         if name not in TRACKERS:
-            raise UserError(f"{file.at('report_to')}: no {name!r}. {nearest(name, [*TRACKERS, 'none'], 'names')}")
+            raise UserError(f"{file.at('report_to')}: no {shown(name)}. {nearest(name, [*TRACKERS, 'none'], 'names')}")
         module, packages = TRACKERS[name]
         if importlib.util.find_spec(module) is None:
             raise UserError(
@@ -90,11 +98,16 @@ def check_trackers(file: TrainArgsFile) -> None:
 
 
 def check_optimizer(file: TrainArgsFile) -> None:
-    """Refuse optimizers that cannot train LoRA weights."""
-    name = file.values.get("optim", "")
+    """Refuse optimizers that cannot train LoRA weights, and unknown ones."""
+    name = file.values.get("optim", OPTIMIZERS[0])
     for start, reason in REFUSED_OPTIMIZERS.items():
         if name.startswith(start):
             raise UserError(f"{file.at('optim')} {name} is not supported: {reason}. Choose another, e.g. adamw_torch")
+    if name not in OPTIMIZERS:
+        found = shown(name)
+        raise UserError(
+            f"{file.at('optim')} is {found}, which is no such value. {nearest(name, OPTIMIZERS, 'values')}"
+        )
 
 
 def check_nested(file: TrainArgsFile) -> None:
@@ -102,12 +115,12 @@ def check_nested(file: TrainArgsFile) -> None:
     for key, value in (file.values.get("accelerator_config") or {}).items():
         where = file.at("accelerator_config")
         if key not in ACCELERATOR_KEYS:
-            raise UserError(f"{where}: {key} is not supported, only {', '.join(ACCELERATOR_KEYS)}. Delete it")
+            raise UserError(f"{where}: {shown(key)} is not supported, only {', '.join(ACCELERATOR_KEYS)}. Delete it")
         if not isinstance(value, bool):
-            raise UserError(f"{where}: {key} is {json.dumps(value)}, expected bool")
+            raise UserError(f"{where}: {shown(key)} is {shown(value)}, expected bool")
     kwargs = file.checkpointing_kwargs or {}
     if file.checkpointing_key and kwargs not in ({}, {"use_reentrant": False}):
         raise UserError(
-            f"{file.at(file.checkpointing_key + '_kwargs')} is {json.dumps(kwargs)}: the memory plan decides which "
+            f"{file.at(file.checkpointing_key + '_kwargs')} is {shown(kwargs)}: the memory plan decides which "
             "blocks are recomputed, and how. Delete the line"
         )

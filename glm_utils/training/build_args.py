@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -15,11 +14,11 @@ from transformers.optimization import get_scheduler
 
 from glm_utils.cli import UserError
 from glm_utils.training.argument_keys import CHECKPOINTING_KEYS
+from glm_utils.training.json_faults import shown
 from glm_utils.training.precision import precision_settings
 from glm_utils.training.training_args import TrainArgsFile
 
 DEFAULT_SEED = 42
-KEYS_OF_TYPES = {"SchedulerType": "lr_scheduler_type", "OptimizerNames": "optim"}  # in messages of transformers
 MAX_TRIED_RATES = 1000
 
 
@@ -59,13 +58,12 @@ def place_of(file: TrainArgsFile, error: Exception) -> str:
     """Return the file and, if the error names a key of it, its line."""
     text = str(error)
     named = [key for key in file.values if key in text]
-    named += [key for name, key in KEYS_OF_TYPES.items() if name in text and key in file.values]
     return file.at(max(named, key=len)) if named else str(file.path)
 
 
 def one_line(error: Exception) -> str:
     """Return an error's message in one line, its type's name where the message alone says little."""
-    text = " ".join(str(error).split())
+    text = "".join(letter if letter.isprintable() else " " for letter in " ".join(str(error).split()))
     return text if isinstance(error, ValueError | ImportError) and text else f"{type(error).__name__} {text}".rstrip()
 
 
@@ -97,6 +95,8 @@ def make_training_args(
         overrides["train_sampling_strategy"] = "group_by_length"
     if "ddp_find_unused_parameters" not in values:  # every LoRA weight takes part in every batch
         overrides["ddp_find_unused_parameters"] = False
+    if "LOCAL_RANK" not in os.environ:  # without torchrun there is no group of processes, and a backend is an error
+        overrides["ddp_backend"] = None
     overrides["seed"] = values.get("seed", DEFAULT_SEED) if seed is None else seed
     training_args = build_args(file, **overrides, label_names=["labels"])
     if training_args.n_gpu > 1:  # the Trainer would wrap the 4-bit model into DataParallel, which cannot copy it
@@ -166,6 +166,6 @@ def refused(file: TrainArgsFile, *keys: str) -> Iterator[None]:
         yield
     except Exception as error:  # whatever the libraries raise for values that they do not take
         given = [key for key in keys if key in file.values] or [keys[0]]
-        values = ", ".join(f"{key} {json.dumps(file.values.get(key), ensure_ascii=False)}" for key in given)
+        values = ", ".join(f"{key} {shown(file.values.get(key))}" for key in given)
         where = file.at(given[-1]).rpartition(":")[0]
         raise UserError(f"{where}: {values} cannot be used: {one_line(error)}") from error

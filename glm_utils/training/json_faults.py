@@ -45,6 +45,12 @@ def parse_settings(text: str, path: Path, remedy: str) -> dict:
     return parse_json_object(text, path, remedy, **hooks)
 
 
+def shown(value: object) -> str:
+    """Return a value as JSON in one line, with control characters escaped."""
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(letter if letter.isprintable() else f"\\u{ord(letter):04x}" for letter in text)
+
+
 def advice(text: str, error: Exception) -> str | None:
     """Say what to do about a JSON text that cannot be parsed; None: nothing better than the error itself."""
     if not isinstance(error, json.JSONDecodeError):

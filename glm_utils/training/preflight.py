@@ -78,10 +78,12 @@ def report_run(
     targets = ", ".join(sorted(model.active_peft_config.target_modules))
     logger.info(f"LoRA on {targets}: {trained:,} of {total:,} weights are trained")
     num_examples, batch_size = examples_per_step(training_args), training_args.train_batch_size
+    num_batches = num_examples // batch_size
     grouped = training_args.train_sampling_strategy == "group_by_length"
     tokens = batch_tokens(lengths, batch_size, packing, num_examples if grouped else None)
     logger.info(
-        f"per step: {num_examples:,} examples, about {tokens.mean() * num_examples / batch_size:,.0f} tokens "
+        f"per step: {min(num_examples, len(lengths)):,} examples, about "
+        f"{tokens.mean() * min(num_batches, len(tokens)):,.0f} tokens "
         f"({'no' if packing else 'with'} padding); per batch: {tokens.mean():,.0f} tokens, {tokens.max():,} at most; "
         f"{num_steps(len(lengths), training_args):,} steps"
     )
