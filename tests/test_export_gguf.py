@@ -295,8 +295,10 @@ def test_what_the_format_does_not_hold_is_refused(tmp_path, base_dir, export):
         make_adapter(base_dir, adapter_dir)
         with pytest.raises(UserError, match=f"{message}.*Use --export_format chatglm"):
             export(adapter_dir)
-    (base_dir / "tokenizer.model").write_bytes(b"no vocabulary")
     change_config(base_dir, kv_channels=16, add_bias_linear=False)
+    shutil.rmtree(adapter_dir)
+    make_adapter(base_dir, adapter_dir)
+    (base_dir / "tokenizer.model").write_bytes(b"no vocabulary")
     with pytest.raises(UserError, match="tokenizer.model.*is not a sentencepiece model"):
         export(adapter_dir)
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
