@@ -16,6 +16,7 @@ from glm_utils.export import chatglm, glm
 from glm_utils.family import FAMILIES, PROJECT_DIR
 from glm_utils.load_model import load_adapter, load_base_model
 from glm_utils.merging import reload_check
+from tests.conftest import change_config, write_quantized
 from tests.test_merge import VARIED
 from tools import to_glm as to_glm_module
 from tools.to_glm import to_glm
@@ -261,12 +262,12 @@ def test_adapter_of_some_layers(base_dir, adapter, run):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantized_weights_have_no_native_form(base_dir, adapter, run, bits):
+def test_quantized_weights_have_no_native_form(base_dir, adapter, run, tmp_path, bits):
     with pytest.raises(UserError, match=f"--qbits {bits}: --export_format glm writes fp16.*Give --qbits 0"):
         run("merged", lora_path=adapter(base_dir), qbits=bits)
-    shutil.copyfile(FIXTURES_DIR / "chatglm2-6b" / "model" / f"config_int{bits}.json", base_dir / "config.json")
+    quantized = write_quantized(base_dir, tmp_path / "quantized", bits)
     with pytest.raises(UserError, match="quantized already.*GlmForCausalLM has no layout.*fp16 checkpoint"):
-        run("native", convert=True, model_name_or_path=base_dir)
+        run("native", convert=True, model_name_or_path=quantized)
 
 
 def test_chatglm_6b_has_no_native_class(adapter, run):
@@ -281,7 +282,7 @@ def test_chatglm_6b_has_no_native_class(adapter, run):
 
 
 def test_biases_that_glm_does_not_have(base_dir, run):
-    _edit(base_dir / "config.json", add_bias_linear=True)
+    change_config(base_dir, add_bias_linear=True)
     with pytest.raises(UserError, match="add_bias_linear is true, and GlmForCausalLM has no such biases"):
         run("native", convert=True, model_name_or_path=base_dir)
 

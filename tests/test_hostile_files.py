@@ -380,14 +380,14 @@ def test_real_generation_settings_are_followed(base_dir):
     edit(
         base_dir / "generation_config.json", max_new_tokens=3, repetition_penalty=2, do_sample=True, top_p=0.8, top_k=1
     )
-    session = ChatSession(
-        model := source(base_dir).load(), open_checkpoint(base_dir).tokenizer, chat_settings(model, None, 0, None)
-    )
+    model, tokenizer = source(base_dir).load(), open_checkpoint(base_dir).tokenizer
+    session = ChatSession(model, tokenizer, chat_settings(model, None, 0, None))
     list(session.ask("你好"))
     assert session.counts.num_tokens <= 3
     assert model.generation_config.repetition_penalty == 2
     edit(base_dir / "generation_config.json", max_new_tokens=10**9)  # a buffer of that size would not fit
-    session.model.generation_config.max_new_tokens = open_checkpoint(base_dir).generation_settings["max_new_tokens"]
+    model.generation_config.max_new_tokens = open_checkpoint(base_dir).generation_settings["max_new_tokens"]
+    session = ChatSession(model, tokenizer, chat_settings(model, None, 0, None))
     list(session.ask("b"))
     assert session.counts.num_prompt + session.counts.num_tokens <= session.settings.max_length
 

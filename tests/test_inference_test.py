@@ -30,7 +30,7 @@ from glm_utils.inference.memory import (
 from glm_utils.inference.report import TABLE_ROWS, models_table, summarize
 from glm_utils.inference.request import prompt_ids, resolve_sources
 from glm_utils.load_model import ModelSource, load_adapter, load_base_model
-from tests.conftest import write_int4
+from tests.conftest import write_quantized
 
 CPU = torch.device("cpu")
 AUTO_DTYPE = "fp16" if torch.cuda.is_available() else "fp32"  # of the small models, which are stored in fp16
@@ -79,7 +79,7 @@ def workload(new_tokens=5, loop_number=4, max_time=None):
 @pytest.fixture
 def int4_dir(model_dir, tmp_path):
     """The golden model in int4."""
-    return write_int4(model_dir, tmp_path / "int4")
+    return write_quantized(model_dir, tmp_path / "int4")
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from glm_utils.load_model import load_adapter, load_base_model
 from glm_utils.merging import reload_check, shards
 from glm_utils.merging.job import nf4_dtype
 from glm_utils.merging.shards import TensorSpec, plan_shards
-from tests.conftest import write_int4
+from tests.conftest import write_quantized
 
 PLAIN = {"r": 4, "lora_alpha": 8, "target_modules": ["query_key_value"]}
 VARIED = {  # rsLoRA, all Linear modules, ranks and alphas by module
@@ -410,7 +410,7 @@ def test_base_that_changed_since_training(adapter, merge, base_dir):
 
 def test_quantized_base(adapter, merge, base_dir, tmp_path):
     adapter_dir = adapter()
-    write_int4(base_dir, tmp_path / "int4")
+    write_quantized(base_dir, tmp_path / "int4")
     shutil.rmtree(base_dir)
     (tmp_path / "int4").rename(base_dir)
     with pytest.raises(

@@ -20,7 +20,7 @@ from glm_utils.cli import UserError, run_cli
 from glm_utils.family import FAMILIES, PROJECT_DIR
 from glm_utils.load_model import load_adapter, load_base_model
 from glm_utils.training import preflight, run, settings
-from tests.conftest import write_int4
+from tests.conftest import write_quantized
 
 COLORS, CLOTHES = "白黑红蓝绿", ("上衣", "裤子", "裙子")
 EXAMPLES = [
@@ -654,7 +654,7 @@ def test_bf16_on_a_gpu_without_it_is_refused(train, no_training, monkeypatch):
 
 
 def test_a_quantized_base_is_refused(train, no_training, model_dir, tmp_path):
-    write_int4(model_dir, tmp_path / "int4")
+    write_quantized(model_dir, tmp_path / "int4")
     with pytest.raises(UserError, match="quantized already.*Give the fp16 checkpoint"):
         train(model_name_or_path=str(tmp_path / "int4"))
 

@@ -31,24 +31,19 @@ class ChatSettings:
         max_length: Prompt and answer together, in tokens.
         temperature: Divides the logits; 0: always the most probable token.
         top_p: Nucleus probability, above 0 and at most 1.
+        max_new_tokens: Limit of the model's generation config on an answer alone, in tokens; None: none.
     """
 
     max_length: int
     temperature: float
     top_p: float
+    max_new_tokens: int | None = None
 
-    def arguments(self, num_prompt: int, max_new_tokens: int | None) -> dict:
-        """Return the keyword arguments of `stream_chat`.
-
-        Args:
-            num_prompt: Tokens of the prompt.
-            max_new_tokens: Limit of the model's generation config, which would stand above max_length; None: none.
-        """
-        num_left = self.max_length - num_prompt
-        length = {"max_length": self.max_length, "max_new_tokens": min(num_left, max_new_tokens or num_left)}
+    def arguments(self) -> dict:
+        """Return the keyword arguments of `stream_chat`."""
         if not self.temperature:
-            return {**length, "do_sample": False}
-        return {**length, "temperature": self.temperature, "top_p": self.top_p}
+            return {"max_length": self.max_length, "do_sample": False}
+        return {"max_length": self.max_length, "temperature": self.temperature, "top_p": self.top_p}
 
 
 def chat_settings(
@@ -70,6 +65,7 @@ def chat_settings(
         max_length=min(model.chat_max_length, context) if max_length is None else max_length,
         temperature=model.chat_temperature if temperature is None else temperature,
         top_p=model.chat_top_p if top_p is None else top_p,
+        max_new_tokens=model.generation_config.max_new_tokens,
     )
     if not 1 <= settings.max_length <= context:
         raise UserError(f"--max_length {settings.max_length}: expected 1 to {context}, the model's context in tokens")
@@ -186,7 +182,10 @@ class ChatSession:
         answer = previous = shown = ""
         switch = contextlib.nullcontext() if self.use_adapter else self.model.disable_adapter()
         tokenizer = CountingTokenizer(self.tokenizer, self.counts)
-        arguments = self.settings.arguments(self.counts.num_prompt, self.model.generation_config.max_new_tokens)
+        arguments = self.settings.arguments()
+        if self.settings.max_new_tokens:  # would stand above max_length
+            num_left = self.settings.max_length - self.counts.num_prompt
+            arguments["max_new_tokens"] = min(num_left, self.settings.max_new_tokens)
         try:
             with switch:
                 for answer, _ in self.model.stream_chat(tokenizer, query, self.history, **arguments):
