@@ -17,6 +17,7 @@ from glm_utils.inference.answer_file import (
     check_output_path,
     count_rows,
     describe,
+    lock_answers,
     log_errors,
     output_rows,
     write_output,
@@ -80,12 +81,13 @@ def generate(
     rows, prompts = encode_prompts(read_rows, source.checkpoint)
     log_errors(rows)
     identity = identify(source, Path(data_path).expanduser(), prompt_column, settings)
-    with PartialAnswers(output, identity, resume) as partial:
-        answer(source, prompts, settings, batch_size, partial)
-    found = output_rows(rows, partial.answers, num_samples)
-    record = {"stage": "generate", "arguments": arguments, "job": identity, "counts": count_rows(found)}
-    write_output(output, found, record | {"versions": versions(), "commit": git_commit()})
-    partial.remove()
+    with lock_answers(output, overwrite):
+        with PartialAnswers(output, identity, resume) as partial:
+            answer(source, prompts, settings, batch_size, partial)
+        found = output_rows(rows, partial.answers, num_samples)
+        record = {"stage": "generate", "arguments": arguments, "job": identity, "counts": count_rows(found)}
+        write_output(output, found, record | {"versions": versions(), "commit": git_commit()})
+        partial.remove()
     logger.success(f"{describe(count_rows(found))}: {output}")
 
 

@@ -88,7 +88,12 @@ def inference_test(
         logger.info(f"{source.label}: {source.weight_format}, batch {batch_size}, {len(prompt)} + {new_tokens} tokens")
         workload = Workload(torch.tensor([prompt] * batch_size, device=device), new_tokens, loop_number, max_time)
         models.append(identify(source) | measure_model(source.load, make_generate, workload, bandwidth, check_finite))
-    print(write_report({"arguments": arguments, "copy_bytes_per_second": bandwidth, "models": models}, output_json))
+    result = {"arguments": arguments, "copy_bytes_per_second": bandwidth, "models": models}
+    try:
+        print(write_report(result, output_json))
+    except UserError:  # the file cannot be written, but measuring took its time
+        print(write_report(result, None))
+        raise
 
 
 def identify(source: "ModelSource") -> dict:

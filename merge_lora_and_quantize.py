@@ -21,8 +21,8 @@ from glm_utils.adapter_config import read_adapter_config
 from glm_utils.cli import UserError, run_cli
 from glm_utils.data import read_examples
 from glm_utils.early_checks import check_device_name
-from glm_utils.files import atomic_directory, check_apart, check_free_space
-from glm_utils.run_record import check_replaceable
+from glm_utils.files import check_apart, check_free_space
+from glm_utils.output_dir import atomic_directory, check_replaceable
 
 STAGE = "merge_lora_and_quantize"
 QBITS = (0, 4, 8)
@@ -82,7 +82,7 @@ def merge_lora_and_quantize(
     check_free_space(output_dir, export.check(job))
     logger.info(f"{adapter.directory} ({len(adapter.pairs)} updates) + {base.directory} on {job.device}")
     limit_threads(job)
-    with atomic_directory(output_dir) as directory:
+    with atomic_directory(output_dir, overwrite, STAGE) as directory:
         reference = timed("merged and written", export.write, job, directory)
         write_records(job, directory, STAGE, arguments, export.USAGE, export.LIBRARY_NAME)
         timed("reloaded and verified", export.verify, job, directory, reference)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from loguru import logger
 
 from glm_utils.cli import run_cli
+from glm_utils.signals import note_if_interrupted, release_signals
 from glm_utils.training.argument_keys import JSON_ONLY
 from glm_utils.training.inputs import read_inputs
 
@@ -55,7 +56,8 @@ def train_qlora(
         lora_rank: Rank of the LoRA matrices.
         lora_alpha: LoRA scale; the update is multiplied by lora_alpha / lora_rank.
         lora_dropout: Dropout before the LoRA matrices, from 0 to below 1.
-        resume_from_checkpoint: A checkpoint-N directory, or latest for the newest one of output_dir.
+        resume_from_checkpoint: A checkpoint-N directory, latest for the newest complete one of output_dir, or auto
+            for the same where there is one, else from scratch: one command for the first start and every restart.
         prompt_text: Text put before every question.
         compute_dtype: Dtype of the matmuls: fp32, fp16, bf16, or auto (bf16 on a GPU that supports it, else fp32).
         lora_targets: Modules that get LoRA: query_key_value, all-linear, or names joined by commas.
@@ -66,11 +68,12 @@ def train_qlora(
             report goes to a directory beside output_dir, named output_dir + "_evaluation".
     """
     inputs = read_inputs(dict(locals()))
+    note_if_interrupted("no step was done, so there is nothing to save")
 
     from glm_utils.training.lora_model import make_lora_model
+    from glm_utils.training.output import claim_output
     from glm_utils.training.preflight import plan_run
     from glm_utils.training.record import begin_run, make_record
-    from glm_utils.training.resume import choose_checkpoint
     from glm_utils.training.run import encode_data, run_trainer, save_adapter
     from glm_utils.training.settings import resolve_settings
     from glm_utils.training.trainer import leave_process_group, make_trainer
@@ -78,23 +81,26 @@ def train_qlora(
     settings = resolve_settings(inputs)
     if evaluate_after:
         check_evaluation_after(settings)
-    checkpoint = choose_checkpoint(settings)
-    encoded = encode_data(settings)
-    model = make_lora_model(settings.base, settings.compute_dtype, settings.lora_config, settings.training_args)
-    plan = plan_run(settings, model, encoded["train"])
-    if dry_run:
-        logger.info("dry run: nothing was trained or written")
-        leave_process_group()
-        return
-    record = make_record(settings, encoded)
-    begin = functools.partial(begin_run, settings, record, checkpoint)
-    trainer = make_trainer(settings, model, plan, encoded, begin)
-    results = run_trainer(trainer, checkpoint)
-    save_adapter(trainer, record, results)
-    trainer.end_processes()
-    if evaluate_after:
-        del model, trainer  # their memory is needed by the model that is judged, read back from the adapter's files
-        evaluate_run(settings)
+    with claim_output(settings, dry_run) as start:
+        if start.is_finished:
+            leave_process_group()
+            return
+        encoded = encode_data(settings)
+        model = make_lora_model(settings.base, settings.compute_dtype, settings.lora_config, settings.training_args)
+        plan = plan_run(settings, model, encoded["train"])
+        if dry_run:
+            logger.info("dry run: nothing was trained or written")
+            leave_process_group()
+            return
+        record = make_record(settings, encoded)
+        begin = functools.partial(begin_run, settings, record, start.checkpoint)
+        trainer = make_trainer(settings, model, plan, encoded, begin)
+        results = run_trainer(trainer, start.checkpoint)
+        save_adapter(trainer, record, results)
+        trainer.end_processes()
+        if evaluate_after:
+            del model, trainer  # their memory is needed by the model that is judged, read from the adapter's files
+            evaluate_run(settings)
 
 
 def check_evaluation_after(settings: "TrainingSettings") -> None:
@@ -110,6 +116,7 @@ def evaluate_run(settings: "TrainingSettings") -> None:
     from glm_utils.evaluation.at_end import evaluate_output
 
     args, out = settings.training_args, settings.output_dir
+    release_signals("the adapter is written, but not evaluated")
     if args.process_index == 0:
         device = resolve_device("cpu" if args.use_cpu else "auto")
         evaluate_output(out, out, settings.data_paths["eval"], device, load_in_4bit=True, seed=args.seed)

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 from huggingface_hub import HfApi, snapshot_download
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizer
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from glm_utils.checkpoint_files import check_checkpoint_files, fingerprint, stored_tensors
 from glm_utils.cli import UserError
@@ -23,6 +22,7 @@ from glm_utils.early_checks import local_model_dir, project_path
 from glm_utils.family import Family, detect_family
 from glm_utils.generation_checks import check_streamable, read_generation_settings
 from glm_utils.model_json import read_config
+from glm_utils.remote_code import remote_code
 from glm_utils.tokenizer_checks import check_fits_model, check_tokenizer_files
 from glm_utils.weight_checks import check_stored_weights
 
@@ -215,10 +215,10 @@ def load_classes(family: Family) -> Classes:
     The config class is taken from the model class: loaded by itself it would be a different object, and a directory
     saved with that one does not reload.
     """
-    model = get_class_from_dynamic_module(MODEL_CLASS, str(family.remote_dir))
+    model = remote_code(MODEL_CLASS, family.remote_dir)
     return Classes(model.config_class, model, load_tokenizer_class(family))
 
 
 def load_tokenizer_class(family: Family) -> type[PreTrainedTokenizer]:
     """Load only a family's tokenizer class, which is faster than `load_classes`."""
-    return get_class_from_dynamic_module(TOKENIZER_CLASS, str(family.remote_dir))
+    return remote_code(TOKENIZER_CLASS, family.remote_dir)

@@ -1,4 +1,4 @@
-"""Command line of every stage: strict flags on top of fire, one error type for bad input, one log format.
+"""Command line of every stage: strict flags on top of fire, one line for whatever ends it early, one log format.
 
 Fire calls a function first and complains about unknown flags afterwards, and it ignores annotations. So fire only
 collects the raw strings here; names and types are checked against the stage's signature before anything runs.
@@ -16,6 +16,8 @@ import fire
 from loguru import logger
 from tqdm import tqdm
 
+from glm_utils.ending import BROKEN_PIPE_CODE, describe_crash, flush_output, is_output_fault, open_missing_outputs
+from glm_utils.signals import ignore_signals, interruption_note, signal_of, signals_heard
 from glm_utils.visible_text import one_line
 
 if typing.TYPE_CHECKING:
@@ -42,17 +44,38 @@ def run_cli(stage: Callable, argv: Sequence[str] | None = None, elsewhere: Mappi
         elsewhere: Names that are not flags of the stage although people give them as such, with what to do instead.
 
     Raises:
-        SystemExit: Code 1 after a `UserError`, 130 after Ctrl-C, 2 when fire itself refuses the command line.
+        SystemExit: Code 1 after a `UserError` or an exception that nothing foresaw, 128 + N after signal N, 2 when
+            fire itself refuses the command line, 141 when nobody reads the output any more.
     """
+    open_missing_outputs()
     setup_logging()
-    try:
-        stage(**parse_args(stage, sys.argv[1:] if argv is None else argv, elsewhere))
-    except UserError as error:
+    code = None
+    with signals_heard(ignored_after=argv is None):  # only a script of its own is over when its stage is
+        try:
+            stage(**parse_args(stage, sys.argv[1:] if argv is None else argv, elsewhere))
+        except BaseException as error:
+            ignore_signals()
+            code = _report(error, stage.__name__)
+        code = flush_output(code)
+    if code is not None:
+        raise SystemExit(code)
+
+
+def _report(error: BaseException, command: str) -> int:
+    """Log in one line what ended a command; return its exit code."""
+    if isinstance(error, SystemExit) and not isinstance(error.code, str):
+        return error.code or 0
+    signum = signal_of(error)
+    if isinstance(error, UserError | SystemExit):
         logger.error(str(error))
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        logger.warning("interrupted")
-        raise SystemExit(130) from None
+    elif signum is not None:
+        logger.warning(interruption_note(signum))
+        return 128 + signum
+    elif not is_output_fault(error):
+        logger.error(describe_crash(error, command))
+    elif isinstance(error, BrokenPipeError):
+        return BROKEN_PIPE_CODE
+    return 1
 
 
 def setup_logging() -> None:

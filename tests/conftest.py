@@ -88,6 +88,13 @@ def golden_model(model_dir):
     return load_base_model(open_checkpoint(model_dir)).eval()
 
 
+def write_int4(model_dir, target):
+    """Write a model with int4 weights, and its tokenizer, to another directory."""
+    load_base_model(open_checkpoint(model_dir)).quantize(4).save_pretrained(target)
+    open_checkpoint(model_dir).tokenizer.save_pretrained(target)
+    return target
+
+
 @pytest.fixture
 def log_lines():
     """Messages that a command's log wrote during the test, as "LEVEL message"."""

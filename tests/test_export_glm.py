@@ -17,6 +17,7 @@ from glm_utils.family import FAMILIES, PROJECT_DIR
 from glm_utils.load_model import load_adapter, load_base_model
 from glm_utils.merging import reload_check
 from tests.test_merge import VARIED
+from tools import to_glm as to_glm_module
 from tools.to_glm import to_glm
 
 FIXTURES_DIR = PROJECT_DIR / "tests" / "fixtures"
@@ -290,6 +291,21 @@ def test_a_vocabulary_that_cannot_be_converted_is_refused_before_any_work(base_d
     shutil.copyfile(FIXTURES_DIR / "chatglm-6b" / "model" / "ice_text.model", base_dir / "tokenizer.model")
     with pytest.raises(UserError, match="tokenizer.model"):
         run("native", convert=True, model_name_or_path=base_dir)
+
+
+def test_room_for_an_adapter_is_asked_for_before_the_work(base_dir, adapter, run, tmp_path, monkeypatch):
+    """What is asked for is more than is written, but not much more."""
+    adapter_dir, usage = adapter(base_dir), shutil.disk_usage(tmp_path)
+    out = run("native", convert=True, lora_path=adapter_dir)
+    written, asked = sum(path.stat().st_size for path in out.iterdir()), []
+    monkeypatch.setattr(to_glm_module, "check_free_space", lambda place, num_bytes: asked.append(num_bytes))
+    run("again", convert=True, lora_path=adapter_dir)
+    assert written < asked[0] < 2 * written + 40_000
+    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=written // 2))
+    with pytest.raises(UserError, match="MB free, .* MB needed. Free some space"):
+        run("full", convert=True, lora_path=adapter_dir)
+    assert not (tmp_path / "full").exists()
 
 
 def test_arguments_of_the_tool(base_dir, run, tmp_path, capsys):

@@ -55,7 +55,7 @@ def test_help_and_flags_are_answered_without_heavy_imports(script):
 
 
 BASE, TINY = "--model_name_or_path=models/chatglm2-tiny", "--model_path=models/chatglm2-tiny"
-NO_ADAPTER = "adapter_config.json is missing: not a LoRA adapter"
+NO_ADAPTER = "no_adapter: no such directory. Give the output_dir of a training run"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """inference_test.py: the arithmetic on a clock that is moved by hand, what is counted, every refusal, real runs."""
 
+import errno
 import gc
 import json
 import weakref
@@ -17,7 +18,7 @@ from glm_utils.checkpoint import open_checkpoint
 from glm_utils.cli import UserError, run_cli
 from glm_utils.family import PROJECT_DIR
 from glm_utils.inference import memory as inference_memory
-from glm_utils.inference import request, timer
+from glm_utils.inference import report, request, timer
 from glm_utils.inference.measure import Workload, measure_model, stream_generate, time_run
 from glm_utils.inference.memory import (
     bytes_read_per_step,
@@ -29,6 +30,7 @@ from glm_utils.inference.memory import (
 from glm_utils.inference.report import TABLE_ROWS, models_table, summarize
 from glm_utils.inference.request import prompt_ids, resolve_sources
 from glm_utils.load_model import ModelSource, load_adapter, load_base_model
+from tests.conftest import write_int4
 
 CPU = torch.device("cpu")
 AUTO_DTYPE = "fp16" if torch.cuda.is_available() else "fp32"  # of the small models, which are stored in fp16
@@ -77,9 +79,7 @@ def workload(new_tokens=5, loop_number=4, max_time=None):
 @pytest.fixture
 def int4_dir(model_dir, tmp_path):
     """The golden model in int4."""
-    load_base_model(open_checkpoint(model_dir)).quantize(4).save_pretrained(tmp_path / "int4")
-    open_checkpoint(model_dir).tokenizer.save_pretrained(tmp_path / "int4")
-    return tmp_path / "int4"
+    return write_int4(model_dir, tmp_path / "int4")
 
 
 @pytest.fixture
@@ -413,6 +413,19 @@ def no_loading(monkeypatch):
 def test_a_result_file_that_cannot_be_written_is_refused_before_loading(model_dir, no_loading, tmp_path, name):
     with pytest.raises(UserError, match=r"--output_json .*: .*Give a file in a directory that can be written to"):
         stage.inference_test(model_path=str(model_dir), output_json=str(tmp_path / name))
+
+
+def test_what_was_measured_is_shown_though_its_file_cannot_be_written(model_dir, tmp_path, monkeypatch, capsys):
+    def fail(path, value):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(report, "write_json", fail)
+    with pytest.raises(UserError, match="the disk is full. Free some space, or choose another --output_json"):
+        stage.inference_test(
+            model_path=str(model_dir), loop_number=1, new_tokens=2, output_json=str(tmp_path / "x.json")
+        )
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["models"][0]["num_new_tokens"] == 2
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_model_that_does_not_fit_is_refused_before_loading(model_dir, no_loading, monkeypatch):

@@ -29,6 +29,7 @@ from glm_utils.load_model import load_adapter, load_base_model
 from glm_utils.merging import reload_check, shards
 from glm_utils.merging.job import nf4_dtype
 from glm_utils.merging.shards import TensorSpec, plan_shards
+from tests.conftest import write_int4
 
 PLAIN = {"r": 4, "lora_alpha": 8, "target_modules": ["query_key_value"]}
 VARIED = {  # rsLoRA, all Linear modules, ranks and alphas by module
@@ -407,9 +408,11 @@ def test_base_that_changed_since_training(adapter, merge, base_dir):
         merge(adapter_dir)
 
 
-def test_quantized_base(adapter, merge, base_dir):
+def test_quantized_base(adapter, merge, base_dir, tmp_path):
     adapter_dir = adapter()
-    _edit(base_dir / "config.json", quantization_bit=4)
+    write_int4(base_dir, tmp_path / "int4")
+    shutil.rmtree(base_dir)
+    (tmp_path / "int4").rename(base_dir)
     with pytest.raises(
         UserError, match="quantized already.*cannot be added to integer weights.*Give the fp16 checkpoint"
     ):
@@ -549,11 +552,12 @@ def test_a_kill_leaves_nothing_that_loads(adapter, merge, tmp_path, where, log_l
     patch = {
         "weights": "n=[]; w=shards.ShardWriter.write\n"
         "shards.ShardWriter.write=lambda *a: (n.append(1), len(n)>9 and os.kill(os.getpid(),9), w(*a))",
-        "rename": "files.replace_directory=lambda *a: os.kill(os.getpid(),9)",
+        "rename": "output_dir.put_in_place=lambda *a: os.kill(os.getpid(),9)",
     }[where]
     script = (
         "import os, sys\nimport merge_lora_and_quantize as stage\n"
-        "from glm_utils import files\nfrom glm_utils.export import chatglm\nfrom glm_utils.merging import shards\n"
+        "from glm_utils import output_dir\nfrom glm_utils.export import chatglm\n"
+        "from glm_utils.merging import shards\n"
         "chatglm.verify=lambda *a: None\n"
         f"{patch}\nstage.merge_lora_and_quantize(lora_path=sys.argv[1], output_path=sys.argv[2], device='cpu')"
     )
@@ -562,29 +566,11 @@ def test_a_kill_leaves_nothing_that_loads(adapter, merge, tmp_path, where, log_l
     killed = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not out.exists()
-    (leftover,) = tmp_path.glob(".merged.incomplete-*")
+    leftover = tmp_path / ".merged.incomplete"
     assert (leftover / "config.json").exists() == (where == "rename")  # complete, but for its name
     merge(adapter_dir)
     assert not list(tmp_path.glob(".merged*"))
     assert any("left by a run that was killed" in line for line in log_lines)
-
-
-def test_an_earlier_output_survives_a_failed_rename(tmp_path, monkeypatch):
-    source, target = tmp_path / ".new", tmp_path / "target"
-    source.mkdir()
-    target.mkdir()
-    (target / "old").write_text("")
-    rename = files.Path.rename
-
-    def fail(self, to):
-        if self == source:
-            raise OSError(errno.EIO, "broken")
-        return rename(self, to)
-
-    monkeypatch.setattr(files.Path, "rename", fail)
-    with pytest.raises(OSError, match="broken"):
-        files.replace_directory(source, target)
-    assert (target / "old").exists()
 
 
 @pytest.mark.slow

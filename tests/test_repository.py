@@ -42,7 +42,13 @@ STAGE_PAGES = {  # the pages with flag tables, in the order of the tables
     "docs/evaluation": (evaluate_adapter.evaluate_adapter,),
     "docs/inference": (chat_demo.chat_demo, generate.generate, inference_test.inference_test),
 }
-TRANSLATED = ("README.md", "docs/installation.md", "docs/exports.md", *(f"{name}.md" for name in STAGE_PAGES))
+TRANSLATED = (
+    "README.md",
+    "docs/installation.md",
+    "docs/exports.md",
+    "docs/robustness.md",
+    *(f"{name}.md" for name in STAGE_PAGES),
+)
 PAGE_DIRS = ("docs", "benchmarks", "data", "models/chatglm-tiny", "models/chatglm2-tiny")
 MAPPED = (
     r"(?:(?:glm_utils|glm_utils/\w+|tools|benchmarks|benchmarks/\w+|remote_scripts/chatglm-6b)/)?(?!__init__)\w+\.py"

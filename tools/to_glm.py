@@ -14,8 +14,9 @@ from loguru import logger
 from glm_utils.adapter_config import read_adapter_config
 from glm_utils.cli import UserError, run_cli
 from glm_utils.early_checks import check_model_dir
-from glm_utils.files import atomic_directory, check_free_space, write_json
-from glm_utils.run_record import RUN_CONFIG_NAME, check_replaceable, git_commit, versions
+from glm_utils.files import check_free_space, write_json
+from glm_utils.output_dir import atomic_directory, check_replaceable
+from glm_utils.run_record import RUN_CONFIG_NAME, git_commit, versions
 
 if TYPE_CHECKING:
     from glm_utils.merging.merge import MergeJob
@@ -49,18 +50,25 @@ def to_glm(
         check_model_dir(str(model_name_or_path))
 
     from glm_utils.export import glm
-    from glm_utils.export.glm_names import check_native, native_class, write_native_adapter
+    from glm_utils.export.glm_names import (
+        check_native,
+        native_adapter_bytes,
+        native_class,
+        native_pairs,
+        write_native_adapter,
+    )
     from glm_utils.merging.write import empty_merged
 
     job = adapter_job(Path(lora_path).expanduser()) if lora_path else base_job(model_name_or_path)
     output_dir = Path(output_path).expanduser()
     check_replaceable(output_dir, overwrite, STAGE, [job.adapter.directory, job.base.directory])
     check_native(job)
-    if not lora_path:
-        check_free_space(output_dir, glm.check(job))
-    with atomic_directory(output_dir) as directory:
+    config = empty_merged(job, bits=0).config
+    native = native_pairs(job.adapter.pairs, config)
+    check_free_space(output_dir, native_adapter_bytes(native) if lora_path else glm.check(job))
+    with atomic_directory(output_dir, overwrite, STAGE) as directory:
         if lora_path:
-            write_native_adapter(job.adapter.pairs, empty_merged(job, bits=0).config, directory)
+            write_native_adapter(native, config.num_layers, directory)
         else:
             glm.verify(job, directory, glm.write(job, directory))
         record = {"stage": STAGE, "arguments": arguments, "versions": versions(), "commit": git_commit()}

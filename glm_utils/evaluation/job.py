@@ -12,6 +12,7 @@ import torch
 
 from glm_utils.cli import UserError, as_list
 from glm_utils.data import Example
+from glm_utils.disk import hidden_sibling
 from glm_utils.early_checks import check_number_of_models
 from glm_utils.evaluation.attributes import AttributeVocabulary, read_vocabulary
 from glm_utils.evaluation.metrics import check_packages
@@ -21,6 +22,7 @@ from glm_utils.inference.batch import GenerationSettings
 from glm_utils.inference.request import auto_dtype, short_name
 from glm_utils.limits import EncodingLimits
 from glm_utils.load_model import ModelSource, find_model
+from glm_utils.output_dir import find_place
 from glm_utils.run_record import RUN_CONFIG_NAME, read_run_config
 
 STAGE = "evaluate_adapter"
@@ -175,7 +177,9 @@ def check_output_dir(output_dir: Path, sides: Sequence[Side]) -> None:
     inputs += [side.source.adapter.directory for side in sides if side.source.adapter]
     check_apart(output_dir, inputs, "--output_dir")
     check_writable(output_dir, "--output_dir")
-    if output_dir.is_dir() and any(output_dir.iterdir()) and read_run_config(output_dir).get("stage") != STAGE:
+    if hidden_sibling(output_dir / RUN_CONFIG_NAME, "incomplete").is_dir():
+        return  # an evaluation was killed when it moved its files here
+    if find_place(output_dir, "--output_dir").entries and read_run_config(output_dir).get("stage") != STAGE:
         raise UserError(
             f"--output_dir {output_dir}: not empty, and no {RUN_CONFIG_NAME} in it says that it holds an earlier "
             "evaluation. Give another directory"

@@ -15,6 +15,7 @@ from glm_utils.inference.batch import GenerationSettings, PendingAnswer, generat
 from glm_utils.inference.partial_answers import PartialAnswers
 from glm_utils.load_model import ModelSource, find_model
 from glm_utils.run_record import sha256
+from glm_utils.signals import Terminated, note_if_interrupted
 
 
 def find_source(model_path: str | None, lora_path: str | None, load_in_4bit: bool, device: str) -> ModelSource:
@@ -88,8 +89,8 @@ def answer(
                 num_generated += one.num_tokens
                 bar.set_postfix_str(f"{num_generated / (time.monotonic() - start):,.0f} tokens/s", refresh=False)
                 bar.update()
-    except KeyboardInterrupt:
-        logger.warning(f"{len(partial.answers)} answers are in {partial.path}; the same command goes on from there")
+    except (KeyboardInterrupt, Terminated):
+        note_if_interrupted(f"{len(partial.answers)} answers are in {partial.path}; the same command goes on")
         raise
     except FloatingPointError as error:
         raise UserError(str(error)) from error

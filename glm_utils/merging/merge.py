@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from glm_utils.adapter import Adapter
 from glm_utils.checkpoint import Checkpoint
@@ -17,6 +16,7 @@ from glm_utils.cli import UserError
 from glm_utils.merging.arithmetic import add_update, nf4_round_trip, to_fp16
 from glm_utils.merging.report import MergeReport
 from glm_utils.merging.shards import CheckpointReader, TensorSpec
+from glm_utils.remote_code import remote_code
 
 SCALE_SUFFIX = "_scale"  # the state-dict key of a quantized weight's scales ends with it
 
@@ -48,8 +48,8 @@ class MergeJob:
     report: MergeReport = field(default_factory=MergeReport)
 
     def __post_init__(self):
-        self.quantize_rows = get_class_from_dynamic_module("quantization.quantize_rows", str(self.scripts_dir))
-        self.dequantize_rows = get_class_from_dynamic_module("quantization.dequantize_rows", str(self.scripts_dir))
+        self.quantize_rows = remote_code("quantization.quantize_rows", self.scripts_dir)
+        self.dequantize_rows = remote_code("quantization.dequantize_rows", self.scripts_dir)
         check_fit(self)
 
     @property

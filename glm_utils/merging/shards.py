@@ -121,6 +121,7 @@ class ShardWriter:
         text += b" " * (-len(text) % 8)  # so the data begin at a multiple of 8
         file = os.open(self._directory / file_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         self._files.append(file)
+        os.truncate(file, 8 + len(text) + end)  # a limit on the size of files shows before the first tensor is merged
         _write_all(file, len(text).to_bytes(8, "little") + text, 0)
         self._places.update({name: (file, 8 + len(text) + start) for name, start in starts.items()})
         self._weight_map.update(dict.fromkeys(names, file_name))

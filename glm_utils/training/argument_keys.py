@@ -68,6 +68,7 @@ INTERVALS = ("no", "steps", "epoch")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 NOT_LOSS = "only the loss is measured during training; evaluate_adapter.py judges the answers. Delete the line"
 ONE_MODEL = "each process holds the complete 4-bit model, as torchrun starts it. Delete the line"
+NO_JIT = "SIGTERM saves a checkpoint without it, and it writes half-trained adapters as finished. Delete the line"
 NO_COMPILE = "how many blocks are recomputed changes with each batch. Delete the line"
 NO_UPLOAD = "nothing is uploaded while training. Delete the line, and upload the adapter afterwards: hf upload"
 ROUNDED = "the LoRA weights would be rounded before they are saved. Delete the line"
@@ -157,7 +158,8 @@ ARGUMENTS: dict[str, Argument] = {
     "save_strategy": Argument(str, choices=(*INTERVALS, "best")),
     "save_steps": Argument(float, ANY_RATE),
     "save_total_limit": Argument(int | None, COUNT),
-    **_each(Argument(bool), "save_only_model save_on_each_node enable_jit_checkpoint load_best_model_at_end"),
+    **_each(Argument(bool), "save_only_model save_on_each_node load_best_model_at_end"),
+    "enable_jit_checkpoint": Argument(bool, refused=NO_JIT),
     "metric_for_best_model": Argument(str | None, choices=("loss", "eval_loss")),
     "greater_is_better": Argument(
         bool | None, refused="the kept model would be the one with the highest loss. Delete the line"

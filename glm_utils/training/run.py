@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 from loguru import logger
-from transformers import Trainer
 
 from glm_utils.encoding import EncodedExamples, encode_examples, show_example
+from glm_utils.file_modes import give_usual_modes
 from glm_utils.files import atomic_files
 from glm_utils.training.curves import write_curves
 from glm_utils.training.record import TrainingRecord
@@ -29,6 +29,8 @@ def encode_data(settings: TrainingSettings) -> dict[str, EncodedExamples]:
 def run_trainer(trainer: LoraTrainer, checkpoint: Path | None) -> dict:
     """Train, evaluate, write result files and loss curves; return all metrics."""
     metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+    if trainer.state.global_step == trainer.run_log.first_step:  # only the end was due
+        metrics.pop("train_loss")
     metrics["train_tokens_per_second"] = trainer.run_log.tokens_per_second(trainer.state)
     if torch.cuda.is_available():
         metrics["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
@@ -43,15 +45,15 @@ def run_trainer(trainer: LoraTrainer, checkpoint: Path | None) -> dict:
     return metrics
 
 
-def last_evaluation(trainer: Trainer) -> dict:
-    """Return the metrics of an evaluation at the last step, if that evaluated the weights that are saved."""
-    reports = [report for report in trainer.state.log_history if "eval_loss" in report]
-    if trainer.args.load_best_model_at_end or not reports or reports[-1]["step"] != trainer.state.global_step:
-        return {}
-    return {key: value for key, value in reports[-1].items() if key.startswith("eval_") or key == "epoch"}
+def last_evaluation(trainer: LoraTrainer) -> dict:
+    """Return the metrics of the last evaluation of the weights that are saved; nothing if there was none."""
+    step = trainer.kept_step
+    reports = [report for report in trainer.state.log_history if "eval_loss" in report and report["step"] == step]
+    found = reports[-1] if reports else {}
+    return {key: value for key, value in found.items() if key.startswith("eval_") or key == "epoch"}
 
 
-def save_adapter(trainer: Trainer, record: TrainingRecord, results: dict) -> None:
+def save_adapter(trainer: LoraTrainer, record: TrainingRecord, results: dict) -> None:
     """Write adapter, tokenizer files and model card to the output directory, adapter_config.json last."""
     if not trainer.is_world_process_zero():
         return
@@ -60,6 +62,8 @@ def save_adapter(trainer: Trainer, record: TrainingRecord, results: dict) -> Non
         trainer.model.save_pretrained(temporary_dir, save_embedding_layers=False)
         trainer.processing_class.save_pretrained(temporary_dir)
         (temporary_dir / "README.md").write_text(record.card(results), encoding="utf-8")
+        give_usual_modes(temporary_dir)
     losses = ", ".join(f"{key} {value:.4f}" for key, value in results.items() if key.endswith("loss"))
     num_bytes = (output_dir / "adapter_model.safetensors").stat().st_size
-    logger.success(f"adapter written to {output_dir}: {num_bytes:,} bytes, {losses}")
+    best = "" if trainer.kept_step == trainer.state.global_step else f", of the best step, {trainer.kept_step}"
+    logger.success(f"adapter written to {output_dir}: {num_bytes:,} bytes, {losses}{best}")
