@@ -14,16 +14,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import fire
 from loguru import logger
-from tqdm import tqdm
 
 from glm_utils.ending import BROKEN_PIPE_CODE, describe_crash, flush_output, is_output_fault, open_missing_outputs
+from glm_utils.logs import setup_logging
 from glm_utils.signals import ignore_signals, interruption_note, signal_of, signals_heard
-from glm_utils.visible_text import one_line
 
-if typing.TYPE_CHECKING:
-    import loguru
-
-LOG_FORMAT = "<green>{time:HH:mm:ss}</green> <level>{level: <7}</level> {message}"
 TRUE_WORDS = ("true", "yes", "on", "1")
 FALSE_WORDS = ("false", "no", "off", "0")
 
@@ -76,27 +71,6 @@ def _report(error: BaseException, command: str) -> int:
     elif isinstance(error, BrokenPipeError):
         return BROKEN_PIPE_CODE
     return 1
-
-
-def setup_logging() -> None:
-    """Write loguru's messages through tqdm, so that they do not break a progress bar.
-
-    Whatever a message quotes (data, file names, settings, names of an adapter) is one line that cannot steer the
-    terminal; the colors are the log's own and are added afterwards.
-    """
-    logger.remove()
-    logger.configure(patcher=_spell_out)
-    logger.add(
-        lambda message: tqdm.write(message, file=sys.stderr, end=""),
-        format=LOG_FORMAT,
-        colorize=sys.stderr.isatty(),
-        level="INFO",
-    )
-
-
-def _spell_out(record: "loguru.Record") -> None:
-    """Make a log record's message one line of visible characters."""
-    record["message"] = one_line(record["message"])
 
 
 def parse_args(stage: Callable, argv: Sequence[str], elsewhere: Mapping[str, str] | None = None) -> dict:

@@ -156,8 +156,10 @@ def load_bin(path: Path) -> dict:
 
 def _pickle_fault(error: Exception) -> str:
     """Return the part of an error of torch.load that says what is wrong; advice on weights_only stands around it."""
-    text = str(error)
-    fault = text.rpartition("WeightsUnpickler error: ")[2] if isinstance(error, pickle.UnpicklingError) else text
+    fault = str(error)
+    if isinstance(error, pickle.UnpicklingError):
+        fault = fault.partition("\n\nCheck the documentation")[0].rpartition("\n\n")[2]
+        fault = fault.rpartition("WeightsUnpickler error: ")[2]
     return f"{type(error).__name__}: {' '.join(fault.split())[:120]}"
 
 

@@ -23,9 +23,9 @@ if not torch.cuda.is_available():
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent
 from glm_utils.checkpoint import load_classes, open_checkpoint
-from glm_utils.cli import setup_logging
 from glm_utils.family import FAMILIES, detect_family
 from glm_utils.load_model import load_base_model
+from glm_utils.logs import setup_logging
 
 FIXTURES_DIR = PROJECT_DIR / "tests" / "fixtures"
 FAMILY_BY_NAME = {family.name: family for family in FAMILIES}

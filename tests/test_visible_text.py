@@ -8,9 +8,10 @@ import unicodedata
 import pytest
 from loguru import logger
 
-from glm_utils.cli import UserError, run_cli, setup_logging
+from glm_utils.cli import UserError, run_cli
 from glm_utils.inference import report, tables, terminal
 from glm_utils.inference.chat import ChatSettings
+from glm_utils.logs import setup_logging
 from glm_utils.visible_text import UNSAFE, html_text, json_line, markdown_text, one_line, visible
 
 HOSTILE = "\x1b[31mred\x9b2J\r\x07\x00\u202eabc\u2066\u2028\u2029\u200f\ud800\x85"
