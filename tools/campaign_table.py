@@ -48,6 +48,7 @@ NOTES = {  # what the cases were, as the tests note it
     "fresh interpreter": ("in a fresh Python", "全新 Python 进程"),
     "over an earlier output": ("over an earlier output", "覆盖已有输出"),
     "tmpfs": ("tmpfs", "tmpfs"),
+    "filled meanwhile": ("filled while it writes", "写入期间被占满"),
     "limited file size": ("limit on the size of files", "限制文件大小"),
     "stopped": ("stopped", "中途停止"),
     "read": ("read", "成功读取"),

@@ -126,7 +126,7 @@ def once(directory: Path, make: Callable[[Path], None]) -> Path:
     return directory
 
 
-def wait_for(condition: Callable[[], object], seconds: float, pause: float = 0.001) -> bool:
+def wait_for(condition: Callable[[], object], seconds: float, pause: float = 0.003) -> bool:
     """Wait until something holds; return whether it came to that in time."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -1,5 +1,7 @@
 """Commands that write an output at the end: merges, exports and answers, with their uninterrupted results."""
 
+import contextlib
+import os
 import time
 from pathlib import Path
 
@@ -90,6 +92,17 @@ def contents(output: Path) -> dict[str, bytes]:
 def differing(found: dict[str, bytes], expected: dict[str, bytes]) -> list[str]:
     """Return the names of files that differ or that only one side has."""
     return sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+
+
+def listing(directory: Path) -> list:
+    """Return what can be seen of an output while it is written: names, and sizes of files in blocks."""
+    found = []
+    for folder, _, names in os.walk(directory):
+        for path in (os.path.join(folder, name) for name in names):
+            with contextlib.suppress(OSError):  # gone meanwhile
+                found.append((path, os.stat(path).st_size >> 18))
+        found.append((folder, None))
+    return sorted(found, key=str)
 
 
 def leftovers(directory: Path) -> list[str]:

@@ -3,8 +3,6 @@
 What stands at the place is the earlier output or the new one, complete and to the byte, at every moment.
 """
 
-import contextlib
-import os
 import signal
 import time
 
@@ -26,17 +24,6 @@ MOMENTS = ("time", "change", "change", "end")
 MOST_CHANGES = 16
 
 
-def listing(directory):
-    """Return what can be seen of an output while it is written: names, and sizes of files in blocks."""
-    found = []
-    for folder, _, names in os.walk(directory):
-        for path in (os.path.join(folder, name) for name in names):
-            with contextlib.suppress(OSError):  # gone meanwhile
-                found.append((path, os.stat(path).st_size >> 18))
-        found.append((folder, None))
-    return sorted(found, key=str)
-
-
 def wait_for_moment(run, rng, moment, place, seconds):
     """Wait until a run is where it is to be killed; False if it ended before."""
 
@@ -51,8 +38,8 @@ def wait_for_moment(run, rng, moment, place, seconds):
         time.sleep(rng.choice((0, 0, 0.001, 0.005)))
     else:
         for _ in range(rng.randrange(1, MOST_CHANGES)):
-            seen = listing(place.parent)
-            wait_for(lambda seen=seen: ended() or listing(place.parent) != seen, 20, pause=0.0002)
+            seen = outputs.listing(place.parent)
+            wait_for(lambda seen=seen: ended() or outputs.listing(place.parent) != seen, 20, pause=0.0002)
         time.sleep(rng.random() * 0.01)
     return not ended()
 

@@ -74,7 +74,7 @@ def interrupt(tally, run, rng, name, moment):
             "lost",
             f"{name} at {moment} after step {steps_before[-1]}: checkpoints {saved}: {text[-500:]}",
         )
-    left = run.end_children(12)
+    left = run.end_children(30)  # of loader workers that are still importing
     tally.require(not left, "other", f"{name} at {moment}: {len(left)} processes outlived the run")
     return code
 
