@@ -81,6 +81,10 @@ class _Listener:
         if find_importer(frame) is not None:
             return
         signal.setitimer(signal.ITIMER_REAL, 0)
+        if self.take:  # since the signal arrived
+            self.taken = signum
+            self.take(signum)
+            return
         if signum == signal.SIGINT:
             self.first_seconds = None  # chat goes on after it
             raise KeyboardInterrupt

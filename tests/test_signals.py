@@ -547,6 +547,20 @@ def test_a_signal_is_heard_behind_the_import_that_it_interrupts(end, tmp_path, m
     assert sys.modules[f"swallows_{signum}"].finished
 
 
+def test_a_stage_can_take_a_signal_that_arrived_during_an_import(end, tmp_path, monkeypatch):
+    (tmp_path / "swallows_taken.py").write_text(SWALLOWS.replace("SIGNUM", "SIGTERM"))
+    monkeypatch.syspath_prepend(tmp_path)
+    heard = []
+
+    def stage() -> None:
+        importlib.import_module("swallows_taken")
+        signals.take_signals(heard.append)
+        time.sleep(0.3)
+
+    assert end([], stage)[0] == 0
+    assert heard == [signal.SIGTERM]
+
+
 @pytest.mark.parametrize(
     ("code", "exit_code"),
     [
