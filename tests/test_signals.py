@@ -22,8 +22,11 @@ import merge_lora_and_quantize
 import train_qlora
 from glm_utils import signals
 from glm_utils.cli import UserError, run_cli
+from glm_utils.evaluation import at_end
 from glm_utils.family import PROJECT_DIR
 from glm_utils.merging import reload_check
+from glm_utils.training import preflight
+from glm_utils.training import run as training_run
 from glm_utils.training.stop_request import resume_command, with_lasting_workers
 from glm_utils.training.trainer import LoraTrainer
 from glm_utils.training.training_args import read_train_args
@@ -169,7 +172,7 @@ def test_points_of_a_stopped_run_reach_tensorboard(end, flags, monkeypatch, tmp_
 
 @pytest.mark.parametrize(
     ("owner", "name", "signum"),
-    [(train_qlora, "plan_run", signal.SIGTERM), (Trainer, "create_optimizer", signal.SIGINT)],
+    [(preflight, "plan_run", signal.SIGTERM), (Trainer, "create_optimizer", signal.SIGINT)],
 )
 def test_before_the_first_step_there_is_nothing_to_save(end, flags, monkeypatch, tmp_path, owner, name, signum):
     send_at(monkeypatch, owner, name, signum)
@@ -184,7 +187,7 @@ def test_before_the_first_step_there_is_nothing_to_save(end, flags, monkeypatch,
 
 @pytest.mark.parametrize(
     ("owner", "name", "call"),
-    [(LoraTrainer, "training_step", 6), (train_qlora, "save_adapter", 1)],
+    [(LoraTrainer, "training_step", 6), (training_run, "save_adapter", 1)],
 )
 def test_a_signal_behind_the_last_step_lets_the_run_finish(end, flags, monkeypatch, tmp_path, owner, name, call):
     send_at(monkeypatch, owner, name, signal.SIGTERM, call)
@@ -195,8 +198,8 @@ def test_a_signal_behind_the_last_step_lets_the_run_finish(end, flags, monkeypat
 
 
 def test_a_signal_behind_the_last_step_skips_the_evaluation_that_was_asked_for(end, flags, monkeypatch, tmp_path):
-    send_at(monkeypatch, train_qlora, "save_adapter", signal.SIGTERM)
-    monkeypatch.setattr(train_qlora, "evaluate_output", lambda *args, **kwargs: pytest.fail("evaluated"))
+    send_at(monkeypatch, training_run, "save_adapter", signal.SIGTERM)
+    monkeypatch.setattr(at_end, "evaluate_output", lambda *args, **kwargs: pytest.fail("evaluated"))
     code, last, _ = end([*flags(eval_strategy="steps", save_strategy="no"), "--evaluate_after"])
     assert code == 143
     assert last.endswith("the adapter is written, but not evaluated")

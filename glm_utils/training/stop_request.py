@@ -113,6 +113,11 @@ class StopRequest(TrainerCallback):
             self._read_pending()
         return self.agreed
 
+    def release(self) -> None:
+        """Let go of the process group, once what was started in it is done."""
+        self._read_pending()
+        self.group = None
+
     def leave(self, trainer: Trainer) -> NoReturn:
         """Say where the checkpoint is and how to go on, and end the process.
 
@@ -135,7 +140,6 @@ class StopRequest(TrainerCallback):
             sys.stderr.flush()
         if self.group is not None:
             distributed.barrier(self.group)  # nobody leaves before the first process has said it
-            self.group = None
         trainer.end_processes()
         raise SystemExit(INTERRUPTED_CODE if self.agreed == signal.SIGINT else SAVED_CODE)
 

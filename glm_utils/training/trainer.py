@@ -209,6 +209,7 @@ class LoraTrainer(Trainer):
         The group's threads end with its last reference, which the DDP wrapper holds. A thread that outlives the
         interpreter aborts the process, and torchrun then stops the others, perhaps before the adapter is written.
         """
+        self.stop_request.release()
         self.model_wrapped = None
         self.accelerator.free_memory()
         leave_process_group()
