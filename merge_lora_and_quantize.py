@@ -17,10 +17,10 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: large tensors 
 
 from loguru import logger
 
-from glm_utils.adapter_config import read_adapter_config
+from glm_utils.adapter_config import base_name, read_adapter_config
 from glm_utils.cli import UserError, run_cli
 from glm_utils.data import read_examples
-from glm_utils.early_checks import check_device_name
+from glm_utils.early_checks import check_device_name, project_path
 from glm_utils.files import check_apart, check_free_space
 from glm_utils.output_dir import atomic_directory, check_replaceable
 
@@ -60,8 +60,8 @@ def merge_lora_and_quantize(
         raise UserError(f"--qbits {qbits}: expected 0 (fp16), 8 or 4")
     check_device_name(device)
     adapter_dir, output_dir = Path(lora_path).expanduser(), Path(output_path).expanduser()
-    read_adapter_config(adapter_dir)
-    check_replaceable(output_dir, overwrite, STAGE, [adapter_dir])
+    base_dir = project_path(base_name(read_adapter_config(adapter_dir)))
+    check_replaceable(output_dir, overwrite, STAGE, [adapter_dir, base_dir])
     if evaluate_data_path:
         check_comparison(evaluate_data_path, export_format)
 
