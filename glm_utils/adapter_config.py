@@ -101,6 +101,8 @@ def read_adapter_config(adapter_dir: Path) -> AdapterConfig:
         UserError: Not an adapter, not LoRA, a link out of the directory, or a value of another type or out of range.
     """
     path = adapter_dir / "adapter_config.json"
+    if not adapter_dir.is_dir():
+        raise UserError(f"{adapter_dir}: no such directory. {advice(adapter_dir)}")
     if not path.is_file():
         raise UserError(f"{path} is missing: not a LoRA adapter. {advice(adapter_dir)}")
     if directory_kind(adapter_dir) == "glm adapter":

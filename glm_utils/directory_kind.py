@@ -48,7 +48,7 @@ def advice(path: Path) -> str:
         if checkpoint is None:
             return "It is a training that was interrupted before its first checkpoint. Start it again"
         return f"It is a training that has not finished: {finish}, or use its checkpoint, --lora_path {checkpoint}"
-    return f"{'' if path.exists() else 'There is no such directory. '}Give the output_dir of a training run"
+    return "Give the output_dir of a training run"
 
 
 def newest_checkpoint(output_dir: Path) -> Path | None:
