@@ -3,6 +3,8 @@
 import errno
 import gc
 import json
+import math
+import os
 import weakref
 
 import pytest
@@ -436,12 +438,26 @@ def test_model_that_does_not_fit_is_refused_before_loading(model_dir, no_loading
         stage.inference_test(model_path=str(model_dir), dtype="fp32", batch_size=2, prompt_tokens=30, new_tokens=30)
 
 
+def write_empty_weights(path, shapes):
+    """Write a safetensors file of fp16 zeros that takes no space on the disk."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(path, 8 + len(text) + end)
+
+
 def test_estimate_at_6b_size(family, fixture_dir, model_dir, tmp_path, no_loading, monkeypatch):
-    """The message names the fp16 weights of the published model; only its config is read for that."""
+    """The message names the fp16 weights of the published model; only its config and headers are read for that."""
     published = json.loads((fixture_dir / "state_dict_6b.json").read_text())
-    for name in ("tokenizer_config.json", family.tokenizer_file, "model.safetensors"):
+    for name in ("tokenizer_config.json", family.tokenizer_file):
         (tmp_path / name).write_bytes((model_dir / name).read_bytes())
-    (tmp_path / "config.json").write_text(json.dumps(published["config"]))
+    golden = json.loads((model_dir / "config.json").read_text())
+    ids = {key: value for key, value in golden.items() if key.endswith("_token_id")}  # of the small vocabulary
+    (tmp_path / "config.json").write_text(json.dumps({**published["config"], **ids}))
+    write_empty_weights(tmp_path / "model.safetensors", published["shapes"])
     monkeypatch.setattr(load_model, "free_bytes", lambda device: 10**10)
     with pytest.raises(
         UserError, match=f"{2 * published['n_params'] / 1e9:.2f} of weights as fp16.* 10.00 GB are free"
