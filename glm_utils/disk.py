@@ -19,7 +19,9 @@ WRITE_FAULTS = {  # of a place that takes no more, in words
 # Libraries in Rust (safetensors, tokenizers) put the error number into a text; numpy and torch tell only that less was
 # written than was to be
 RUST_ERROR = re.compile(r"\(os error (\d+)\)")
-SHORT_WRITE = re.compile(r"\d+ requested and \d+ written|PytorchStreamWriter failed|unexpected pos \d+ vs \d+")
+SHORT_WRITE = re.compile(
+    r"\d+ requested and \d+ written|PytorchStreamWriter failed|unexpected pos \d+ vs \d+|basic_ios::clear"
+)
 MAX_STEM_BYTES = 100  # of a name in a hidden one; most file systems take names of 255 bytes, some of 143
 
 

@@ -446,6 +446,7 @@ def test_an_output_written_while_a_run_waited_is_not_replaced(tmp_path):
         (OSError("1048576 requested and 666272 written"), "the disk is full"),
         (Exception("No space left on device (os error 28)"), "the disk is full"),
         (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 192 vs 112"), "the disk is full"),
+        (RuntimeError("basic_ios::clear: iostream error"), "the disk is full"),
     ],
 )
 def test_a_place_that_takes_no_more_is_one_line(tmp_path, error, words):

@@ -397,7 +397,7 @@ def test_a_merge_takes_its_child_along(end, monkeypatch, tmp_path):
     monkeypatch.setattr(reload_check.subprocess, "Popen", Popen)
 
     def stage() -> None:
-        with merge_lora_and_quantize.atomic_directory(tmp_path / "merged", False, "merge_lora_and_quantize") as directory:
+        with merge_lora_and_quantize.atomic_directory(tmp_path / "merged", False, "a stage") as directory:
             reload_check.check_reload(directory, "你好", [1], torch.zeros(1, 1), torch.device("cpu"))
 
     code, _, err = end([], stage)
