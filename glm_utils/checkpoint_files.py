@@ -18,7 +18,6 @@ from glm_utils.tensor_files import TensorSpec, is_legacy_bin, list_tensors, read
 
 WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin")  # each alone, or sharded with <name>.index.json
 ADAPTER_WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
-# Where the links of Hugging Face's cache end: <repository>/blobs/<hash>, or <cache>/blobs/<two digits>/<hash>
 SAMPLE_BYTES = 1 << 16
 
 
