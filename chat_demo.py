@@ -7,18 +7,16 @@ Ctrl-C stops an answer; help lists the commands. Answers go to stdout, everythin
 """
 
 import sys
+from typing import TYPE_CHECKING
 
-import glm_utils  # noqa: F401  isort: skip  # before the libraries that it silences
-import torch
 from loguru import logger
-from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizer
 
 from glm_utils.cli import UserError, run_cli
-from glm_utils.device import resolve_device
-from glm_utils.inference.chat import ChatSession, chat_settings, check_sampling
-from glm_utils.inference.terminal import converse, print_answers, tolerate_any_text
-from glm_utils.load_model import ModelSource, find_model
+from glm_utils.early_checks import check_device_name, check_model_choice, check_sampling, check_seed
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizer
 
 MIN_TOKENS = 256  # keys and values of so many tokens must fit beside the weights
 
@@ -53,8 +51,15 @@ def chat_demo(
     if compare and not lora_path:
         raise UserError("--compare needs --lora_path: it answers without and with that adapter")
     check_sampling(temperature, top_p)
-    if seed is not None and not 0 <= seed < 2**64:
-        raise UserError(f"--seed {seed}: expected 0 to {2**64 - 1}")
+    check_seed(seed)
+    check_device_name(device)
+    check_model_choice(model_path, lora_path)
+
+    import torch
+
+    from glm_utils.inference.chat import ChatSession, chat_settings
+    from glm_utils.inference.terminal import converse, print_answers, tolerate_any_text
+
     model, tokenizer = load_chat_model(model_path, lora_path, load_in_4bit, device, merge_adapter=not compare)
     settings = chat_settings(model, max_length, temperature, top_p)
     uses_adapter = {"without the adapter": False, "with the adapter": True} if compare else {"": True}
@@ -70,7 +75,7 @@ def chat_demo(
 
 def load_chat_model(
     model_path: str | None, lora_path: str | None, load_in_4bit: bool, device: str, merge_adapter: bool
-) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizer]:
+) -> "tuple[PreTrainedModel | PeftModel, PreTrainedTokenizer]":
     """Load a model, in fp16 on a GPU and in fp32 on the CPU, and its tokenizer.
 
     Args:
@@ -84,6 +89,11 @@ def load_chat_model(
         UserError: Neither path is given or both are, or the model cannot be opened, is already quantized although
             load_in_4bit is set, or does not fit into free memory.
     """
+    import torch
+
+    from glm_utils.device import resolve_device
+    from glm_utils.load_model import ModelSource, find_model
+
     place = resolve_device(device)
     checkpoint, adapter = find_model(model_path, lora_path)
     dtype = torch.float16 if place.type == "cuda" else torch.float32

@@ -10,16 +10,13 @@ report.html, report.md, report.json, plots, generated_predictions.jsonl and run_
 
 from pathlib import Path
 
-import glm_utils  # noqa: F401  isort: skip  # before what it silences
 from loguru import logger
 
-from glm_utils.cli import check_minimums, run_cli
-from glm_utils.device import resolve_device
-from glm_utils.evaluation.job import MAX_NEW_TOKENS, NUM_SAMPLES, find_sides, make_job
-from glm_utils.evaluation.markdown_page import figure_table
-from glm_utils.evaluation.write import evaluate
-from glm_utils.inference.batch import GenerationSettings
-from glm_utils.inference.chat import check_sampling
+from glm_utils.adapter_config import read_adapter_config
+from glm_utils.cli import as_list, check_minimums, run_cli
+from glm_utils.data import read_examples
+from glm_utils.early_checks import check_device_name, check_model_path, check_number_of_models, check_sampling
+from glm_utils.evaluation import MAX_NEW_TOKENS, NUM_SAMPLES
 
 MIN_VALUES = {"num_samples": 1, "max_new_tokens": 1, "batch_size": 1, "seed": 0}
 
@@ -60,11 +57,19 @@ def evaluate_adapter(
         device: Where to work: auto (a GPU when there is one), cpu or cuda:N.
     """
     arguments = dict(locals())
-    check_numbers(arguments)
+    check_arguments(arguments)
+    examples = read_examples(Path(data_path).expanduser(), needs_answer=False)
+
+    from glm_utils.device import resolve_device
+    from glm_utils.evaluation.job import find_sides, make_job
+    from glm_utils.evaluation.markdown_page import figure_table
+    from glm_utils.evaluation.write import evaluate
+    from glm_utils.inference.batch import GenerationSettings
+
     sides = find_sides(model_path, lora_path, load_in_4bit, resolve_device(device))
     job = make_job(
         sides,
-        data_path=Path(data_path).expanduser(),
+        examples=examples,
         output_dir=Path(output_dir).expanduser(),
         generation=GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed),
         num_samples=num_samples,
@@ -78,10 +83,17 @@ def evaluate_adapter(
     logger.success(f"report written to {job.output_dir}")
 
 
-def check_numbers(arguments: dict) -> None:
-    """Refuse a number out of range."""
+def check_arguments(arguments: dict) -> None:
+    """Refuse numbers out of range, and models that are not there."""
     check_minimums(arguments, MIN_VALUES)
     check_sampling(arguments["temperature"], None)
+    check_device_name(arguments["device"])
+    model_paths = as_list(arguments["model_path"])
+    check_number_of_models(model_paths, arguments["lora_path"])
+    if arguments["lora_path"]:
+        read_adapter_config(Path(arguments["lora_path"]).expanduser())
+    for path in model_paths:
+        check_model_path(path)
 
 
 if __name__ == "__main__":

@@ -8,18 +8,18 @@ to stdout, the log to stderr.
 """
 
 import functools
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from loguru import logger
 
-from glm_utils.cli import check_minimums, run_cli
-from glm_utils.device import free_bytes, resolve_device
-from glm_utils.inference.measure import Workload, measure_model, stream_generate
-from glm_utils.inference.memory import copy_bandwidth
+from glm_utils.adapter_config import read_adapter_config
+from glm_utils.cli import UserError, as_list, check_minimums, run_cli
+from glm_utils.early_checks import check_model_path
 from glm_utils.inference.report import check_report_path, write_report
-from glm_utils.inference.request import check_context, prompt_ids, resolve_sources
-from glm_utils.load_model import ModelSource
+
+if TYPE_CHECKING:
+    from glm_utils.load_model import ModelSource
 
 INSTRUCTION = "类型#裙*颜色#白色*风格#简约*图案#刺绣"
 REMEDY = "an int4 model, --load_in_4bit, or a smaller --dtype or --batch_size"
@@ -60,6 +60,20 @@ def inference_test(
     arguments = dict(locals())
     check_minimums(arguments, MIN_VALUES)
     check_report_path(output_json)
+    if not model_path and not lora_path:
+        raise UserError("nothing to test. Give --model_path DIR (or DIR1,DIR2,...) or --lora_path DIR, or both")
+    for path in as_list(model_path):
+        check_model_path(path)
+    for path in as_list(lora_path):
+        read_adapter_config(Path(path).expanduser())
+
+    import torch
+
+    from glm_utils.device import free_bytes, resolve_device
+    from glm_utils.inference.measure import Workload, check_finite, measure_model, stream_generate
+    from glm_utils.inference.memory import copy_bandwidth
+    from glm_utils.inference.request import check_context, prompt_ids, resolve_sources
+
     device = resolve_device("auto")
     sources = resolve_sources(as_list(model_path), as_list(lora_path), load_in_4bit, dtype, device)
     prompts = [prompt_ids(source.checkpoint.tokenizer, instruction_text, prompt_tokens) for source in sources]
@@ -73,16 +87,16 @@ def inference_test(
     for source, prompt in zip(sources, prompts, strict=True):
         logger.info(f"{source.label}: {source.weight_format}, batch {batch_size}, {len(prompt)} + {new_tokens} tokens")
         workload = Workload(torch.tensor([prompt] * batch_size, device=device), new_tokens, loop_number, max_time)
-        models.append(identify(source) | measure_model(source.load, make_generate, workload, bandwidth))
-    print(write_report({"arguments": arguments, "copy_bytes_per_second": bandwidth, "models": models}, output_json))
+        models.append(identify(source) | measure_model(source.load, make_generate, workload, bandwidth, check_finite))
+    result = {"arguments": arguments, "copy_bytes_per_second": bandwidth, "models": models}
+    try:
+        print(write_report(result, output_json))
+    except UserError:  # the file cannot be written, but measuring took its time
+        print(write_report(result, None))
+        raise
 
 
-def as_list(paths: str | list[str] | None) -> list[str]:
-    """Return a path, a list of paths or None as a list."""
-    return [paths] if isinstance(paths, str) else paths or []
-
-
-def identify(source: ModelSource) -> dict:
+def identify(source: "ModelSource") -> dict:
     """Return the entries that identify a model in the table and the JSON object."""
     family = source.checkpoint.family.name
     return {"label": source.label, "family": family, "weight_format": source.weight_format}

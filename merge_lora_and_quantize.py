@@ -15,24 +15,17 @@ from typing import Any, Literal
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: large tensors are allocated seven times faster
 
-import torch
 from loguru import logger
 
-from glm_utils.adapter import find_base, read_adapter
+from glm_utils.adapter_config import base_name, read_adapter_config
 from glm_utils.cli import UserError, run_cli
 from glm_utils.data import read_examples
-from glm_utils.device import resolve_device
-from glm_utils.evaluation.at_end import check_evaluation, evaluate_output
-from glm_utils.export import EXPORTS, ExportFormat
-from glm_utils.files import atomic_directory, check_free_space, write_json
-from glm_utils.merging.job import make_job
-from glm_utils.merging.merge import MergeJob
-from glm_utils.model_card import merged_card
-from glm_utils.run_record import RUN_CONFIG_NAME, check_replaceable, git_commit, versions
+from glm_utils.early_checks import check_device_name, project_path
+from glm_utils.files import check_apart, check_free_space
+from glm_utils.output_dir import atomic_directory, check_replaceable
 
 STAGE = "merge_lora_and_quantize"
 QBITS = (0, 4, 8)
-MAX_COPY_THREADS = 4  # a 6B merge on 16 cores: 6.0 s with 16 threads, 4.4 s with 4; copying the files takes 4.1 s
 
 
 def merge_lora_and_quantize(
@@ -65,41 +58,47 @@ def merge_lora_and_quantize(
     start_seconds = time.monotonic()
     if qbits not in QBITS:
         raise UserError(f"--qbits {qbits}: expected 0 (fp16), 8 or 4")
-    output_dir = Path(output_path).expanduser()
-    adapter = read_adapter(Path(lora_path).expanduser())
+    check_device_name(device)
+    adapter_dir, output_dir = Path(lora_path).expanduser(), Path(output_path).expanduser()
+    base_dir = project_path(base_name(read_adapter_config(adapter_dir)))
+    check_replaceable(output_dir, overwrite, STAGE, [adapter_dir, base_dir])
+    if evaluate_data_path:
+        check_comparison(evaluate_data_path, export_format)
+
+    from glm_utils.adapter import find_base, read_adapter
+    from glm_utils.device import resolve_device
+    from glm_utils.evaluation.at_end import check_evaluation, evaluate_output
+    from glm_utils.export import EXPORTS
+    from glm_utils.merging.job import limit_threads, make_job
+    from glm_utils.merging.output import log_result, write_records
+
+    adapter = read_adapter(adapter_dir)
     base = find_base(adapter)
-    check_replaceable(output_dir, overwrite, STAGE, [adapter.directory, base.directory])
+    check_apart(output_dir, [base.directory], "--output_path")
     job = make_job(adapter, base, qbits, resolve_device(device), remote_scripts_dir, merge_base)
     if evaluate_data_path:
-        check_comparison(output_dir, evaluate_data_path, export_format)
+        check_evaluation(output_dir)
     export = EXPORTS[export_format]
     check_free_space(output_dir, export.check(job))
     logger.info(f"{adapter.directory} ({len(adapter.pairs)} updates) + {base.directory} on {job.device}")
     limit_threads(job)
-    with atomic_directory(output_dir) as directory:
+    with atomic_directory(output_dir, overwrite, STAGE) as directory:
         reference = timed("merged and written", export.write, job, directory)
-        write_records(job, export, directory, arguments)
+        write_records(job, directory, STAGE, arguments, export.USAGE, export.LIBRARY_NAME)
         timed("reloaded and verified", export.verify, job, directory, reference)
     log_result(job, output_dir, time.monotonic() - start_seconds)
     if evaluate_data_path:
         evaluate_output(output_dir, adapter.directory, Path(evaluate_data_path).expanduser(), job.device, output_dir)
 
 
-def check_comparison(output_dir: Path, data_path: str, export_format: str) -> None:
-    """Check before any work what the comparison at the end needs: published layout, data, packages, a directory."""
+def check_comparison(data_path: str, export_format: str) -> None:
+    """Check before any work what the comparison at the end needs: the published layout and data."""
     if export_format != "chatglm":
         raise UserError(
             f"--evaluate_data_path with --export_format {export_format}: the evaluation loads the published layout "
             "only. Omit one of the two"
         )
     read_examples(Path(data_path).expanduser(), needs_answer=False)
-    check_evaluation(output_dir)
-
-
-def limit_threads(job: MergeJob) -> None:
-    """Merge to fp16 on a few CPU threads: the disk is the limit, and more threads wait for pages."""
-    if job.device.type == "cpu" and not job.bits:
-        torch.set_num_threads(min(torch.get_num_threads(), MAX_COPY_THREADS))
 
 
 def timed(done: str, function: Callable, *arguments: object) -> Any:
@@ -108,46 +107,6 @@ def timed(done: str, function: Callable, *arguments: object) -> Any:
     result = function(*arguments)
     logger.info(f"{done} in {time.monotonic() - start_seconds:.1f} s")
     return result
-
-
-def write_records(job: MergeJob, export: ExportFormat, directory: Path, arguments: dict) -> None:
-    """Log the report of the merge, and write run_config.json and the model card."""
-    for line in job.report.lines(job.merge_base):
-        logger.info(line)
-    record = {
-        "stage": STAGE,
-        "arguments": arguments,
-        "base": {"name": job.adapter.base_name, "family": job.base.family.name},
-        "adapter": {"num_updates": len(job.adapter.pairs), "run_config": job.adapter.run_config},
-        "report": job.report.record(),
-        "versions": versions(),
-        "commit": git_commit(),
-    }
-    write_json(directory / RUN_CONFIG_NAME, record)
-    card = merged_card(
-        job.adapter.base_name, job.weight_format, card_properties(job), export.USAGE, export.LIBRARY_NAME
-    )
-    (directory / "README.md").write_text(card, encoding="utf-8")
-
-
-def card_properties(job: MergeJob) -> dict[str, str]:
-    """Return the table of the model card, values by label."""
-    error = job.report.relative_weight_error()
-    found = versions()
-    return {
-        "family": job.base.family.title,
-        "weights of the layers": job.weight_format,
-        "merged into": f"{job.merge_base} base weights",
-        "LoRA updates": str(len(job.adapter.pairs)),
-        **({} if error is None else {"squared relative weight error": f"{error:.3g}"}),
-        "written with": ", ".join(f"{name} {found[name]}" for name in ("torch", "transformers", "peft")),
-    }
-
-
-def log_result(job: MergeJob, output_dir: Path, seconds: float) -> None:
-    """Log the closing line: format, size, time and place."""
-    num_bytes = sum(path.stat().st_size for path in output_dir.iterdir())
-    logger.success(f"{job.weight_format} model of {num_bytes:,} bytes in {seconds:.1f} s: {output_dir}")
 
 
 if __name__ == "__main__":

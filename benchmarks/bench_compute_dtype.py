@@ -20,8 +20,9 @@ import torch
 from benchmarks.harness.checkpoints import write_random_checkpoint
 from benchmarks.harness.results import RESULTS_DIR, device_name, provenance, write_result
 from benchmarks.harness.train_steps import run_train_qlora
-from glm_utils.checkpoint import open_checkpoint, project_path
+from glm_utils.checkpoint import open_checkpoint
 from glm_utils.cli import UserError, run_cli
+from glm_utils.early_checks import project_path
 from glm_utils.family import PROJECT_DIR
 from glm_utils.load_model import load_base_model
 from glm_utils.merging.shards import CheckpointReader

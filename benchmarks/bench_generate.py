@@ -23,10 +23,11 @@ from benchmarks.harness.cases import model_name
 from benchmarks.harness.published import FIXTURES_DIR, find_family, published_model, small_ids
 from benchmarks.harness.random_models import compacted, random_model
 from benchmarks.harness.results import RESULTS_DIR, device_name, provenance, write_result
-from glm_utils.checkpoint import load_classes, open_checkpoint, project_path
+from glm_utils.checkpoint import load_classes, open_checkpoint
 from glm_utils.cli import check_minimums, run_cli
 from glm_utils.data import Example, read_examples
 from glm_utils.device import dtype_name
+from glm_utils.early_checks import project_path
 from glm_utils.family import PROJECT_DIR, Family
 from glm_utils.files import read_json_object
 from glm_utils.inference.batch import Answer, GenerationSettings, PendingAnswer, generate_pending

@@ -1,42 +1,37 @@
 """Read a LoRA adapter, W' = W + scale * B @ A for each adapted weight, and open the base that it names.
 
-Source: peft 0.21, LoraConfig and lora/layer.py (scale = alpha / r, rsLoRA alpha / sqrt(r), patterns by module name).
+Nothing of the files reaches peft: the settings are checked first (adapter_config.py), ranks and shapes are compared
+with them, and `LoraPair` is what a merge and `load_model` take.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from loguru import logger
-from peft.utils import load_peft_weights
-from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file
 
+from glm_utils.adapter_config import MERGE_ELSEWHERE, AdapterConfig, base_name, check_plain_lora
 from glm_utils.checkpoint import Checkpoint, open_checkpoint
-from glm_utils.checkpoint_files import check_adapter_files
+from glm_utils.checkpoint_files import adapter_weights, check_adapter_files
 from glm_utils.cli import UserError
-from glm_utils.run_record import read_run_config
+from glm_utils.links import check_inside
+from glm_utils.model_json import read_model_json, shown
+from glm_utils.module_names import is_module_name, summarize
+from glm_utils.run_record import RUN_CONFIG_NAME
+from glm_utils.tensor_files import list_bin, list_tensors, load_bin
 
 LORA_KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
-MERGE_ELSEWHERE = "Merge it with peft (PeftModel.merge_and_unload) and save the fp16 model"
-UNSUPPORTED = (  # settings under which the update is not scale * B @ A on Linear weights alone
-    "use_dora",
-    "modules_to_save",
-    "trainable_token_indices",
-    "target_parameters",
-    "layer_replication",
-    "lora_bias",
-    "use_qalora",
-    "use_bdlora",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "velora_config",
-    "monteclora_config",
-    "kasa_config",
-    "megatron_config",
-    "fan_in_fan_out",
-)
-CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initializations that rewrite the base weights
+RECORDED = {  # what is read of the run_config.json of a training: its kind, and the lowest number
+    ("identity", "base_fingerprint"): (str, None),
+    ("arguments", "compute_dtype"): (str, None),
+    ("arguments", "prompt_text"): (str, None),
+    ("arguments", "max_input_length"): (int, 1),
+    ("arguments", "max_output_length"): (int, 1),
+    ("training_args", "use_cpu"): (bool, None),
+}
 
 
 @dataclass(frozen=True)
@@ -68,35 +63,88 @@ class Adapter:
         base_name: Directory or hub id of the base that it was trained on.
         pairs: The updates by module path in the base model, e.g. "transformer.layers.0.attention.dense".
         run_config: What train_qlora.py recorded beside it; empty for adapters of other tools.
+        config: Its settings; those of no file for the adapter without updates that stands for a plain base.
     """
 
     directory: Path
     base_name: str
     pairs: dict[str, LoraPair]
     run_config: dict = field(default_factory=dict)
+    config: AdapterConfig = field(default_factory=AdapterConfig)
+
+    def check_fit(self, linears: Mapping[str, tuple[int, ...]], base: str) -> None:
+        """Check that the adapter updates the Linear modules that its settings name, all of them and no others.
+
+        Args:
+            linears: Shapes [out, in] of the weights of the base's Linear modules, by path.
+            base: The base, for messages.
+
+        Raises:
+            UserError: The adapter belongs to another model, or its file is incomplete.
+        """
+        where = f"{self.directory}: the adapter does not fit this base model, {base}:"
+        if unknown := self.pairs.keys() - linears.keys():
+            raise UserError(
+                f"{where} the base has no Linear {summarize(unknown)}. Was it trained on a model of another family?"
+            )
+        for path, pair in self.pairs.items():
+            if tuple(linears[path]) != pair.shape:
+                raise UserError(f"{where} {path} is {list(linears[path])}, the adapter updates {list(pair.shape)}")
+        if self.config.targets is None:
+            return
+        named = {path for path in linears if self.config.is_adapted(path)}
+        if missing := named - self.pairs.keys():
+            raise UserError(f"{where} its weights of {summarize(missing)} are missing. Copy the adapter again")
+        if unexpected := self.pairs.keys() - named:
+            raise UserError(
+                f"{where} unexpected weights of {summarize(unexpected)}, which target_modules of {self.config.path} "
+                "does not name. Copy the adapter again"
+            )
 
 
 def read_adapter(adapter_dir: Path) -> Adapter:
-    """Read an adapter directory written by peft, including peft 0.4 (adapter_model.bin).
+    """Read an adapter directory written by peft, including peft 0.4 (adapter_model.bin), and find its base's name.
 
     Raises:
-        UserError: Not an adapter, settings beyond plain LoRA, or weights that are incomplete or of the wrong shape.
+        UserError: Not an adapter, settings beyond plain LoRA, weights that are incomplete or of the wrong shape, or no
+            base that could be opened.
     """
-    if not adapter_dir.is_dir():
-        raise UserError(f"--lora_path {adapter_dir}: no such directory. Give the output_dir of a training run")
+    adapter = read_updates(adapter_dir)
+    return Adapter(adapter_dir, base_name(adapter.config), adapter.pairs, adapter.run_config, adapter.config)
+
+
+def read_updates(adapter_dir: Path) -> Adapter:
+    """Read an adapter that need not name its base; its base_name is then empty.
+
+    Raises:
+        UserError: See `read_adapter`.
+    """
     config = check_adapter_files(adapter_dir)
-    config_path = adapter_dir / "adapter_config.json"
-    check_plain_lora(config, config_path)
-    base_name = config.get("base_model_name_or_path")
-    if not base_name:
-        raise UserError(f"{config_path}: base_model_name_or_path is {base_name!r}. Write the base model's path there")
-    if config.get("revision"):
-        raise UserError(
-            f"{config_path}: trained on revision {config['revision']!r} of {base_name}. Download that revision (hf "
-            f"download {base_name} --revision {config['revision']} --local-dir DIR), then set "
-            "base_model_name_or_path to DIR and revision to null"
-        )
-    return Adapter(adapter_dir, base_name, read_pairs(adapter_dir, config), read_run_config(adapter_dir))
+    check_plain_lora(config)
+    recorded = read_training_record(adapter_dir)
+    return Adapter(adapter_dir, "", read_pairs(adapter_dir, config), recorded, config)
+
+
+def read_training_record(adapter_dir: Path) -> dict:
+    """Return what train_qlora.py recorded beside an adapter, empty if it did not.
+
+    Raises:
+        UserError: run_config.json is a link out of the directory, no JSON object, or a value is of another type.
+    """
+    path = adapter_dir / RUN_CONFIG_NAME
+    check_inside(path)
+    record = read_model_json(path) if path.is_file() else {}
+    remedy = "Copy it again from the training's directory, or delete it: then the base is taken to be unchanged"
+    for (section, key), (kind, lowest) in RECORDED.items():
+        part = record.get(section, {})
+        if not isinstance(part, dict):
+            raise UserError(f"{path}: {section} is {shown(part)}, expected an object. {remedy}")
+        value = part.get(key)
+        is_right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        if value is not None and not (is_right and (lowest is None or value >= lowest)):
+            expected = {str: "text", int: f"a whole number of at least {lowest}", bool: "true or false"}[kind]
+            raise UserError(f"{path}: {section}.{key} is {shown(value)}, expected {expected}. {remedy}")
+    return record
 
 
 def find_base(adapter: Adapter) -> Checkpoint:
@@ -119,8 +167,8 @@ def find_base(adapter: Adapter) -> Checkpoint:
     if trained_on and trained_on != base.fingerprint:
         raise UserError(
             f"{base.directory} is not the base that {adapter.directory} was trained on: its fingerprint is "
-            f"{base.fingerprint}, run_config.json recorded {trained_on}. Restore that revision of the base, or train "
-            "on this one"
+            f"{base.fingerprint}, run_config.json recorded {shown(trained_on)}. Restore that revision of the "
+            "base, or train on this one"
         )
     if not trained_on:
         logger.warning(
@@ -129,35 +177,12 @@ def find_base(adapter: Adapter) -> Checkpoint:
     return base
 
 
-def check_plain_lora(config: dict, config_path: Path) -> None:
-    """Refuse settings whose update is not scale * B @ A.
-
-    Args:
-        config: Parsed adapter_config.json.
-        config_path: Its path, for messages.
-
-    Raises:
-        UserError: The adapter has such settings.
-    """
-    found = [f"{key} {config[key]!r}" for key in UNSUPPORTED if config.get(key)]
-    if config.get("bias", "none") != "none":
-        found.append(f"bias {config['bias']!r}")
-    if found:
-        raise UserError(f"{config_path}: {', '.join(found)} cannot be merged here. {MERGE_ELSEWHERE}")
-    init = str(config.get("init_lora_weights", "")).lower()
-    if init.startswith(CHANGES_THE_BASE):
-        raise UserError(
-            f"{config_path}: init_lora_weights {init!r} changed the base weights before training. Convert it to plain "
-            "LoRA first (save_pretrained with path_initial_model_for_weight_conversion)"
-        )
-
-
-def read_pairs(adapter_dir: Path, config: dict) -> dict[str, LoraPair]:
+def read_pairs(adapter_dir: Path, config: AdapterConfig) -> dict[str, LoraPair]:
     """Read the A and B matrices of every adapted module.
 
     Args:
         adapter_dir: A checked adapter directory.
-        config: Its parsed adapter_config.json.
+        config: Its settings.
 
     Returns:
         The pairs by module path.
@@ -166,26 +191,57 @@ def read_pairs(adapter_dir: Path, config: dict) -> dict[str, LoraPair]:
         UserError: A key that is not a LoRA matrix of a Linear, A without B, a rank other than the config's, or numbers
             that are not finite.
     """
+    path = adapter_weights(adapter_dir)
     sides: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in load_peft_weights(str(adapter_dir), device="cpu").items():
-        match = LORA_KEY.fullmatch(key)
-        if not match:
-            raise UserError(f"{adapter_dir}: weight {key!r} is not a LoRA matrix of a Linear. {MERGE_ELSEWHERE}")
-        sides.setdefault(match["path"], {})[match["side"]] = tensor.float()
+    for key, tensor in read_tensors(path).items():
+        match = LORA_KEY.fullmatch(key) if isinstance(key, str) else None
+        if not match or not is_module_name(match["path"]):
+            raise UserError(f"{path}: weight {shown(key)} is not a LoRA matrix of a Linear. {MERGE_ELSEWHERE}")
+        matrices = sides.setdefault(match["path"], {})
+        if match["side"] in matrices:
+            raise UserError(f"{path}: lora_{match['side']} of {match['path']} stands twice. Copy the adapter again")
+        matrices[match["side"]] = tensor
     if not sides:
-        raise UserError(f"{adapter_dir}: the adapter holds no weights. Was the training interrupted?")
-    pairs = {}
-    for path, matrices in sides.items():
-        if set(matrices) != {"A", "B"}:
-            raise UserError(f"{adapter_dir}: {path} has only lora_{next(iter(matrices))}. Is the file incomplete?")
-        a, b = matrices["A"], matrices["B"]
-        rank_pattern, alpha_pattern = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-        rank = rank_pattern.get(get_pattern_key(rank_pattern, path), config["r"])
-        alpha = alpha_pattern.get(get_pattern_key(alpha_pattern, path), config["lora_alpha"])
-        if a.dim() != 2 or b.dim() != 2 or a.shape[0] != rank or b.shape[1] != rank:
-            shapes = f"A {list(a.shape)}, B {list(b.shape)}"
-            raise UserError(f"{adapter_dir}: {path} has {shapes}, but adapter_config.json says rank {rank}")
-        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-            raise UserError(f"{adapter_dir}: {path} holds NaN or infinite numbers. The training diverged; train again")
-        pairs[path] = LoraPair(a, b, alpha / rank**0.5 if config.get("use_rslora") else alpha / rank)
-    return pairs
+        raise UserError(f"{path}: the adapter holds no weights. Was the training interrupted?")
+    return {module: make_pair(module, matrices, config, path) for module, matrices in sides.items()}
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a checked file, mapped into memory.
+
+    Raises:
+        UserError: The file is damaged, or holds something other than tensors.
+    """
+    if path.suffix == ".safetensors":
+        list_tensors(path)
+        return load_file(path)
+    tensors = load_bin(path)
+    list_bin(path, tensors)
+    return tensors
+
+
+def make_pair(module: str, matrices: dict[str, torch.Tensor], config: AdapterConfig, path: Path) -> LoraPair:
+    """Check the two matrices of a module and put them together.
+
+    Args:
+        module: Path of the module.
+        matrices: By side, A and B.
+        config: The adapter's settings.
+        path: The file, for messages.
+
+    Raises:
+        UserError: See `read_pairs`.
+    """
+    if set(matrices) != {"A", "B"}:
+        found, missing = ("lora_A", "lora_B") if "A" in matrices else ("lora_B", "lora_A")
+        raise UserError(f"{path}: {module} has only {found}, {missing} is missing. Is the file incomplete?")
+    a, b = matrices["A"], matrices["B"]
+    rank, shapes = config.rank(module), f"A {list(a.shape)}, B {list(b.shape)}"
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != rank or b.shape[1] != rank or 0 in (*a.shape, *b.shape):
+        raise UserError(f"{path}: {module} has {shapes}, but adapter_config.json says rank {rank}")
+    if not (a.is_floating_point() and b.is_floating_point()):
+        raise UserError(f"{path}: {module} has A of {a.dtype}, B of {b.dtype}, expected floating-point numbers")
+    a, b = a.float(), b.float()
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        raise UserError(f"{path}: {module} holds NaN or infinite numbers. The training diverged; train again")
+    return LoraPair(a, b, config.scale(module))

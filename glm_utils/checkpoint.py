@@ -1,10 +1,12 @@
 """Open a base or merged model once, as a record that knows its config, family, tokenizer and classes.
 
+Everything that can be wrong with its files, but for the weights' values, is refused here, before memory is taken.
+
 Code that lies beside a checkpoint or on the hub is never executed: only config, tokenizer and weight files are read,
 and the classes come from this project through transformers' own loader.
 """
 
-import re
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,13 +14,18 @@ from typing import NamedTuple
 
 from huggingface_hub import HfApi, snapshot_download
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizer
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from glm_utils.checkpoint_files import check_checkpoint_files, fingerprint, read_config
+from glm_utils.checkpoint_files import check_checkpoint_files, fingerprint, stored_tensors
 from glm_utils.cli import UserError
-from glm_utils.family import FAMILIES, PROJECT_DIR, Family, detect_family
+from glm_utils.config_checks import check_config
+from glm_utils.early_checks import local_model_dir, project_path
+from glm_utils.family import Family, detect_family
+from glm_utils.generation_checks import check_streamable, read_generation_settings
+from glm_utils.model_json import read_config
+from glm_utils.remote_code import remote_code
+from glm_utils.tokenizer_checks import check_fits_model, check_tokenizer_files
+from glm_utils.weight_checks import check_stored_weights
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_PATTERNS = ["*.json", "*.model", "*.safetensors", "pytorch_model*.bin"]  # never *.py
 MODEL_CLASS = "modeling_chatglm.ChatGLMForConditionalGeneration"
 TOKENIZER_CLASS = "tokenization_chatglm.ChatGLMTokenizer"
@@ -39,14 +46,16 @@ class Checkpoint:
     Attributes:
         name: What an adapter records as its base: the hub id, or the absolute directory.
         directory: Directory of config.json, weights and vocabulary.
-        config: The parsed config.json.
+        config: The settings in config.json that the model knows, checked.
         family: The model's family.
+        classes: The family's configuration, model and tokenizer class.
     """
 
     name: str
     directory: Path
     config: dict
     family: Family
+    classes: Classes
 
     @property
     def config_path(self) -> Path:
@@ -74,11 +83,6 @@ class Checkpoint:
         return fingerprint(self.directory)
 
     @cached_property
-    def classes(self) -> Classes:
-        """The family's configuration, model and tokenizer class."""
-        return load_classes(self.family)
-
-    @cached_property
     def model_config(self) -> PretrainedConfig:
         """The configuration object.
 
@@ -87,20 +91,52 @@ class Checkpoint:
         """
         try:
             return self.classes.config.from_dict(self.config)
-        except ValueError as error:
-            raise UserError(f"{self.config_path}: {error}") from error
+        except Exception as error:  # ValueError from this project's class, anything from that of transformers
+            raise UserError(f"{self.config_path}: {' '.join(str(error).split())}") from error
+
+    @cached_property
+    def generation_settings(self) -> dict:
+        """What generation_config.json, or without one config.json, says of generation; checked.
+
+        Raises:
+            UserError: The file is broken, or a value is of a wrong type or out of range.
+        """
+        return read_generation_settings(self.directory, self.model_config.vocab_size)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizer:
         """The tokenizer.
 
         Raises:
-            UserError: The vocabulary cannot be read.
+            UserError: Its files cannot be read, or are another model's.
         """
         try:
-            return load_tokenizer_class(self.family).from_pretrained(self.directory)
-        except ValueError as error:
-            raise UserError(f"{self.vocabulary_path}: {error}") from error
+            tokenizer = self.classes.tokenizer.from_pretrained(self.directory)
+            tokenizer.decode(tokenizer.encode_prompt("a"))
+        except Exception as error:  # what transformers raises for its settings depends on the setting
+            fault = " ".join(str(error).split())
+            raise UserError(f"{self.vocabulary_path} or tokenizer_config.json: {fault}") from error
+        check_fits_model(tokenizer, self.model_config, self.directory)
+        return tokenizer
+
+    def check(self) -> None:
+        """Compare config.json, generation settings, tokenizer settings and stored weights; no weight is read.
+
+        Raises:
+            UserError: They are wrong, or do not belong together.
+        """
+        check_stored_weights(self.directory, self.model_config, self.classes.model, stored_tensors(self.directory))
+        check_tokenizer_files(self.directory, self.model_config.vocab_size)
+        self.generation_settings  # noqa: B018  # reading them checks them
+
+    def require_streamable(self) -> None:
+        """Refuse generation settings that cannot be followed token by token.
+
+        Raises:
+            UserError: There are such settings.
+        """
+        generate_only = sys.modules[self.classes.model.stream_generate.__module__].GENERATE_ONLY
+        check_streamable(self.generation_settings, generate_only, self.directory)
 
     def require_unquantized(self, why: str) -> None:
         """Refuse a checkpoint whose layers hold int4 or int8 weights.
@@ -125,20 +161,19 @@ def open_checkpoint(name_or_path: str | Path) -> Checkpoint:
         name_or_path: Directory, or hub id such as THUDM/chatglm2-6b.
 
     Raises:
-        UserError: Neither a directory nor a reachable hub id, an unknown family, or files that are missing or broken.
+        UserError: Neither a directory nor a reachable hub id, an unknown family, or files that are missing, broken or
+            do not belong together.
     """
     directory = find_checkpoint_dir(name_or_path)
     config = read_config(directory)
     family = detect_family(config, directory / "config.json")
     check_checkpoint_files(directory, config, family)
+    classes = load_classes(family)
     name = str(directory) if project_path(name_or_path).is_dir() else str(name_or_path)
-    return Checkpoint(name, directory, config, family)
-
-
-def project_path(path: str | Path) -> Path:
-    """Return a path as given or, if nothing is there, relative to the project's directory (for shipped files)."""
-    path = Path(path).expanduser()
-    return path if path.exists() or not (PROJECT_DIR / path).exists() else PROJECT_DIR / path
+    config = check_config(config, classes.config, directory / "config.json")
+    checkpoint = Checkpoint(name, directory, config, family, classes)
+    checkpoint.check()
+    return checkpoint
 
 
 def find_checkpoint_dir(name_or_path: str | Path) -> Path:
@@ -150,13 +185,10 @@ def find_checkpoint_dir(name_or_path: str | Path) -> Path:
     Raises:
         UserError: Neither a directory nor a reachable hub id.
     """
-    path, name_or_path = project_path(name_or_path), str(name_or_path)
-    if path.is_dir():
-        return path.resolve()
-    is_hub_id = HUB_ID.fullmatch(name_or_path) and not path.exists() and not path.parent.is_dir()
-    if not is_hub_id and name_or_path not in [hub_id for family in FAMILIES for hub_id in family.hub_ids]:
-        known = ", ".join(hub_id for family in FAMILIES for hub_id in family.hub_ids)
-        raise UserError(f"{name_or_path}: no such directory, and not a hub id either. Known hub ids: {known}")
+    directory = local_model_dir(name_or_path)
+    if directory:
+        return directory
+    name_or_path = str(name_or_path)
     try:
         return _download(name_or_path)
     except Exception as error:  # without a network, whatever huggingface_hub's HTTP library raises
@@ -183,10 +215,10 @@ def load_classes(family: Family) -> Classes:
     The config class is taken from the model class: loaded by itself it would be a different object, and a directory
     saved with that one does not reload.
     """
-    model = get_class_from_dynamic_module(MODEL_CLASS, str(family.remote_dir))
+    model = remote_code(MODEL_CLASS, family.remote_dir)
     return Classes(model.config_class, model, load_tokenizer_class(family))
 
 
 def load_tokenizer_class(family: Family) -> type[PreTrainedTokenizer]:
     """Load only a family's tokenizer class, which is faster than `load_classes`."""
-    return get_class_from_dynamic_module(TOKENIZER_CLASS, str(family.remote_dir))
+    return remote_code(TOKENIZER_CLASS, family.remote_dir)

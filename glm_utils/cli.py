@@ -1,4 +1,4 @@
-"""Command line of every stage: strict flags on top of fire, one error type for bad input, one log format.
+"""Command line of every stage: strict flags on top of fire, one line for whatever ends it early, one log format.
 
 Fire calls a function first and complains about unknown flags afterwards, and it ignores annotations. So fire only
 collects the raw strings here; names and types are checked against the stage's signature before anything runs.
@@ -10,13 +10,15 @@ import inspect
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import fire
 from loguru import logger
-from tqdm import tqdm
 
-LOG_FORMAT = "<green>{time:HH:mm:ss}</green> <level>{level: <7}</level> {message}"
+from glm_utils.ending import BROKEN_PIPE_CODE, describe_crash, flush_output, is_output_fault, open_missing_outputs
+from glm_utils.logs import setup_logging
+from glm_utils.signals import ignore_signals, interruption_note, signal_of, signals_heard
+
 TRUE_WORDS = ("true", "yes", "on", "1")
 FALSE_WORDS = ("false", "no", "off", "0")
 
@@ -24,48 +26,72 @@ FALSE_WORDS = ("false", "no", "off", "0")
 class UserError(ValueError):
     """Bad input: printed as one message without a traceback; the exit code is 1.
 
-    The message says what was found, where (file and line), what was expected and what to do.
+    The message says what was found, where (file and line), what was expected and what to do. It quotes texts as they
+    are; the log makes them visible.
+
+    Attributes:
+        message: The message, which becomes one line.
+        details: Further lines, e.g. one for each fault of a file.
     """
 
+    def __init__(self, message: str, details: Sequence[str] = ()) -> None:
+        super().__init__("\n".join([message, *details]))
+        self.message, self.details = message, tuple(details)
 
-def run_cli(stage: Callable, argv: Sequence[str] | None = None) -> None:
+
+def run_cli(stage: Callable, argv: Sequence[str] | None = None, elsewhere: Mapping[str, str] | None = None) -> None:
     """Run a stage function as a command.
 
     Args:
         stage: Function with keyword-only, annotated arguments; its docstring is the `--help` text.
         argv: Command line without the program's name; `sys.argv[1:]` when None.
+        elsewhere: Names that are not flags of the stage although people give them as such, with what to do instead.
 
     Raises:
-        SystemExit: Code 1 after a `UserError`, 130 after Ctrl-C, 2 when fire itself refuses the command line.
+        SystemExit: Code 1 after a `UserError` or an exception that nothing foresaw, 128 + N after signal N, 2 when
+            fire itself refuses the command line, 141 when nobody reads the output any more.
     """
+    open_missing_outputs()
     setup_logging()
-    try:
-        stage(**parse_args(stage, sys.argv[1:] if argv is None else argv))
-    except UserError as error:
+    code = None
+    with signals_heard(stage if argv is None else None):  # only a script is over when its stage is
+        try:
+            stage(**parse_args(stage, sys.argv[1:] if argv is None else argv, elsewhere))
+        except BaseException as error:
+            ignore_signals()
+            code = _report(error, stage.__name__)
+        code = flush_output(code)
+    if code is not None:
+        raise SystemExit(code)
+
+
+def _report(error: BaseException, command: str) -> int:
+    """Log what ended a command, in one line and the details of a `UserError`; return its exit code."""
+    if isinstance(error, SystemExit) and not isinstance(error.code, str):
+        return error.code or 0
+    signum = signal_of(error)
+    if isinstance(error, UserError):
+        for line in (error.message, *error.details):
+            logger.error(line)
+    elif isinstance(error, SystemExit):
         logger.error(str(error))
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        logger.warning("interrupted")
-        raise SystemExit(130) from None
+    elif signum is not None:
+        logger.warning(interruption_note(signum))
+        return 128 + signum
+    elif not is_output_fault(error):
+        logger.error(describe_crash(error, command))
+    elif isinstance(error, BrokenPipeError):
+        return BROKEN_PIPE_CODE
+    return 1
 
 
-def setup_logging() -> None:
-    """Write loguru's messages through tqdm, so that they do not break a progress bar."""
-    logger.remove()
-    logger.add(
-        lambda message: tqdm.write(message, file=sys.stderr, end=""),
-        format=LOG_FORMAT,
-        colorize=sys.stderr.isatty(),
-        level="INFO",
-    )
-
-
-def parse_args(stage: Callable, argv: Sequence[str]) -> dict:
+def parse_args(stage: Callable, argv: Sequence[str], elsewhere: Mapping[str, str] | None = None) -> dict:
     """Turn a command line into checked keyword arguments of a stage.
 
     Args:
         stage: The stage function.
         argv: Command line without the program's name.
+        elsewhere: See `run_cli`.
 
     Returns:
         The arguments that were given, converted to their annotated types.
@@ -81,7 +107,8 @@ def parse_args(stage: Callable, argv: Sequence[str]) -> dict:
         raise UserError(f"{' '.join(words)}: a value without a flag. Flags: {flags}")
     for name in recorded:
         if name not in parameters:
-            raise UserError(f"unknown flag --{name}. {nearest(name, parameters, 'flags', prefix='--')}")
+            hint = (elsewhere or {}).get(name) or nearest(name, parameters, "flags", prefix="--")
+            raise UserError(f"unknown flag --{name}. {hint}")
     for name, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and name not in recorded:
             raise UserError(f"--{name} is required; see --help")
@@ -187,6 +214,11 @@ def type_in_words(annotation: object) -> str:
     return " or ".join(words)
 
 
+def as_list(paths: str | list[str] | None) -> list[str]:
+    """Return the value of a flag that takes one path or several, or None, as a list."""
+    return [paths] if isinstance(paths, str) else paths or []
+
+
 def check_minimums(arguments: dict, minimums: dict[str, int]) -> None:
     """Refuse a flag whose number is below its minimum; None passes.
 
@@ -216,11 +248,3 @@ def nearest(name: str, known: Iterable[str], noun: str, prefix: str = "") -> str
     if close:
         return f"Did you mean {prefix}{close[0]}?"
     return f"Known {noun}: " + ", ".join(prefix + item for item in known)
-
-
-def printable(text: str) -> str:
-    """Return a text in which characters that could control a terminal are spelled out."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape", "backslashreplace").decode()
-        for character in text
-    )

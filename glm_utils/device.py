@@ -7,6 +7,7 @@ import psutil
 import torch
 
 from glm_utils.cli import UserError
+from glm_utils.early_checks import check_device_name
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -22,14 +23,10 @@ def resolve_device(device: str) -> torch.device:
     """
     if device == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError:
-        raise UserError(f"--device {device}: expected auto, cpu or cuda:N") from None
+    check_device_name(device)
+    resolved = torch.device(device)
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices. Use auto or cpu")
-    if resolved.type not in ("cuda", "cpu"):
-        raise UserError(f"--device {device}: expected auto, cpu or cuda:N")
     return resolved
 
 

@@ -1,13 +1,11 @@
-"""Files and directories: text and JSON read with errors that name the line, everything written atomically.
+"""Files: text and JSON read with errors that name the line, places checked before any work, files written atomically.
 
-An output directory is filled as a hidden sibling and renamed when it is complete. A run that is killed leaves only
-that sibling, which nothing can load because config.json is written last; the next run with the same output directory
-removes it.
+Directories that are written as one are in glm_utils/output_dir.py.
 """
 
-import errno
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -15,13 +13,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from loguru import logger
-
 from glm_utils.cli import UserError
+from glm_utils.disk import (
+    check_names,
+    existing_parent,
+    hidden_sibling,
+    real_path,
+    sync,
+    sync_tree,
+    write_faults_explained,
+)
 
 LFS_MAGIC = b"version https://git-lfs"
 JSON_ERRORS = (ValueError, RecursionError)  # of json.loads; `json_fault` words them
-DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 
 
 # ---- reading
@@ -107,27 +111,51 @@ def download_again(path: Path) -> str:
 # ---- checks before any work
 
 
-def _existing_parent(path: Path) -> Path:
-    """Return a path, or its nearest parent that exists."""
-    return next(place for place in (path, *path.absolute().parents) if place.exists())
-
-
-def check_writable(directory: Path, name: str) -> None:
-    """Check that a directory can be created and written to.
+def check_writable(directory: Path, name: str, file_names: Sequence[str] = ()) -> None:
+    """Check that a directory can be created and written to, by writing there: to root, os.access promises anything.
 
     Args:
         directory: The directory; it need not exist.
         name: The flag or setting that names it.
+        file_names: Files that will be written there.
 
     Raises:
-        UserError: It, or its nearest parent that exists, is a file or cannot be written to.
+        UserError: It, or its nearest parent that exists, is a file or cannot be written to, or a name is too long.
     """
-    place = _existing_parent(directory)
-    if place.is_dir() and os.access(place, os.W_OK):
-        return
-    fault = "cannot be written to" if place.is_dir() else "is a file"
-    subject = name if place == directory else f"{name} cannot be created, {place}"
+    try:
+        place = existing_parent(real_path(directory, name))
+        if place.is_dir():
+            check_names(place, [*real_path(directory, name).relative_to(place).parts, *file_names])
+            with tempfile.TemporaryFile(dir=place):  # without a name on Linux: a kill leaves nothing
+                return
+        fault = "is a file"
+    except OSError as error:
+        place, fault = directory, f"cannot be written to ({error.strerror or error})"
+    subject = name if place in (directory, directory.absolute()) else f"{name} cannot be created, {place}"
     raise UserError(f"{directory}: {subject} {fault}. Choose another {name}")
+
+
+def check_output_file(path: Path, name: str, companions: Sequence[str] = ()) -> Path:
+    """Check before any work that a file can be written.
+
+    Args:
+        path: The file; it need not exist.
+        name: The flag that names it.
+        companions: Endings of further files, which are written beside it.
+
+    Returns:
+        The path, links followed.
+
+    Raises:
+        UserError: A directory, a device, pipe or mounted file, a name that is too long, or a place that cannot be
+            written to.
+    """
+    target = real_path(path, name)
+    check_writable(target.parent, name, [target.name + ending for ending in ("", *companions)])
+    if target.exists() and (not target.is_file() or os.path.ismount(target)):
+        fault = "a directory" if target.is_dir() else "a device, a pipe or a mounted file, which cannot be replaced"
+        raise UserError(f"{name} {path}: {fault}. Give a file in a directory that can be written to")
+    return target
 
 
 def check_apart(output_dir: Path, inputs: Sequence[Path], name: str) -> None:
@@ -141,7 +169,7 @@ def check_apart(output_dir: Path, inputs: Sequence[Path], name: str) -> None:
     Raises:
         UserError: They overlap.
     """
-    resolved = output_dir.resolve()
+    resolved = real_path(output_dir, name)
     for path in map(Path.resolve, inputs):
         if resolved == path or resolved in path.parents or path in resolved.parents:
             raise UserError(f"{name} {output_dir} overlaps the input {path}. Give a directory beside it")
@@ -153,12 +181,13 @@ def check_free_space(output_dir: Path, num_bytes: int) -> None:
     Raises:
         UserError: Too little space is free.
     """
-    place = _existing_parent(output_dir)
+    place = existing_parent(real_path(output_dir, "--output_path"))
     free = shutil.disk_usage(place).free
     if free < num_bytes:
+        unit, size = ("GB", 1e9) if num_bytes >= 1e7 else ("MB", 1e6)
         raise UserError(
-            f"{place}: {free / 1e9:.2f} GB free, {num_bytes / 1e9:.2f} GB needed. Free some space, or give an "
-            "--output_path on another disk"
+            f"{place}: {free / size:.2f} {unit} free, {num_bytes / size:.2f} {unit} needed. Free some space, or give "
+            "an --output_path on another disk"
         )
 
 
@@ -166,93 +195,49 @@ def check_free_space(output_dir: Path, num_bytes: int) -> None:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Write a JSON file atomically."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    """Write a JSON file atomically; a link at its place, or at that of the temporary file, is not followed."""
+    temporary = path.with_name(f".incomplete-{secrets.token_hex(8)}")
+    try:
+        # what is not UTF-8, as names of files may be, is written as JSON writes such characters
+        with temporary.open("x", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n")
+        sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
 
 
 @contextmanager
-def atomic_files(target_dir: Path, last: str) -> Iterator[Path]:
+def atomic_files(target_dir: Path, last: str, name: str = "output_dir") -> Iterator[Path]:
     """Collect files in a temporary directory and move them into place when all are written.
+
+    The caller holds the lock of the output, so what is there under the temporary directory's name is of a killed run.
 
     Args:
         target_dir: Where the files go; other files there stay.
         last: Name of the file that is moved last: a reader that requires it never sees half of the set.
+        name: The flag or setting that names target_dir, for messages.
 
     Yields:
         The temporary directory, inside target_dir.
-    """
-    target_dir.mkdir(parents=True, exist_ok=True)
-    temporary_dir = Path(tempfile.mkdtemp(prefix=".incomplete-", dir=target_dir))
-    try:
-        yield temporary_dir
-        for path in sorted(temporary_dir.iterdir(), key=lambda path: path.name == last):
-            os.replace(path, target_dir / path.name)
-    finally:
-        shutil.rmtree(temporary_dir, ignore_errors=True)
-
-
-@contextmanager
-def atomic_directory(output_dir: Path) -> Iterator[Path]:
-    """Fill a hidden sibling of output_dir and rename it if the block ends without an error.
-
-    Args:
-        output_dir: Absent, empty, or an earlier output, which is replaced.
-
-    Yields:
-        The directory to fill.
 
     Raises:
-        UserError: The directory cannot be written to, or the disk is full.
+        UserError: The directory takes no more, or cannot be written to.
     """
-    output_dir = output_dir.absolute()
-    prefix = f".{output_dir.name}.incomplete-"
-    temporary_dir = output_dir.with_name(f"{prefix}{os.getpid()}")
-    try:
-        output_dir.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in output_dir.parent.glob(f"{prefix}*"):
-            remove_leftover(leftover, prefix)
+    target_dir = real_path(target_dir, name)
+    temporary_dir = hidden_sibling(target_dir / last, "incomplete")
+    with write_faults_explained(target_dir, name, every=True):
+        target_dir.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary_dir, ignore_errors=True)
         temporary_dir.mkdir()
-    except OSError as error:
-        raise UserError(f"--output_path {output_dir}: cannot be written ({error.strerror})") from error
     try:
-        yield temporary_dir
-        replace_directory(temporary_dir, output_dir)
-    except OSError as error:
-        if error.errno in DISK_FULL_ERRORS:
-            remedy = "Free some space, or give another --output_path"
-            raise UserError(f"{output_dir}: the disk is full. {remedy}") from error
-        raise
+        with write_faults_explained(target_dir, name):
+            yield temporary_dir
+        with write_faults_explained(target_dir, name, every=True):
+            sync_tree(temporary_dir)
+            for path in sorted(temporary_dir.iterdir(), key=lambda path: path.name == last):
+                os.replace(path, target_dir / path.name)
+            sync(target_dir)
     finally:
         shutil.rmtree(temporary_dir, ignore_errors=True)
-
-
-def remove_leftover(path: Path, prefix: str) -> None:
-    """Remove the hidden directory of a killed run, named prefix + process id, unless that process is alive."""
-    pid = path.name.removeprefix(prefix)
-    if pid.isdecimal() and int(pid) != os.getpid():
-        try:
-            os.kill(int(pid), 0)
-            return
-        except ProcessLookupError:
-            pass
-        except PermissionError:  # alive, of another user
-            return
-    logger.warning(f"removing {path}, left by a run that was killed")
-    shutil.rmtree(path)
-
-
-def replace_directory(source: Path, target: Path) -> None:
-    """Rename source to target; an existing target is moved aside first and deleted afterwards."""
-    if not target.exists():
-        source.rename(target)
-        return
-    aside = source.with_name(source.name + "-replaced")
-    target.rename(aside)
-    try:
-        source.rename(target)
-    except OSError:
-        aside.rename(target)
-        raise
-    shutil.rmtree(aside)

@@ -3,22 +3,28 @@
 A model that does not fit into the free memory is refused from its config.json, before any weight is read.
 """
 
+from __future__ import annotations  # peft is imported where it is used
+
 import copy
-import pickle
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import bitsandbytes
-import peft
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from glm_utils.adapter import Adapter, find_base, read_adapter
-from glm_utils.checkpoint import Checkpoint, open_checkpoint, project_path
-from glm_utils.checkpoint_files import check_adapter_files
+from glm_utils.adapter import Adapter, find_base, read_adapter, read_updates
+from glm_utils.checkpoint import Checkpoint, open_checkpoint
 from glm_utils.cli import UserError
 from glm_utils.device import as_dtype, dtype_name, free_bytes
+from glm_utils.early_checks import check_model_choice
+from glm_utils.generation_checks import make_generation_config
+from glm_utils.loading_bar import bar_of_long_loads
+from glm_utils.nf4_layers import keep_4bit_layout, layers_in_4bit
+from glm_utils.weight_checks import check_weights
+
+if TYPE_CHECKING:
+    import peft
 
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # per weight: 4 bits, uint8 absmax per 64 weights, fp32 per 256 absmax
 
@@ -44,6 +50,7 @@ class ModelSource:
     device: torch.device
 
     def __post_init__(self) -> None:
+        self.checkpoint.require_streamable()
         if self.load_in_4bit:
             self.checkpoint.require_unquantized("--load_in_4bit quantizes fp16 weights: leave it out to use these")
 
@@ -65,7 +72,9 @@ class ModelSource:
         """
         model = load_base_model(self.checkpoint, self.load_in_4bit, self.dtype, {"": str(self.device)})
         if self.adapter:
-            model = load_adapter(model, self.adapter.directory)
+            from glm_utils.adapter_layers import put_on  # here, as a merged model is loaded without peft
+
+            model = put_on(model, self.adapter)
             if merge_adapter and not self.load_in_4bit:
                 model = model.merge_and_unload()
         return model.eval()
@@ -123,16 +132,11 @@ def find_model(model_path: str | None, lora_path: str | None) -> tuple[Checkpoin
     Raises:
         UserError: Neither is given, both are, or the model or adapter cannot be opened.
     """
-    if lora_path and not model_path:
-        adapter = read_adapter(Path(lora_path).expanduser())
-        return find_base(adapter), adapter
-    if lora_path or not model_path:
-        found = "both are given" if model_path else "neither is given"
-        raise UserError(f"{found}: give --model_path DIR, or --lora_path DIR, which names its base itself")
-    path = project_path(model_path)
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        raise UserError(f"--model_path {model_path}: a LoRA adapter. Give it as --lora_path {model_path}")
-    return open_checkpoint(model_path), None
+    check_model_choice(model_path, lora_path)
+    if model_path:
+        return open_checkpoint(model_path), None
+    adapter = read_adapter(Path(str(lora_path)).expanduser())
+    return find_base(adapter), adapter
 
 
 def load_base_model(
@@ -162,15 +166,17 @@ def load_base_model(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=as_dtype(compute_dtype),
         )
-    model, loading_info = checkpoint.classes.model.from_pretrained(
-        checkpoint.directory,
-        config=copy.deepcopy(checkpoint.model_config),  # from_pretrained writes into it
-        dtype=as_dtype(dtype or compute_dtype),
-        device_map=device_map,
-        quantization_config=quantization_config,
-        ignore_mismatched_sizes=True,  # reported below, with a remedy
-        output_loading_info=True,
-    )
+    with bar_of_long_loads(checkpoint):
+        model, loading_info = checkpoint.classes.model.from_pretrained(
+            checkpoint.directory,
+            config=copy.deepcopy(checkpoint.model_config),  # from_pretrained writes into it
+            dtype=as_dtype(dtype or compute_dtype),
+            device_map=device_map,
+            quantization_config=quantization_config,
+            generation_config=make_generation_config(checkpoint.generation_settings, checkpoint.config_path),
+            ignore_mismatched_sizes=True,  # reported below, with a remedy
+            output_loading_info=True,
+        )
     check_loaded_weights(checkpoint.directory, model, loading_info)
     keep_4bit_layout(model)
     return model
@@ -192,68 +198,19 @@ def check_loaded_weights(checkpoint_dir: Path, model: PreTrainedModel, loading_i
     # transformers silently accepts 4-bit weights of any shape, so they are compared here
     found["mismatched"] += [
         f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, bitsandbytes.nn.Linear4bit)
-        and (state := getattr(module.weight, "quant_state", None)) is not None
+        for name, module in layers_in_4bit(model)
+        if (state := getattr(module.weight, "quant_state", None)) is not None
         and tuple(state.shape) != (module.out_features, module.in_features)
     ]
     check_weights(checkpoint_dir, **found)
 
 
-def check_weights(checkpoint_dir: Path, **faults: Iterable[str]) -> None:
-    """Refuse weights that do not match config.json.
-
-    Args:
-        checkpoint_dir: The model's directory, for messages.
-        **faults: Names of weights by fault: missing, mismatched (a shape may follow the name), unexpected. Names of
-            rotary frequencies are ignored: the models compute them, whether they are stored or not.
+def load_adapter(model: PreTrainedModel, adapter_dir: Path) -> peft.PeftModel:
+    """Read a LoRA adapter, including one of peft 0.4 (adapter_model.bin), and put it on a base model.
 
     Raises:
-        UserError: There are such weights.
+        UserError: Not an adapter of plain LoRA, or weights that do not fit the model.
     """
-    for kind, names in faults.items():
-        counted = sorted(name for name in names if not name.split(" ")[0].endswith("inv_freq"))
-        if counted:
-            raise UserError(
-                f"{checkpoint_dir}: {len(counted)} {kind} weights, e.g. {counted[0]}. The weights must match "
-                "config.json; download both again, from the same revision"
-            )
+    from glm_utils.adapter_layers import put_on
 
-
-def keep_4bit_layout(model: torch.nn.Module) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights on the CPU.
-
-    On a CPU with avx512_bf16 `Linear4bit` repacks its weights in place in the first evaluation forward. Training then
-    continues through a matmul without gradient: the LoRA gradients of earlier layers are exactly 0, and dequantizing
-    returns garbage. Source: bitsandbytes 0.50.2, nn/modules.py, `Linear4bit.forward`.
-    """
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-
-
-def load_adapter(model: PreTrainedModel, adapter_dir: Path, is_trainable: bool = False) -> peft.PeftModel:
-    """Put a LoRA adapter on a base model, including one of peft 0.4 (adapter_model.bin, read with weights_only).
-
-    Args:
-        model: The base model.
-        adapter_dir: Directory of the adapter.
-        is_trainable: Whether the LoRA weights get gradients.
-
-    Raises:
-        UserError: Not an adapter, or weights that do not fit the model.
-    """
-    check_adapter_files(adapter_dir)
-    try:
-        peft_model = peft.PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=is_trainable)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{adapter_dir}/adapter_model.bin holds more than tensors, not read: {error}") from error
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{adapter_dir}: the adapter does not fit this base model: {error}") from error
-    keep_4bit_layout(peft_model)
-    loaded = set(peft.utils.load_peft_weights(str(adapter_dir), device="cpu"))
-    expected = set(peft.get_peft_model_state_dict(peft_model))
-    if loaded != expected:
-        missing, unexpected = sorted(expected - loaded)[:3], sorted(loaded - expected)[:3]
-        raise UserError(f"{adapter_dir}: does not fit this base model; missing {missing}, unexpected {unexpected}")
-    return peft_model
+    return put_on(model, read_updates(adapter_dir))

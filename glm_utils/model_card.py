@@ -6,6 +6,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from glm_utils.run_record import RUN_CONFIG_NAME
+from glm_utils.visible_text import markdown_text, visible
 
 
 def base_label(base_name: str) -> str:
@@ -14,8 +15,8 @@ def base_label(base_name: str) -> str:
 
 
 def table_rows(values: dict[str, str]) -> str:
-    """Return the rows of a two-column Markdown table."""
-    return "\n".join(f"| {name} | {value} |" for name, value in values.items())
+    """Return the rows of a two-column Markdown table; names and values are shown as they are."""
+    return "\n".join(f"| {markdown_text(name)} | {markdown_text(value)} |" for name, value in values.items())
 
 
 def adapter_card(record: dict, results: dict, settings: dict) -> str:
@@ -29,11 +30,11 @@ def adapter_card(record: dict, results: dict, settings: dict) -> str:
     base = base_label(record["base"]["name"])
     losses = {name: f"{value:.4f}" for name, value in results.items() if name.endswith("loss")}
     data = "\n".join(
-        f"- {name}: {Path(record['arguments'][f'{name}_data_path']).name}, {counts['num_rows']} examples, "
-        f"{counts['num_tokens']} tokens ({counts['num_trained_tokens']} trained)"
+        f"- {name}: {markdown_text(Path(record['arguments'][f'{name}_data_path']).name)}, "
+        f"{counts['num_rows']} examples, {counts['num_tokens']} tokens ({counts['num_trained_tokens']} trained)"
         for name, counts in record["data"].items()
     )
-    text = f"""# LoRA adapter for {base}
+    text = f"""# LoRA adapter for {markdown_text(base)}
 
 A LoRA adapter for {record["base"]["family"]}, trained by `train_qlora.py` on the base in 4-bit NF4 with double
 quantization. Load it on the base with `peft.PeftModel.from_pretrained(base, adapter_directory)`.
@@ -69,7 +70,7 @@ def merged_card(base_name: str, kind: str, properties: dict[str, str], usage: st
         library_name: The hub's name of the library that loads it.
     """
     base = base_label(base_name)
-    text = f"""# {base} with a merged LoRA adapter, {kind}
+    text = f"""# {markdown_text(base)} with a merged LoRA adapter, {kind}
 
 {usage}
 
@@ -83,5 +84,5 @@ def merged_card(base_name: str, kind: str, properties: dict[str, str], usage: st
 
 def _with_metadata(text: str, base: str, library_name: str, tags: list[str]) -> str:
     """Prepend the YAML block to a card's text."""
-    metadata = ModelCardData(base_model=base, library_name=library_name, tags=tags)
+    metadata = ModelCardData(base_model=visible(base), library_name=library_name, tags=tags)
     return str(ModelCard("\n".join(("---", metadata.to_yaml(), "---", text, ""))))

@@ -13,20 +13,22 @@ GRACE_SECONDS = 8  # data loader workers of a killed run hold its lock until the
 
 
 @contextmanager
-def lock_output(path: Path, what: str, grace_seconds: float = GRACE_SECONDS) -> Iterator[None]:
+def lock_output(path: Path, what: str, grace_seconds: float = GRACE_SECONDS, remove: bool = False) -> Iterator[None]:
     """Hold the lock of an output while the block runs.
 
     Args:
-        path: The lock file; it is created and stays, since deleting it would let two runs hold two different files.
+        path: The lock file; it is created, with the directories above it.
         what: The output, as the message names it, e.g. `output_dir saved_files/run`.
         grace_seconds: How long to wait for a run that is just ending.
+        remove: Delete the file at the end, while the lock is held. A run that waits for it then finds that the file it
+            opened has no name any more, and opens a new one (filelock looks at st_nlink), so no two hold the lock.
 
     Raises:
-        UserError: Another process holds the lock, or the file system has no locks.
+        UserError: Another process holds the lock, it cannot be written, or the file system has no locks.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         logger.info(f"{what} is in use by another run; waiting {grace_seconds:g} s for it to end")
@@ -38,7 +40,11 @@ def lock_output(path: Path, what: str, grace_seconds: float = GRACE_SECONDS) -> 
             ) from None
     except NotImplementedError:
         raise UserError(f"{path}: this file system has no file locks. Choose a place on another one") from None
+    except OSError as error:
+        raise UserError(f"{what}: {path} cannot be written ({error.strerror}). Choose another place") from error
     try:
         yield
     finally:
+        if remove:
+            path.unlink(missing_ok=True)
         lock.release()

@@ -4,16 +4,14 @@ import hashlib
 import importlib.metadata
 import platform
 import subprocess
-from collections.abc import Sequence
+import tomllib
 from pathlib import Path
 
-import torch
-
-from glm_utils.cli import UserError
 from glm_utils.family import PROJECT_DIR
-from glm_utils.files import check_apart, check_writable, read_json_object
+from glm_utils.files import read_json_object
 
 RUN_CONFIG_NAME = "run_config.json"
+FORMAT_VERSION = 2  # of run_config.json; before it had this key, a checkpoint had no manifest.json
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "sentencepiece")
 
 
@@ -27,36 +25,14 @@ def read_run_config(directory: Path) -> dict:
     return read_json_object(path) if path.is_file() else {}
 
 
-def check_replaceable(output_dir: Path, overwrite: bool, stage: str, inputs: Sequence[Path]) -> None:
-    """Check before any work that an output directory may be written to.
-
-    Args:
-        output_dir: The directory, given as --output_path.
-        overwrite: Whether an earlier output of the same stage may be replaced.
-        stage: Name of the stage as its run_config.json records it.
-        inputs: Directories that are read; the output must lie outside them.
-
-    Raises:
-        UserError: It overlaps an input, cannot be written to, or holds something other than an earlier output.
-    """
-    check_apart(output_dir, inputs, "--output_path")
-    check_writable(output_dir, "--output_path")
-    if not output_dir.is_dir() or not any(output_dir.iterdir()):
-        return
-    if not overwrite:
-        raise UserError(f"--output_path {output_dir}: not empty. Give another directory, or --overwrite")
-    if read_run_config(output_dir).get("stage") != stage:
-        raise UserError(
-            f"--output_path {output_dir}: --overwrite replaces an earlier output of {stage} only, and this directory "
-            f"has no {RUN_CONFIG_NAME} of it. Empty it yourself, or give another directory"
-        )
-
-
 def versions() -> dict[str, str]:
-    """Return the versions of Python and the packages, and the name of the device."""
+    """Return the versions of Python, this project and the packages, and the name of the device."""
+    import torch  # here, as what a script checks first needs this file too
+
+    project = tomllib.loads((PROJECT_DIR / "pyproject.toml").read_text("utf-8"))["project"]
     found = {package: importlib.metadata.version(package) for package in PACKAGES}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {"python": platform.python_version(), **found, "device": device}
+    return {"python": platform.python_version(), project["name"]: project["version"], **found, "device": device}
 
 
 def git_commit() -> str | None:

@@ -16,14 +16,16 @@ from pathlib import Path
 import pytest
 import torch
 from loguru import logger
+from safetensors.torch import save_file
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; read when triton is imported
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent
 from glm_utils.checkpoint import load_classes, open_checkpoint
-from glm_utils.family import FAMILIES
+from glm_utils.family import FAMILIES, detect_family
 from glm_utils.load_model import load_base_model
+from glm_utils.logs import setup_logging
 
 FIXTURES_DIR = PROJECT_DIR / "tests" / "fixtures"
 FAMILY_BY_NAME = {family.name: family for family in FAMILIES}
@@ -87,10 +89,28 @@ def golden_model(model_dir):
     return load_base_model(open_checkpoint(model_dir)).eval()
 
 
+def write_quantized(model_dir, target, bits=4):
+    """Write a model with int4 or int8 weights, and its tokenizer, to another directory."""
+    load_base_model(open_checkpoint(model_dir)).quantize(bits).save_pretrained(target)
+    open_checkpoint(model_dir).tokenizer.save_pretrained(target)
+    return target
+
+
+def change_config(base_dir, **changes):
+    """Change config.json of a base, and write random weights that fit it."""
+    path = base_dir / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps(config))
+    classes = load_classes(detect_family(config, path))
+    state = classes.model(classes.config.from_dict(config)).state_dict()
+    save_file(state, base_dir / "model.safetensors", {"format": "pt"})
+
+
 @pytest.fixture
 def log_lines():
-    """Messages that loguru wrote during the test, as "LEVEL message"."""
+    """Messages that a command's log wrote during the test, as "LEVEL message"."""
     lines = []
+    setup_logging()
     handler = logger.add(lambda text: lines.append(text.rstrip("\n")), format="{level} {message}", level="INFO")
     yield lines
     with contextlib.suppress(ValueError):  # run_cli sets logging up afresh

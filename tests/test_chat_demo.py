@@ -386,6 +386,13 @@ def test_terminal_with_ctrl_c_and_editing(tiny_dir, tmp_path):
     assert screen.end() == 0
 
 
+def test_what_a_model_writes_cannot_steer_the_terminal(capsys):
+    session = scripted("白\x1b", "白\x1b]0;", "白\x1b]0;title\x07", "白\x1b]0;title\x07\u202e。")
+    terminal.print_answers("q", {"": session})
+    assert capsys.readouterr().out == r"白\x1b]0;title\x07\u202e。" + "\n"
+    assert session.history == [("q", "白\x1b]0;title\x07\u202e。")]
+
+
 # ---- side by side
 
 

@@ -1,5 +1,9 @@
 """Command line: every flag is checked by name and type before a stage runs."""
 
+import json
+import re
+import tempfile
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -27,8 +31,6 @@ def stage(
     CALLS.append(lora_rank)
     if lora_rank == 13:
         raise UserError("data.jsonl:7: unlucky. Take another")
-    if lora_rank == 14:
-        raise RuntimeError("a bug")
 
 
 @pytest.fixture(autouse=True)
@@ -121,9 +123,65 @@ def test_user_error_is_one_message_without_traceback(capsys):
     assert "Traceback" not in error
 
 
-def test_a_bug_keeps_its_traceback():
-    with pytest.raises(RuntimeError, match="a bug"):
-        run_cli(stage, ["--lora_rank=14"])
+def crash(error, capsys):
+    """Let a stage end with an exception; return its exit code, its lines and the file with the traceback."""
+
+    def broken() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as exit_info:
+        run_cli(broken, [])
+    lines = capsys.readouterr().err.splitlines()
+    match = re.search(r"the full traceback is in (\S+)$", lines[-1])
+    return exit_info.value.code, lines, Path(match[1]) if match else None
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), MemoryError(), RecursionError("too deep"), KeyError("key")])
+def test_what_nothing_foresaw_is_one_line_and_a_file(error, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code, (line,), path = crash(error, capsys)
+    assert code == 1
+    message = f": {error}" if str(error) else ""
+    assert re.search(rf" ERROR   {type(error).__name__}{message} \(tests/test_cli.py:\d+\)\. ", line)
+    assert path.parent == tmp_path
+    assert re.fullmatch(r"broken_error_\w+\.txt", path.name)
+    assert path.stat().st_mode & 0o777 == 0o600
+    text = path.read_text("utf-8")
+    assert "Traceback (most recent call last)" in text
+    assert "in broken\n    raise error" in text
+
+
+def test_the_line_shows_no_control_characters_and_one_line_of_the_message(capsys):
+    code, (line,), path = crash(ValueError("\n\x1b[2Jred\u202e\rand more\nand a second line" + "x" * 9000), capsys)
+    path.unlink()
+    assert code == 1
+    assert r"ValueError: \x1b[2Jred\u202e" in line
+    assert "second" not in line
+    code, (line,), path = crash(ValueError("x" * 9000), capsys)
+    path.unlink()
+    assert len(line) < 1000
+
+
+def test_the_line_names_the_innermost_frame_of_this_project(capsys):
+    """Frames of libraries, also of those in a virtual environment inside the project, are passed over."""
+
+    def broken() -> None:
+        json.loads("{")
+
+    with pytest.raises(SystemExit):
+        run_cli(broken, [])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "JSONDecodeError" in line
+    assert "(tests/test_cli.py:" in line
+    Path(line.rpartition(" ")[2]).unlink()
+
+
+def test_a_traceback_that_cannot_be_written_is_said(capsys, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    code, (line,), path = crash(RuntimeError("a bug"), capsys)
+    assert (code, path) == (1, None)
+    assert "RuntimeError: a bug (tests/test_cli.py:" in line
+    assert "the traceback could not be written (FileNotFoundError)" in line
 
 
 def test_help_is_the_docstring(capsys):

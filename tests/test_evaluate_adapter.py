@@ -14,15 +14,16 @@ import torch
 
 import evaluate_adapter as stage
 import merge_lora_and_quantize as merge_stage
+from glm_utils import visible_text
 from glm_utils.checkpoint import open_checkpoint
 from glm_utils.cli import UserError, run_cli
 from glm_utils.data import read_examples
-from glm_utils.encoding import EncodingLimits
-from glm_utils.evaluation import attributes, bootstrap, harmless, job, losses, metrics, verdict
+from glm_utils.evaluation import attributes, bootstrap, job, losses, metrics, verdict
 from glm_utils.evaluation import write as writing
 from glm_utils.evaluation.bootstrap import Difference
 from glm_utils.evaluation.figures import FIGURES, GROUPS, Comparison
 from glm_utils.evaluation.probe import KINDS, SUBJECTS_OF_2023, read_probe, thin_out
+from glm_utils.limits import EncodingLimits
 from glm_utils.load_model import load_base_model
 from tests.conftest import PROJECT_DIR
 
@@ -319,23 +320,23 @@ def test_every_figure_is_in_a_group_of_the_table():
 
 
 def test_controls_are_named():
-    shown = harmless.visible(DANGEROUS)
-    assert shown == harmless.visible(shown)
+    shown = visible_text.visible(DANGEROUS)
+    assert shown == visible_text.visible(shown)
     assert "\x1b" not in shown
-    assert "␛[31m" in shown
-    assert "[RIGHT-TO-LEFT OVERRIDE]" in shown
-    assert harmless.visible("一\n二\t三") == "一\n二\t三"
+    assert r"\x1b[31m" in shown
+    assert r"\u202eabc" in shown
+    assert visible_text.visible("一\n二\t三") == "一\n二\t三"
 
 
 def test_json_lines_keep_their_values():
-    line = harmless.json_line({"text": DANGEROUS})
+    line = visible_text.json_line({"text": DANGEROUS})
     assert json.loads(line) == {"text": DANGEROUS}
-    assert not harmless.UNSAFE.search(line)
+    assert not visible_text.UNSAFE.search(line)
     line.encode("utf-8")
 
 
 def test_markdown_is_text():
-    assert harmless.markdown_text("a|b\n# c ![x](y)") == "a\\|b \\# c \\!\\[x\\]\\(y\\)"
+    assert visible_text.markdown_text("a|b\n# c ![x](y)") == "a\\|b \\# c \\!\\[x\\]\\(y\\)"
 
 
 # ---- the report
@@ -414,7 +415,7 @@ def test_page_needs_no_network_and_runs_nothing(report_dir):
     assert "url(" not in text
     assert "<script>alert(1)</script>" in reader.text
     for name in ("report.html", "report.md", "generated_predictions.jsonl"):
-        assert not harmless.UNSAFE.search((report_dir / name).read_text("utf-8")), name
+        assert not visible_text.UNSAFE.search((report_dir / name).read_text("utf-8")), name
     assert "![x]" not in (report_dir / "report.md").read_text("utf-8")
 
 

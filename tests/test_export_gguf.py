@@ -23,7 +23,7 @@ from glm_utils.cli import UserError
 from glm_utils.export import gguf_file, gguf_tokenizer
 from glm_utils.family import PROJECT_DIR
 from glm_utils.load_model import load_adapter, load_base_model
-from tests.conftest import FAMILY_BY_NAME, FIXTURES_DIR
+from tests.conftest import FAMILY_BY_NAME, FIXTURES_DIR, change_config
 
 TINY_DIR = PROJECT_DIR / "models" / "chatglm2-tiny"
 GOLDEN_DIR = FIXTURES_DIR / "chatglm2-6b" / "model"
@@ -290,11 +290,15 @@ def test_what_the_format_does_not_hold_is_refused(tmp_path, base_dir, export):
         ({"kv_channels": 32}, "hidden_size is 64, not 4 heads of 32 channels"),
         ({"add_bias_linear": True}, "add_bias_linear is set"),
     ):
-        edit(base_dir / "config.json", **changes)
+        change_config(base_dir, **changes)
+        shutil.rmtree(adapter_dir)
+        make_adapter(base_dir, adapter_dir)
         with pytest.raises(UserError, match=f"{message}.*Use --export_format chatglm"):
             export(adapter_dir)
+    change_config(base_dir, kv_channels=16, add_bias_linear=False)
+    shutil.rmtree(adapter_dir)
+    make_adapter(base_dir, adapter_dir)
     (base_dir / "tokenizer.model").write_bytes(b"no vocabulary")
-    edit(base_dir / "config.json", kv_channels=16, add_bias_linear=False)
     with pytest.raises(UserError, match="tokenizer.model.*is not a sentencepiece model"):
         export(adapter_dir)
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}

@@ -16,7 +16,9 @@ from glm_utils.export import chatglm, glm
 from glm_utils.family import FAMILIES, PROJECT_DIR
 from glm_utils.load_model import load_adapter, load_base_model
 from glm_utils.merging import reload_check
+from tests.conftest import change_config, write_quantized
 from tests.test_merge import VARIED
+from tools import to_glm as to_glm_module
 from tools.to_glm import to_glm
 
 FIXTURES_DIR = PROJECT_DIR / "tests" / "fixtures"
@@ -260,12 +262,12 @@ def test_adapter_of_some_layers(base_dir, adapter, run):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantized_weights_have_no_native_form(base_dir, adapter, run, bits):
+def test_quantized_weights_have_no_native_form(base_dir, adapter, run, tmp_path, bits):
     with pytest.raises(UserError, match=f"--qbits {bits}: --export_format glm writes fp16.*Give --qbits 0"):
         run("merged", lora_path=adapter(base_dir), qbits=bits)
-    shutil.copyfile(FIXTURES_DIR / "chatglm2-6b" / "model" / f"config_int{bits}.json", base_dir / "config.json")
+    quantized = write_quantized(base_dir, tmp_path / "quantized", bits)
     with pytest.raises(UserError, match="quantized already.*GlmForCausalLM has no layout.*fp16 checkpoint"):
-        run("native", convert=True, model_name_or_path=base_dir)
+        run("native", convert=True, model_name_or_path=quantized)
 
 
 def test_chatglm_6b_has_no_native_class(adapter, run):
@@ -280,7 +282,7 @@ def test_chatglm_6b_has_no_native_class(adapter, run):
 
 
 def test_biases_that_glm_does_not_have(base_dir, run):
-    _edit(base_dir / "config.json", add_bias_linear=True)
+    change_config(base_dir, add_bias_linear=True)
     with pytest.raises(UserError, match="add_bias_linear is true, and GlmForCausalLM has no such biases"):
         run("native", convert=True, model_name_or_path=base_dir)
 
@@ -290,6 +292,21 @@ def test_a_vocabulary_that_cannot_be_converted_is_refused_before_any_work(base_d
     shutil.copyfile(FIXTURES_DIR / "chatglm-6b" / "model" / "ice_text.model", base_dir / "tokenizer.model")
     with pytest.raises(UserError, match="tokenizer.model"):
         run("native", convert=True, model_name_or_path=base_dir)
+
+
+def test_room_for_an_adapter_is_asked_for_before_the_work(base_dir, adapter, run, tmp_path, monkeypatch):
+    """What is asked for is more than is written, but not much more."""
+    adapter_dir, usage = adapter(base_dir), shutil.disk_usage(tmp_path)
+    out = run("native", convert=True, lora_path=adapter_dir)
+    written, asked = sum(path.stat().st_size for path in out.iterdir()), []
+    monkeypatch.setattr(to_glm_module, "check_free_space", lambda place, num_bytes: asked.append(num_bytes))
+    run("again", convert=True, lora_path=adapter_dir)
+    assert written < asked[0] < 2 * written + 40_000
+    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=written // 2))
+    with pytest.raises(UserError, match="MB free, .* MB needed. Free some space"):
+        run("full", convert=True, lora_path=adapter_dir)
+    assert not (tmp_path / "full").exists()
 
 
 def test_arguments_of_the_tool(base_dir, run, tmp_path, capsys):

@@ -22,6 +22,8 @@ ROOMS = {  # what each may stand on
 FLOOR_FOLDERS = {"data"}  # parts of the shared floor, which every room may use
 MAX_SCRIPT_LINES, MAX_UTILS_LINES, MAX_REMOTE_LINES, MAX_FUNCTION_LINES = 150, 260, 800, 60
 MAX_README_CHARACTERS = 12_000
+LOCK_NAME = "requirements-linux-cuda.lock"
+CUDA_PREFIXES = ("cuda-", "nvidia-", "triton")  # what torch's CUDA build brings along
 SCRIPTS = sorted(PROJECT_DIR.glob("*.py"))
 SOURCES = sorted([*PROJECT_DIR.glob("glm_utils/**/*.py"), *PROJECT_DIR.glob("remote_scripts/*/*.py")])
 DEVELOPMENT = "docs/development.md"
@@ -247,13 +249,29 @@ def test_every_requirement_is_pinned_within_its_range():
             assert oldest[name].release[: len(lower.release)] == lower.release, requirement
 
 
+def test_lock_file_is_that_of_the_constraints():
+    """It pins what pyproject.toml asks for, at the versions of constraints.txt, each file by hash, from no index."""
+    text, pinned, table = text_of(LOCK_NAME), pins("constraints.txt"), project()
+    entries = re.findall(r"^([\w.-]+)==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)$", text, re.M)
+    assert len(entries) == text.count("==")
+    assert "://" not in text  # hashes say what is installed, wherever it comes from
+    locked = {canonicalize_name(name): Version(version) for name, version, _ in entries}
+    differing = {name: version for name, version in locked.items() if pinned.get(name, version) != version}
+    assert differing == {}
+    assert [name for name in locked.keys() - pinned.keys() if not name.startswith(CUDA_PREFIXES)] == []
+    extras = table["optional-dependencies"]
+    asked = map(Requirement, [*table["dependencies"], *extras["eval"], *extras["gguf"], *extras["xlsx"]])
+    assert {canonicalize_name(requirement.name) for requirement in asked} <= locked.keys()
+    assert {"nvidia-cublas", "triton"} <= locked.keys()  # torch of the CPU build needs neither
+
+
 def test_workflow_runs_make_targets():
     """Each job is a make target, and the tests run on the Pythons that pyproject.toml names."""
     workflow = text_of(".github/workflows/checks.yml")
     targets = set(re.findall(r"^([\w-]+):", text_of("Makefile"), re.M))
     commands = re.findall(r"- run: (.*)", workflow)
     assert {command.removeprefix("make ") for command in commands} <= targets
-    assert {"make lint", "make test", "make test-oldest", "make test-newest"} <= set(commands)
+    assert {"make lint", "make test", "make test-oldest", "make test-newest", "make audit"} <= set(commands)
     tested = re.findall(r'"([\d.]+)"', re.search(r"python-version: \[(.*)\]", workflow)[1])
     named = [re.fullmatch(r"Programming Language :: Python :: (3\.\d+)", line) for line in project()["classifiers"]]
     assert tested == [match[1] for match in named if match]

@@ -1,7 +1,10 @@
 """inference_test.py: the arithmetic on a clock that is moved by hand, what is counted, every refusal, real runs."""
 
+import errno
 import gc
 import json
+import math
+import os
 import weakref
 
 import pytest
@@ -17,7 +20,7 @@ from glm_utils.checkpoint import open_checkpoint
 from glm_utils.cli import UserError, run_cli
 from glm_utils.family import PROJECT_DIR
 from glm_utils.inference import memory as inference_memory
-from glm_utils.inference import request, timer
+from glm_utils.inference import report, request, timer
 from glm_utils.inference.measure import Workload, measure_model, stream_generate, time_run
 from glm_utils.inference.memory import (
     bytes_read_per_step,
@@ -29,6 +32,7 @@ from glm_utils.inference.memory import (
 from glm_utils.inference.report import TABLE_ROWS, models_table, summarize
 from glm_utils.inference.request import prompt_ids, resolve_sources
 from glm_utils.load_model import ModelSource, load_adapter, load_base_model
+from tests.conftest import write_quantized
 
 CPU = torch.device("cpu")
 AUTO_DTYPE = "fp16" if torch.cuda.is_available() else "fp32"  # of the small models, which are stored in fp16
@@ -77,9 +81,7 @@ def workload(new_tokens=5, loop_number=4, max_time=None):
 @pytest.fixture
 def int4_dir(model_dir, tmp_path):
     """The golden model in int4."""
-    load_base_model(open_checkpoint(model_dir)).quantize(4).save_pretrained(tmp_path / "int4")
-    open_checkpoint(model_dir).tokenizer.save_pretrained(tmp_path / "int4")
-    return tmp_path / "int4"
+    return write_quantized(model_dir, tmp_path / "int4")
 
 
 @pytest.fixture
@@ -415,6 +417,19 @@ def test_a_result_file_that_cannot_be_written_is_refused_before_loading(model_di
         stage.inference_test(model_path=str(model_dir), output_json=str(tmp_path / name))
 
 
+def test_what_was_measured_is_shown_though_its_file_cannot_be_written(model_dir, tmp_path, monkeypatch, capsys):
+    def fail(path, value):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(report, "write_json", fail)
+    with pytest.raises(UserError, match="the disk is full. Free some space, or choose another --output_json"):
+        stage.inference_test(
+            model_path=str(model_dir), loop_number=1, new_tokens=2, output_json=str(tmp_path / "x.json")
+        )
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["models"][0]["num_new_tokens"] == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_model_that_does_not_fit_is_refused_before_loading(model_dir, no_loading, monkeypatch):
     (source,) = resolve_sources([str(model_dir)], [], False, "fp32", CPU)
     weights, cache = source.estimate_bytes(2, 60)
@@ -423,12 +438,26 @@ def test_model_that_does_not_fit_is_refused_before_loading(model_dir, no_loading
         stage.inference_test(model_path=str(model_dir), dtype="fp32", batch_size=2, prompt_tokens=30, new_tokens=30)
 
 
+def write_empty_weights(path, shapes):
+    """Write a safetensors file of fp16 zeros that takes no space on the disk."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(path, 8 + len(text) + end)
+
+
 def test_estimate_at_6b_size(family, fixture_dir, model_dir, tmp_path, no_loading, monkeypatch):
-    """The message names the fp16 weights of the published model; only its config is read for that."""
+    """The message names the fp16 weights of the published model; only its config and headers are read for that."""
     published = json.loads((fixture_dir / "state_dict_6b.json").read_text())
-    for name in ("tokenizer_config.json", family.tokenizer_file, "model.safetensors"):
+    for name in ("tokenizer_config.json", family.tokenizer_file):
         (tmp_path / name).write_bytes((model_dir / name).read_bytes())
-    (tmp_path / "config.json").write_text(json.dumps(published["config"]))
+    golden = json.loads((model_dir / "config.json").read_text())
+    ids = {key: value for key, value in golden.items() if key.endswith("_token_id")}  # of the small vocabulary
+    (tmp_path / "config.json").write_text(json.dumps({**published["config"], **ids}))
+    write_empty_weights(tmp_path / "model.safetensors", published["shapes"])
     monkeypatch.setattr(load_model, "free_bytes", lambda device: 10**10)
     with pytest.raises(
         UserError, match=f"{2 * published['n_params'] / 1e9:.2f} of weights as fp16.* 10.00 GB are free"

@@ -48,6 +48,7 @@ TRANSLATED = (
     "data/README.md",
     "docs/installation.md",
     "docs/exports.md",
+    "docs/robustness.md",
     *(f"{name}.md" for name in STAGE_PAGES),
 )
 PAGE_DIRS = ("docs", "benchmarks", "data", "models/chatglm-tiny", "models/chatglm2-tiny")

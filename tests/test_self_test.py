@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from glm_utils.cli import UserError
-from tests.conftest import FIXTURES_DIR, PROJECT_DIR
+from tests.conftest import FIXTURES_DIR, PROJECT_DIR, write_quantized
 from tools import self_test
 
 
@@ -66,11 +66,6 @@ def test_shuffling_keeps_the_parts():
 
 def test_quantized_model_is_refused(tmp_path):
     model_dir = FIXTURES_DIR / "chatglm2-6b" / "model"
-    quantized = tmp_path / "quantized"
-    quantized.mkdir()
-    for path in model_dir.iterdir():
-        (quantized / path.name).write_bytes(path.read_bytes())
-    config = json.loads((quantized / "config.json").read_text("utf-8")) | {"quantization_bit": 4}
-    (quantized / "config.json").write_text(json.dumps(config), "utf-8")
+    quantized = write_quantized(model_dir, tmp_path / "quantized")
     with pytest.raises(UserError, match="the self test quantizes it itself"):
         self_test.self_test(model_path=str(quantized), output_dir=str(tmp_path / "report"))

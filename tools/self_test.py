@@ -26,8 +26,6 @@ from glm_utils.checkpoint import Checkpoint, open_checkpoint
 from glm_utils.cli import UserError, run_cli
 from glm_utils.data import Example
 from glm_utils.device import dtype_name, resolve_device
-from glm_utils.encoding import EncodingLimits
-from glm_utils.evaluation.harmless import markdown_text
 from glm_utils.evaluation.losses import example_losses
 from glm_utils.evaluation.probe import SUBJECTS_OF_2023, read_probe, thin_out
 from glm_utils.evaluation.sides import release_memory
@@ -35,8 +33,10 @@ from glm_utils.family import PROJECT_DIR
 from glm_utils.files import check_apart, check_writable, write_json
 from glm_utils.inference.batch import GenerationSettings, generate_answers
 from glm_utils.inference.request import auto_dtype
+from glm_utils.limits import EncodingLimits
 from glm_utils.load_model import ModelSource, find_model
 from glm_utils.run_record import git_commit, versions
+from glm_utils.visible_text import markdown_text
 
 LIMITS = EncodingLimits(512, 512)
 NUM_TEXTS, NUM_COMPARED = 20, 10

@@ -7,20 +7,19 @@ Engines such as vLLM can then serve several adapters on one base. For a merged m
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loguru import logger
 
-from glm_utils.adapter import Adapter, find_base, read_adapter
-from glm_utils.checkpoint import open_checkpoint
+from glm_utils.adapter_config import read_adapter_config
 from glm_utils.cli import UserError, run_cli
-from glm_utils.device import resolve_device
-from glm_utils.export import glm
-from glm_utils.export.glm_names import check_native, native_class, write_native_adapter
-from glm_utils.files import atomic_directory, check_free_space, write_json
-from glm_utils.merging.job import make_job
-from glm_utils.merging.merge import MergeJob
-from glm_utils.merging.write import empty_merged
-from glm_utils.run_record import RUN_CONFIG_NAME, check_replaceable, git_commit, versions
+from glm_utils.early_checks import check_model_dir
+from glm_utils.files import check_free_space, write_json
+from glm_utils.output_dir import atomic_directory, check_replaceable
+from glm_utils.run_record import RUN_CONFIG_NAME, git_commit, versions
+
+if TYPE_CHECKING:
+    from glm_utils.merging.merge import MergeJob
 
 STAGE = "to_glm"
 
@@ -45,15 +44,31 @@ def to_glm(
     arguments = dict(locals())
     if (model_name_or_path is None) == (lora_path is None):
         raise UserError("give either --model_name_or_path, to convert a base, or --lora_path, to convert an adapter")
+    if lora_path:
+        read_adapter_config(Path(lora_path).expanduser())
+    else:
+        check_model_dir(str(model_name_or_path))
+
+    from glm_utils.export import glm
+    from glm_utils.export.glm_names import (
+        check_native,
+        native_adapter_bytes,
+        native_class,
+        native_pairs,
+        write_native_adapter,
+    )
+    from glm_utils.merging.write import empty_merged
+
     job = adapter_job(Path(lora_path).expanduser()) if lora_path else base_job(model_name_or_path)
     output_dir = Path(output_path).expanduser()
     check_replaceable(output_dir, overwrite, STAGE, [job.adapter.directory, job.base.directory])
     check_native(job)
-    if not lora_path:
-        check_free_space(output_dir, glm.check(job))
-    with atomic_directory(output_dir) as directory:
+    config = empty_merged(job, bits=0).config
+    native = native_pairs(job.adapter.pairs, config)
+    check_free_space(output_dir, native_adapter_bytes(native) if lora_path else glm.check(job))
+    with atomic_directory(output_dir, overwrite, STAGE) as directory:
         if lora_path:
-            write_native_adapter(job.adapter.pairs, empty_merged(job, bits=0).config, directory)
+            write_native_adapter(native, config.num_layers, directory)
         else:
             glm.verify(job, directory, glm.write(job, directory))
         record = {"stage": STAGE, "arguments": arguments, "versions": versions(), "commit": git_commit()}
@@ -61,14 +76,23 @@ def to_glm(
     logger.success(f"written for {native_class(job)}: {output_dir}")
 
 
-def base_job(model_name_or_path: str) -> MergeJob:
+def base_job(model_name_or_path: str) -> "MergeJob":
     """Return a merge without updates, which writes the base unchanged."""
+    from glm_utils.adapter import Adapter
+    from glm_utils.checkpoint import open_checkpoint
+    from glm_utils.device import resolve_device
+    from glm_utils.merging.job import make_job
+
     base = open_checkpoint(model_name_or_path)
     return make_job(Adapter(base.directory, model_name_or_path, {}), base, 0, resolve_device("auto"), None, "original")
 
 
-def adapter_job(lora_dir: Path) -> MergeJob:
+def adapter_job(lora_dir: Path) -> "MergeJob":
     """Read an adapter and its base; the merge is not run, but checks that they fit."""
+    from glm_utils.adapter import find_base, read_adapter
+    from glm_utils.device import resolve_device
+    from glm_utils.merging.job import make_job
+
     adapter = read_adapter(lora_dir)
     return make_job(adapter, find_base(adapter), 0, resolve_device("cpu"), None, "original")
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from glm_utils.load_model import keep_4bit_layout
+from glm_utils.nf4_layers import keep_4bit_layout
 
 
 def random_model(

@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizer
 
 from glm_utils.checkpoint import open_checkpoint
 from glm_utils.data import read_examples
-from glm_utils.encoding import EncodingLimits, encode_examples
+from glm_utils.encoding import encode_examples
 from glm_utils.family import PROJECT_DIR
+from glm_utils.limits import EncodingLimits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WARM_UP_STEPS = 5  # before a rate is measured: shapes differ from batch to batch, and the allocator adapts

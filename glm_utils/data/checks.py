@@ -1,12 +1,13 @@
 """What reading data files found: faults of rows, reported all at once, and what is worth knowing, said once."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from loguru import logger
 
-from glm_utils.cli import UserError, printable
+from glm_utils.cli import UserError
+from glm_utils.visible_text import one_line
 
 MAX_SHOWN_ERRORS, MAX_SHOWN_KEYS = 20, 20
 
@@ -21,7 +22,7 @@ class DataReport:
         notes: Per file, what the reader had to decide or convert, e.g. the encoding.
         errors: The first faults.
         num_errors: How many there are.
-        help_text: What helps with a fault and need be said only once, e.g. the list of forms.
+        help_lines: What helps with a fault and need be said only once, e.g. the list of forms.
     """
 
     num_rows: Counter[str] = field(default_factory=Counter)
@@ -29,14 +30,14 @@ class DataReport:
     notes: dict[str, list[str]] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
     num_errors: int = 0
-    help_text: str = ""
+    help_lines: tuple[str, ...] = ()
 
-    def add_error(self, error: str) -> None:
-        """Count a fault, and keep it if it is among the first."""
+    def add_error(self, error: str, help_lines: Sequence[str] = ()) -> None:
+        """Count a fault, and keep it, as one line of a list, if it is among the first."""
         self.num_errors += 1
+        self.help_lines = tuple(help_lines) or self.help_lines
         if len(self.errors) < MAX_SHOWN_ERRORS:
-            first, *others = error.split("\n")
-            self.errors.append("\n".join([printable(first), *others]))
+            self.errors.append(one_line(error))
 
     def add_unread(self, name: str, keys: Iterable[str]) -> None:
         """Count the keys of a row that are not read."""
@@ -46,14 +47,14 @@ class DataReport:
         """Log, once per file, its notes and the keys that were not read."""
         for name, notes in self.notes.items():
             for note in notes:
-                logger.info(printable(f"{name}: {note}"))
+                logger.info(f"{name}: {note}")
         for name, counts in self.unread.items():
             if counts:
                 shown = [f"{key} ({count:,})" for key, count in counts.most_common(MAX_SHOWN_KEYS)]
                 more = [f"and {len(counts) - MAX_SHOWN_KEYS:,} more"] if len(counts) > MAX_SHOWN_KEYS else []
                 logger.warning(
-                    printable(f"{name}: keys that are not read, with their rows of {self.num_rows[name]:,}: ")
-                    + printable(", ".join([*shown, *more]))
+                    f"{name}: keys that are not read, with their rows of {self.num_rows[name]:,}: "
+                    + ", ".join([*shown, *more])
                 )
 
     def raise_errors(self) -> None:
@@ -65,8 +66,9 @@ class DataReport:
         if not self.errors:
             return
         self.log()
-        lines = self.errors if self.num_errors == 1 else [f"{self.num_errors:,} faults:", *self.errors]
+        if self.num_errors == 1:
+            raise UserError(self.errors[0], self.help_lines)
         hidden = self.num_errors - len(self.errors)
-        lines = [*lines, f"and {hidden:,} more"] if hidden else lines
-        text = "\n  ".join(lines)
-        raise UserError(f"{text}\n{self.help_text}" if self.help_text else text)
+        more = [f"  and {hidden:,} more"] if hidden else []
+        faults = [f"  {error}" for error in self.errors]
+        raise UserError(f"{self.num_errors:,} faults:", [*faults, *more, *self.help_lines])

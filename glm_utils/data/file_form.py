@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from glm_utils.cli import UserError, nearest, printable
+from glm_utils.cli import UserError, nearest
 from glm_utils.data.example import Example
 from glm_utils.data.forms import (
     NO_COLUMNS,
@@ -82,26 +82,22 @@ class FileForm:
             if key is not None and key not in keys:
                 raise UserError(self._missing(key, keys, where))
         if self.answers == "required" and isinstance(self.form, PairForm) and self.form.answer is None:
-            raise UserError(
-                printable(f"{where}: no answers ({show_keys(keys)}). Name their column with --response_column")
-            )
+            raise UserError(f"{where}: no answers ({show_keys(keys)}). Name their column with --response_column")
         if self.in_table and self.columns.history is not None and self.columns.history not in keys:
             raise UserError(self._missing(self.columns.history, keys, where))
         for key in keys:
             if isinstance(key, str) and key not in self.form.keys and (meant := self._meant(key, keys)):
-                raise UserError(
-                    printable(f"{where}: {key!r} is not read. Is {meant!r} meant? Rename it, or delete it")
-                )
+                raise UserError(f"{where}: {key!r} is not read. Is {meant!r} meant? Rename it, or delete it")
 
     def _missing(self, key: str, keys: Collection[str], where: str) -> str:
         """Say that a key is missing, and which may be it."""
         flag = next((flag for flag, name in self.columns.named.items() if name == key), None)
         if flag:
-            return printable(f"{where}: no column {key!r} ({flag}). {nearest(key, show_list(keys), 'columns')}")
+            return f"{where}: no column {key!r} ({flag}). {nearest(key, show_list(keys), 'columns')}"
         close = difflib.get_close_matches(key, [name for name in keys if name not in self.form.keys], n=1)
         hint = f"Is {close[0]!r} meant? Rename it" if close else f"Expected {self.form.description}"
         subject = "header" if self.in_table else "example"
-        return printable(f"{where}: the {subject} has no {key!r} ({show_keys(keys)}). {hint}")
+        return f"{where}: the {subject} has no {key!r} ({show_keys(keys)}). {hint}"
 
     def _meant(self, key: str, keys: Collection[str]) -> str | None:
         """Return the absent key of the form that a key is probably a misspelling of."""
@@ -120,7 +116,7 @@ class FileForm:
                 raise
             except (ValueError, RecursionError):
                 raise UserError(
-                    f"{where}: {printable(key)} is no JSON. In a table it is a JSON list in one cell, "
+                    f"{where}: {key} is no JSON. In a table it is a JSON list in one cell, "
                     'e.g. [["question", "answer"]]'
                 ) from None
         return row

@@ -4,7 +4,7 @@ import glob
 from collections.abc import Sequence
 from pathlib import Path
 
-from glm_utils.cli import UserError, nearest, printable
+from glm_utils.cli import UserError, nearest
 
 REMEDY = "Give a file of JSON lines, a JSON list, CSV or XLSX; data/README.md shows the forms"
 
@@ -26,7 +26,7 @@ def find_files(paths: Path | str | Sequence[Path | str]) -> list[Path]:
         found += [path for part in parts if part for path in expand(part)]
     for index, path in enumerate(found):
         if path in found[:index]:
-            raise UserError(printable(f"{path}: named twice. Name each file once"))
+            raise UserError(f"{path}: named twice. Name each file once")
     if not found:
         raise UserError(f"no file is named. {REMEDY}")
     return found
@@ -47,9 +47,9 @@ def expand(name: str) -> list[Path]:
         if not is_there(str(path)) and is_there(str(path.parent)):
             near = nearest(path.name, [other.name for other in list(path.parent.iterdir())[:1000]], "files")
             hint = f"{near} " if near.startswith("Did") else ""
-            raise UserError(printable(f"{path}: no such file. {hint}{REMEDY}"))
+            raise UserError(f"{path}: no such file. {hint}{REMEDY}")
         return [path]
     matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if Path(match).is_file()]
     if not matches:
-        raise UserError(printable(f"{name}: matches no file. {REMEDY}"))
+        raise UserError(f"{name}: matches no file. {REMEDY}")
     return matches

@@ -187,9 +187,7 @@ def nearest_form(keys: Collection[str]) -> Form:
     return max(FORMS, key=likeness)
 
 
-def list_forms() -> str:
+def list_forms() -> list[str]:
     """Return the forms, one line each, and what all of them may have."""
     lines = [f"  {form.description}" for form in FORMS]
-    return "\n".join(
-        [*lines, "  and optionally system, and history: [[question, answer], ...] but for lists of messages"]
-    )
+    return [*lines, "  and optionally system, and history: [[question, answer], ...] but for lists of messages"]

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from glm_utils.cli import UserError, printable
+from glm_utils.cli import UserError
 from glm_utils.data.example import Row
 from glm_utils.data.text_file import split_lines
 from glm_utils.files import JSON_ERRORS, json_fault
@@ -31,7 +31,7 @@ class RowDecoder:
         if not self.repeated:
             return Row(where, value)
         key, self.repeated = self.repeated[0], []
-        return Row(where, None, printable(f"{where}: {key!r} stands twice in one object. Delete one of them"))
+        return Row(where, None, f"{where}: {key!r} stands twice in one object. Delete one of them")
 
 
 def parse_line(line: str, where: str, decoder: RowDecoder | None = None) -> Row:
@@ -73,7 +73,7 @@ def refuse_single_object(path: Path, text: str) -> None:
         return
     lists = [key for key, entry in value.items() if isinstance(entry, list)] if isinstance(value, dict) else []
     remedy = f"Give the list under {lists[0]!r} alone" if lists else "Write each example on one line, or all as a list"
-    raise UserError(printable(f"{path}:1: one JSON value over several lines, not one example per line. {remedy}"))
+    raise UserError(f"{path}:1: one JSON value over several lines, not one example per line. {remedy}")
 
 
 def read_list(path: Path, text: str) -> Iterator[Row]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from glm_utils.cli import UserError, printable
+from glm_utils.cli import UserError
 from glm_utils.data.checks import DataReport
 from glm_utils.data.example import Example, Row, RowSource
 from glm_utils.data.file_form import FileForm, check_object
@@ -29,7 +29,11 @@ from glm_utils.data.table_rows import read_csv
 from glm_utils.data.text_file import read_text_file, split_lines
 from glm_utils.data.xlsx_rows import read_xlsx
 
-FORMS_HELP = f"The forms:\n{list_forms()}\nRename the keys, or name them with --prompt_column and --response_column"
+FORMS_HELP = (
+    "The forms:",
+    *list_forms(),
+    "Rename the keys, or name them with --prompt_column and --response_column",
+)
 WORKBOOKS, TABLES = (".xlsx", ".xlsm"), (".csv", ".tsv")
 OTHER_SHEETS = (".xls", ".xlsb", ".ods", ".et", ".numbers")
 
@@ -103,7 +107,7 @@ def read_data(
             if not report.num_rows[str(path)]:
                 raise UserError(f"{path}: no examples in it. {REMEDY}")
         except UserError as error:
-            report.add_error(str(error))
+            report.add_error(error.message, error.details)
     report.raise_errors()
     return ExampleData(tuple(found), examples, report)
 
@@ -132,7 +136,7 @@ def read_rows(path: Path, answers: Answers, columns: Columns, report: DataReport
             if found:
                 form = FileForm(found, row.where, answers, columns)
             else:
-                report.help_text = FORMS_HELP
+                report.help_lines = FORMS_HELP
         read = apply_form(row, form, answers)
         if form and read.example and answers != "ignored":  # rows of prompts are written out again as they are
             report.add_unread(name, form.unread(row.value))
@@ -166,9 +170,7 @@ def explain_unknown(value: object, where: str, answers: Answers) -> str:
     close = {key: difflib.get_close_matches(key, keys, n=1) for key in missing}
     hints = "".join(f" Is {found[0]!r} meant for {key!r}?" for key, found in close.items() if found)
     lacking = " and ".join(map(repr, missing))
-    return printable(
-        f"{where}: unknown form ({show_keys(keys)}). The nearest is {near.name}, which needs {lacking}.{hints}"
-    )
+    return f"{where}: unknown form ({show_keys(keys)}). The nearest is {near.name}, which needs {lacking}.{hints}"
 
 
 def form_of_table(source: RowSource, answers: Answers, columns: Columns) -> FileForm:
@@ -180,9 +182,9 @@ def form_of_table(source: RowSource, answers: Answers, columns: Columns) -> File
     header = source.header or ()
     found = find_form(header, columns)
     if not header:
-        raise UserError(printable(f"{source.where}: no examples in it. {REMEDY}"))
+        raise UserError(f"{source.where}: no examples in it. {REMEDY}")
     if found is None:
-        raise UserError(f"{explain_unknown(dict.fromkeys(header), source.where, answers)}\n{FORMS_HELP}")
+        raise UserError(explain_unknown(dict.fromkeys(header), source.where, answers), FORMS_HELP)
     form = FileForm(found, source.where, answers, columns, in_table=True)
     form.check_keys(header, source.where)
     return form
@@ -198,9 +200,9 @@ def open_rows(path: Path, answers: Answers, columns: Columns) -> RowSource:
     if ending in WORKBOOKS:
         return read_xlsx(path, columns.sheet)
     if columns.sheet is not None:
-        raise UserError(printable(f"{path}: --sheet {columns.sheet!r} is for XLSX. Leave it out"))
+        raise UserError(f"{path}: --sheet {columns.sheet!r} is for XLSX. Leave it out")
     if ending in OTHER_SHEETS:
-        raise UserError(printable(f"{path}: a spreadsheet of another kind. Save it as .xlsx or as CSV UTF-8"))
+        raise UserError(f"{path}: a spreadsheet of another kind. Save it as .xlsx or as CSV UTF-8")
     file = read_text_file(path, REMEDY)
     notes = [file.note] if file.note else []
     first = file.text.lstrip()[:1]
@@ -210,18 +212,16 @@ def open_rows(path: Path, answers: Answers, columns: Columns) -> RowSource:
         return source
     if ending == ".txt" and first not in ("{", "["):
         if answers == "required":
-            raise UserError(printable(f"{path}: lines of text hold no answers. {REMEDY}"))
+            raise UserError(f"{path}: lines of text hold no answers. {REMEDY}")
         if columns.named:
             flag, column = next(iter(columns.named.items()))
-            raise UserError(printable(f"{flag} {column}: {path} is text without columns. Leave it out"))
+            raise UserError(f"{flag} {column}: {path} is text without columns. Leave it out")
         return RowSource(read_prompt_lines(path, file.text), str(path), ("prompt",), notes)
     if first == "[":
         return RowSource(read_list(path, file.text), str(path), None, notes)
     if first == "{" or ending in (".jsonl", ".json", "") or not first:
         return RowSource(read_lines(path, file.text), str(path), None, notes)
-    raise UserError(
-        printable(f"{path}: unknown kind of file. {REMEDY}. Its name must end in .jsonl, .json, .csv or .xlsx")
-    )
+    raise UserError(f"{path}: unknown kind of file. {REMEDY}. Its name must end in .jsonl, .json, .csv or .xlsx")
 
 
 def read_prompt_lines(path: Path, text: str) -> Iterator[Row]:

@@ -4,7 +4,7 @@ import csv
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from glm_utils.cli import UserError, printable
+from glm_utils.cli import UserError
 from glm_utils.data.example import Row, RowSource
 from glm_utils.data.text_file import split_lines
 
@@ -49,9 +49,7 @@ def read_records(path: Path, text: str, delimiter: str) -> Iterator[tuple[str, l
                 yield f"{path}:{line}", fields
             line = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(
-            printable(f"{path}:{line}: broken CSV, {error}. Quotes must pair up; save the table anew")
-        ) from None
+        raise UserError(f"{path}:{line}: broken CSV, {error}. Quotes must pair up; save the table anew") from None
 
 
 def find_delimiter(path: Path, text: str, known: Collection[str]) -> str:
@@ -94,7 +92,7 @@ def check_header(fields: Sequence[str], where: str) -> tuple[str, ...]:
     seen: set[str] = set()
     for name in names:
         if name in seen:
-            raise UserError(printable(f"{where}: column {name!r} stands twice in the header. Rename one"))
+            raise UserError(f"{where}: column {name!r} stands twice in the header. Rename one")
         seen.add(name)
     return tuple(names)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from glm_utils.cli import UserError, printable
+from glm_utils.cli import UserError
 from glm_utils.files import LFS_MAGIC
 
 MAX_TEXT_BYTES = 8 << 30  # of one file, which is read into memory as a whole
@@ -58,15 +58,13 @@ def check_file(path: Path, remedy: str) -> None:
     except (OSError, ValueError):  # a name that is too long or holds a NUL character
         is_dir = is_file = False
     if is_dir:
-        raise UserError(printable(f"{path}: a directory. Name its files, e.g. {path}/*.jsonl"))
+        raise UserError(f"{path}: a directory. Name its files, e.g. {path}/*.jsonl")
     if not is_file:
-        raise UserError(printable(f"{path}: no such file. {remedy}"))
+        raise UserError(f"{path}: no such file. {remedy}")
     if not os.access(path, os.R_OK):
-        raise UserError(printable(f"{path}: cannot be read, permission denied"))
+        raise UserError(f"{path}: cannot be read, permission denied")
     if num_bytes > MAX_TEXT_BYTES:
-        raise UserError(
-            printable(f"{path}: {num_bytes / 1e9:.1f} GB, at most {MAX_TEXT_BYTES / 1e9:.1f} GB are read. Split it")
-        )
+        raise UserError(f"{path}: {num_bytes / 1e9:.1f} GB, at most {MAX_TEXT_BYTES / 1e9:.1f} GB are read. Split it")
 
 
 def read_text_file(path: Path, remedy: str) -> TextFile:
@@ -82,27 +80,25 @@ def read_text_file(path: Path, remedy: str) -> TextFile:
     check_file(path, remedy)
     data = path.read_bytes()
     if data.startswith(LFS_MAGIC):
-        raise UserError(printable(f"{path}:1: a Git LFS pointer, not the file. Run `git lfs pull`"))
+        raise UserError(f"{path}:1: a Git LFS pointer, not the file. Run `git lfs pull`")
     for magic, (what, remedy) in BINARIES.items():
         if data.startswith(magic):
-            raise UserError(printable(f"{path}: {what}, not text. {remedy}"))
+            raise UserError(f"{path}: {what}, not text. {remedy}")
     encoding, fault = find_encoding(data)
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
-        raise UserError(printable(f"{path}:{line_at(data, error.start, encoding)}: {fault}")) from None
+        raise UserError(f"{path}:{line_at(data, error.start, encoding)}: {fault}") from None
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
-        raise UserError(
-            printable(f"{path}:{line}: a NUL byte: damaged, or no text. Save it anew as UTF-8, or repair that line")
-        )
+        raise UserError(f"{path}:{line}: a NUL byte: damaged, or no text. Save it anew as UTF-8, or repair that line")
     if encoding == "utf-8-sig":
         return TextFile(text)
     title = {"gb18030": "GBK (GB18030)"}.get(encoding, encoding.upper())
     beyond = re.search(r"[^\x00-\x7f]", text)
     start = beyond.start() if beyond else 0
     shown = text[start : start + SHOWN_CHARACTERS].split("\n")[0].strip()
-    return TextFile(text, printable(f"not UTF-8, read as {title}, e.g. {shown!r}"))
+    return TextFile(text, f"not UTF-8, read as {title}, e.g. {shown!r}")
 
 
 def find_encoding(data: bytes) -> tuple[str, str]:

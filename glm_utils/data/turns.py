@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from glm_utils.cli import UserError, printable
+from glm_utils.cli import UserError
 from glm_utils.data.example import CellFault
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
@@ -40,15 +40,15 @@ def check_text(value: object, key: str, where: str) -> str:
         UserError: It is no string, or not one that can be written as UTF-8.
     """
     if not isinstance(value, str):
-        raise UserError(printable(f"{where}: {key} is {type(value).__name__}, expected a string"))
+        raise UserError(f"{where}: {key} is {type(value).__name__}, expected a string")
     if isinstance(value, CellFault):
-        raise UserError(printable(f"{where}: {key} shows {str(value)}: it {value.fault}"))
+        raise UserError(f"{where}: {key} shows {str(value)}: it {value.fault}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         half = f"\\u{ord(value[error.start]):04x}"
         raise UserError(
-            printable(f"{where}: {key} holds {half}, half of a character (a surrogate pair cut in two). Mend the text")
+            f"{where}: {key} holds {half}, half of a character (a surrogate pair cut in two). Mend the text"
         ) from None
     return value
 
@@ -63,7 +63,7 @@ def parse_history(history: object, key: str, where: str) -> tuple[tuple[str, str
     if not isinstance(pairs, list) or not all(
         isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in pairs
     ):
-        raise UserError(printable(f"{where}: {key} must be a list of [question, answer] pairs of strings"))
+        raise UserError(f"{where}: {key} must be a list of [question, answer] pairs of strings")
     return tuple((check_text(question, key, where), check_text(answer, key, where)) for question, answer in pairs)
 
 
@@ -117,10 +117,8 @@ def parse_messages(messages: object, key: str, where: str, answers: str) -> Turn
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         shown = ", ".join(roles[:MAX_SHOWN_ROLES]) + (", ..." if len(roles) > MAX_SHOWN_ROLES else "")
         raise UserError(
-            printable(
-                f"{where}: roles are {shown or 'none'}; expected user and assistant alternately (or human and gpt), "
-                "ending with assistant, after at most one system message"
-            )
+            f"{where}: roles are {shown or 'none'}; expected user and assistant alternately (or human and gpt), "
+            "ending with assistant, after at most one system message"
         )
     turns = list(zip(texts[::2], texts[1::2], strict=True))
     return Turns(*turns[-1], tuple(turns[:-1])).after_system(system)

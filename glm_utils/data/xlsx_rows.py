@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from glm_utils.cli import UserError, nearest, printable
+from glm_utils.cli import UserError, nearest
 from glm_utils.data.example import CellFault, RowSource
 from glm_utils.data.table_rows import check_header, make_row
 from glm_utils.data.text_file import check_file
@@ -55,7 +55,7 @@ def import_openpyxl(path: Path, verb: str) -> Any:
         import openpyxl
     except ImportError as error:
         raise UserError(
-            printable(f"{path}: openpyxl, which {verb} XLSX, is not installed. {INSTALL}; or use CSV UTF-8")
+            f"{path}: openpyxl, which {verb} XLSX, is not installed. {INSTALL}; or use CSV UTF-8"
         ) from error
     return openpyxl
 
@@ -74,10 +74,8 @@ def faults_named(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # openpyxl lets pass what its parts raise: KeyError, BadZipFile, ...
         raise UserError(
-            printable(
-                f"{path}: not a workbook that can be read ({type(error).__name__}: {str(error)[:200]}). Save it anew "
-                "as .xlsx, or as CSV UTF-8"
-            )
+            f"{path}: not a workbook that can be read ({type(error).__name__}: {str(error)[:200]}). Save it anew "
+            "as .xlsx, or as CSV UTF-8"
         ) from error
 
 
@@ -101,9 +99,7 @@ def read_xlsx(path: Path, sheet: str | None) -> RowSource:
         if facts.merged:
             shown = ", ".join(facts.merged[:5]) + (f" and {len(facts.merged) - 5} more" if facts.merged[5:] else "")
             raise UserError(
-                printable(
-                    f"{path}: sheet {chosen.title!r} has merged cells ({shown}). Unmerge them and fill each cell"
-                )
+                f"{path}: sheet {chosen.title!r} has merged cells ({shown}). Unmerge them and fill each cell"
             )
     notes: list[str] = []
     records = read_records(path, workbook, chosen, facts, notes)
@@ -121,15 +117,13 @@ def check_size(path: Path) -> None:
     """
     with path.open("rb") as file:
         if file.read(4) == b"\xd0\xcf\x11\xe0":
-            raise UserError(printable(f"{path}: an old or encrypted workbook. Save it as .xlsx without a password"))
+            raise UserError(f"{path}: an old or encrypted workbook. Save it as .xlsx without a password")
     with zipfile.ZipFile(path) as archive:
         num_bytes = sum(entry.file_size for entry in archive.infolist())
     if num_bytes > MAX_UNPACKED_BYTES:
         raise UserError(
-            printable(
-                f"{path}: unpacked {num_bytes / 1e9:,.1f} GB, at most {MAX_UNPACKED_BYTES / 1e9:.1f} GB are read. "
-                "Save it as CSV UTF-8, or split it"
-            )
+            f"{path}: unpacked {num_bytes / 1e9:,.1f} GB, at most {MAX_UNPACKED_BYTES / 1e9:.1f} GB are read. "
+            "Save it as CSV UTF-8, or split it"
         )
 
 
@@ -142,17 +136,15 @@ def choose_sheet(path: Path, workbook: Any, sheet: str | None) -> tuple[Any, She
     sheets = {one.title: one for one in workbook.worksheets}
     if sheet is not None:
         if sheet not in sheets:
-            raise UserError(
-                printable(f"{path}: no sheet {sheet!r} (--sheet). {nearest(sheet, list(sheets)[:20], 'sheets')}")
-            )
+            raise UserError(f"{path}: no sheet {sheet!r} (--sheet). {nearest(sheet, list(sheets)[:20], 'sheets')}")
         return sheets[sheet], inspect_sheet(path, workbook, sheets[sheet])
     facts = {title: inspect_sheet(path, workbook, one) for title, one in sheets.items()}
     filled = [title for title, found in facts.items() if found.num_cells]
     if not filled:
-        raise UserError(printable(f"{path}: no examples in it, all sheets are empty"))
+        raise UserError(f"{path}: no examples in it, all sheets are empty")
     if len(filled) > 1:
         names = ", ".join(map(repr, filled[:20]))
-        raise UserError(printable(f"{path}: {len(filled)} sheets hold something: {names}. Choose with --sheet"))
+        raise UserError(f"{path}: {len(filled)} sheets hold something: {names}. Choose with --sheet")
     return sheets[filled[0]], facts[filled[0]]
 
 
@@ -174,7 +166,7 @@ def inspect_sheet(path: Path, workbook: Any, sheet: Any) -> SheetFacts:
                 row = int(element.get("r", last_row + 1))
                 if not last_row < row <= MAX_ROWS or not inspect_row(facts, element, row):
                     raise UserError(
-                        printable(f"{path}: damaged, row {row} of sheet {sheet.title!r} is out of place. Save it anew")
+                        f"{path}: damaged, row {row} of sheet {sheet.title!r} is out of place. Save it anew"
                     )
                 last_row = row
                 if data is not None:

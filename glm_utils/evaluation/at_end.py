@@ -5,7 +5,9 @@ from pathlib import Path
 import torch
 from loguru import logger
 
-from glm_utils.evaluation.job import MAX_NEW_TOKENS, NUM_SAMPLES, check_output_dir, find_sides, make_job
+from glm_utils.data import read_examples
+from glm_utils.evaluation import MAX_NEW_TOKENS, NUM_SAMPLES
+from glm_utils.evaluation.job import check_output_dir, find_sides, make_job
 from glm_utils.evaluation.metrics import check_packages
 from glm_utils.evaluation.sides import release_memory
 from glm_utils.evaluation.write import evaluate
@@ -53,7 +55,7 @@ def evaluate_output(
     arguments = {"lora_path": str(lora_dir), "model_path": merged_dir and str(merged_dir), "data_path": str(data_path)}
     job = make_job(
         sides,
-        data_path,
+        read_examples(data_path, needs_answer=False),
         evaluation_dir(output_dir),
         GenerationSettings(MAX_NEW_TOKENS, temperature=0, seed=seed),
         NUM_SAMPLES,

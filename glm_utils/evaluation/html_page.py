@@ -7,12 +7,12 @@ from pathlib import Path
 
 from glm_utils.evaluation.bootstrap import Difference
 from glm_utils.evaluation.figures import FIGURES
-from glm_utils.evaluation.harmless import html_text
 from glm_utils.evaluation.markdown_page import INTERVALS, PLOT_TITLES
 from glm_utils.evaluation.probe import LANGUAGE_TITLES, SUBJECTS_OF_2023
 from glm_utils.evaluation.report import Report, table_rows
 from glm_utils.evaluation.verdict import direction, leading_figure, show_change, show_number
 from glm_utils.inference.batch import Answer
+from glm_utils.visible_text import html_text
 
 NUM_OPEN = 8  # answers that are shown without a click
 TONES = {1: "good", 0: "even", -1: "bad"}

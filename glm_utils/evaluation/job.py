@@ -10,20 +10,22 @@ from pathlib import Path
 
 import torch
 
-from glm_utils.cli import UserError
-from glm_utils.data import Example, read_examples
-from glm_utils.encoding import EncodingLimits
+from glm_utils.cli import UserError, as_list
+from glm_utils.data import Example
+from glm_utils.disk import hidden_sibling
+from glm_utils.early_checks import check_number_of_models
 from glm_utils.evaluation.attributes import AttributeVocabulary, read_vocabulary
 from glm_utils.evaluation.metrics import check_packages
 from glm_utils.evaluation.probe import ProbeQuestion, read_probe, thin_out
 from glm_utils.files import check_apart, check_writable
 from glm_utils.inference.batch import GenerationSettings
 from glm_utils.inference.request import auto_dtype, short_name
+from glm_utils.limits import EncodingLimits
 from glm_utils.load_model import ModelSource, find_model
+from glm_utils.output_dir import find_place
 from glm_utils.run_record import RUN_CONFIG_NAME, read_run_config
 
 STAGE = "evaluate_adapter"
-NUM_SAMPLES, MAX_NEW_TOKENS = 100, 256  # by default
 DEFAULT_LIMITS = {"max_input_length": 512, "max_output_length": 1536, "prompt_text": ""}  # those of train_qlora.py
 REMEDY = "an int4 model, --load_in_4bit, or a smaller --batch_size"
 
@@ -84,7 +86,7 @@ class EvaluationJob:
 
 
 def find_sides(
-    model_path: str | Sequence[str] | None, lora_path: str | None, load_in_4bit: bool, device: torch.device
+    model_path: str | list[str] | None, lora_path: str | None, load_in_4bit: bool, device: torch.device
 ) -> tuple[Side, Side]:
     """Open an adapter with its base, two models, or an adapter on its base and the model it was merged to.
 
@@ -97,12 +99,8 @@ def find_sides(
     Raises:
         UserError: A number of models other than two in all, or one cannot be opened.
     """
-    paths = [model_path] if isinstance(model_path, str) else list(model_path or [])
-    if len(paths) not in ((0, 1) if lora_path else (2,)):
-        raise UserError(
-            f"--lora_path {lora_path}, --model_path {','.join(paths) or None}: expected an adapter (its base without "
-            "and with it), an adapter and the model it was merged to, or two models joined by a comma"
-        )
+    paths = as_list(model_path)
+    check_number_of_models(paths, lora_path)
 
     def open_source(path: str | None, adapter_dir: str | None, in_4bit: bool) -> ModelSource:
         checkpoint, adapter = find_model(path, adapter_dir)
@@ -132,7 +130,8 @@ def find_limits(sides: Sequence[Side], prompt_text: str | None) -> EncodingLimit
     """
     adapters = [side.source.adapter for side in sides if side.source.adapter]
     recorded = adapters[0].run_config.get("arguments", {}) if adapters else {}
-    values = {key: recorded.get(key, default) for key, default in DEFAULT_LIMITS.items()}
+    found = {key: value for key, value in recorded.items() if key in DEFAULT_LIMITS and value is not None}
+    values = DEFAULT_LIMITS | found
     return EncodingLimits(**(values if prompt_text is None else {**values, "prompt_text": prompt_text}))
 
 
@@ -178,7 +177,9 @@ def check_output_dir(output_dir: Path, sides: Sequence[Side]) -> None:
     inputs += [side.source.adapter.directory for side in sides if side.source.adapter]
     check_apart(output_dir, inputs, "--output_dir")
     check_writable(output_dir, "--output_dir")
-    if output_dir.is_dir() and any(output_dir.iterdir()) and read_run_config(output_dir).get("stage") != STAGE:
+    if hidden_sibling(output_dir / RUN_CONFIG_NAME, "incomplete").is_dir():
+        return  # an evaluation was killed when it moved its files here
+    if find_place(output_dir, "--output_dir").entries and read_run_config(output_dir).get("stage") != STAGE:
         raise UserError(
             f"--output_dir {output_dir}: not empty, and no {RUN_CONFIG_NAME} in it says that it holds an earlier "
             "evaluation. Give another directory"
@@ -187,7 +188,7 @@ def check_output_dir(output_dir: Path, sides: Sequence[Side]) -> None:
 
 def make_job(
     sides: tuple[Side, Side],
-    data_path: Path,
+    examples: list[Example],
     output_dir: Path,
     generation: GenerationSettings,
     num_samples: int,
@@ -200,7 +201,7 @@ def make_job(
 
     Args:
         sides: The two models.
-        data_path: Data file; its examples may lack answers.
+        examples: Those of the data file; they may lack answers.
         output_dir: Where the report goes.
         generation: How answers are generated; its seed also draws the examples.
         num_samples: Examples to judge.
@@ -210,12 +211,11 @@ def make_job(
         arguments: The flags, for run_config.json.
 
     Raises:
-        UserError: Packages are missing, data that cannot be read, a directory that cannot be written to, or models
+        UserError: Packages are missing, a directory that cannot be written to, or models
             that do not fit into the free memory.
     """
     check_packages()
     check_output_dir(output_dir, sides)
-    examples = read_examples(data_path, needs_answer=False)
     job = EvaluationJob(
         before=sides[0],
         after=sides[1],

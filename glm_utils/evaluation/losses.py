@@ -9,7 +9,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizer
 
 from glm_utils.data import Example
-from glm_utils.encoding import IGNORED_LABEL, Collator, EncodingLimits, encode_examples
+from glm_utils.encoding import IGNORED_LABEL, Collator, encode_examples
+from glm_utils.limits import EncodingLimits
 
 MAX_LOGITS = 2**26  # of a batch, before they are widened to fp32 example by example
 MAX_TOKENS = 8192  # of a batch, for models with a small vocabulary

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 
 from glm_utils.evaluation.figures import FIGURES
-from glm_utils.evaluation.harmless import markdown_text
 from glm_utils.evaluation.probe import LANGUAGE_TITLES
 from glm_utils.evaluation.report import Report, table_rows
 from glm_utils.evaluation.verdict import show_change, show_number
+from glm_utils.visible_text import markdown_text
 
 NUM_SHOWN = 5
 INTERVALS = (

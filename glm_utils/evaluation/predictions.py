@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from glm_utils.data import Example
-from glm_utils.evaluation.harmless import json_line
 from glm_utils.evaluation.probe import ProbeQuestion
 from glm_utils.inference.batch import Answer
+from glm_utils.visible_text import json_line
 
 AFTER_NAME, BEFORE_NAME = "generated_predictions.jsonl", "generated_predictions_before.jsonl"
 PROBE_NAME = "probe_predictions.jsonl"

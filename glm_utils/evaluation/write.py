@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from glm_utils.cli import UserError
 from glm_utils.evaluation.figures import compare
 from glm_utils.evaluation.html_page import html_page
 from glm_utils.evaluation.job import EvaluationJob
@@ -11,7 +10,8 @@ from glm_utils.evaluation.plots import write_plots
 from glm_utils.evaluation.predictions import AFTER_NAME, BEFORE_NAME, PROBE_NAME, write_predictions, write_probe
 from glm_utils.evaluation.report import Report, make_report, report_values, run_values
 from glm_utils.evaluation.sides import run_sides
-from glm_utils.files import DISK_FULL_ERRORS, atomic_files, write_json
+from glm_utils.files import atomic_files, write_json
+from glm_utils.output_dir import lock_directory
 from glm_utils.run_record import RUN_CONFIG_NAME
 
 
@@ -19,11 +19,12 @@ def evaluate(job: EvaluationJob) -> Report:
     """Run both models, compare them and write the report.
 
     Raises:
-        UserError: A model computes NaN, memory runs out, or the report cannot be written.
+        UserError: Another run writes there, a model computes NaN, memory runs out, or the report cannot be written.
     """
-    before, after = run_sides(job)
-    report = make_report(job, before, after, compare(job, before, after))
-    write_evaluation(report)
+    with lock_directory(job.output_dir, "--output_dir"):
+        before, after = run_sides(job)
+        report = make_report(job, before, after, compare(job, before, after))
+        write_evaluation(report)
     return report
 
 
@@ -33,13 +34,8 @@ def write_evaluation(report: Report) -> None:
     Raises:
         UserError: The disk is full, or the directory cannot be written to.
     """
-    output_dir = report.job.output_dir
-    try:
-        with atomic_files(output_dir, last=RUN_CONFIG_NAME) as directory:
-            write_files(report, directory)
-    except OSError as error:
-        fault = "the disk is full" if error.errno in DISK_FULL_ERRORS else f"cannot be written ({error.strerror})"
-        raise UserError(f"--output_dir {output_dir}: {fault}. Free some space, or give another directory") from error
+    with atomic_files(report.job.output_dir, last=RUN_CONFIG_NAME, name="--output_dir") as directory:
+        write_files(report, directory)
 
 
 def write_files(report: Report, directory: Path) -> None:

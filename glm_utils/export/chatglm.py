@@ -70,9 +70,8 @@ def published_config(job: MergeJob) -> dict:
 
 def generation_config(job: MergeJob) -> dict:
     """Return the base's generation_config.json; without one, the token ids of its config.json."""
-    path = job.base.directory / "generation_config.json"
-    if path.is_file():
-        return read_json_object(path)
+    if (job.base.directory / "generation_config.json").is_file():
+        return job.base.generation_settings
     return {key: job.base.config[key] for key in TOKEN_ID_KEYS if job.base.config.get(key) is not None}
 
 

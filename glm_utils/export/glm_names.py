@@ -36,6 +36,7 @@ LAYER_MODULES = MappingProxyType(
         "mlp.dense_4h_to_h": "mlp.down_proj",
     }
 )
+ADAPTER_TEXT_BYTES = 4096  # more than a module takes in the header and adapter_config.json, and than run_config.json
 LAYER_PATH = re.compile(r"transformer\.encoder\.layers\.(\d+)\.(.+)")
 
 
@@ -131,19 +132,38 @@ def native_tensors(name: str, config: PretrainedConfig) -> dict[str, slice]:
     return {f"{native_path}.{kind}": rows for native_path, rows in native_modules(path, config).items()}
 
 
-def write_native_adapter(pairs: dict[str, LoraPair], config: PretrainedConfig, directory: Path) -> None:
-    """Write adapter_model.safetensors and adapter_config.json for GlmForCausalLM.
+def native_pairs(pairs: dict[str, LoraPair], config: PretrainedConfig) -> dict[str, LoraPair]:
+    """Return the updates by module path in Glm.
 
     Args:
         pairs: The updates by module path in ChatGLM2-6B.
         config: Configuration of ChatGLM2-6B.
-        directory: Directory of the files; it exists.
     """
-    native = {
+    return {
         native_path: LoraPair(pair.a, pair.b[rows], pair.scale)
         for path, pair in pairs.items()
         for native_path, rows in native_modules(path, config).items()
     }
+
+
+def native_adapter_bytes(native: dict[str, LoraPair]) -> int:
+    """Return an upper bound of the size of what `write_native_adapter` writes.
+
+    Args:
+        native: The updates by module path in Glm.
+    """
+    rank = max(pair.a.shape[0] for pair in native.values())
+    return sum(rank * sum(pair.shape) * 4 + ADAPTER_TEXT_BYTES for pair in native.values()) + ADAPTER_TEXT_BYTES
+
+
+def write_native_adapter(native: dict[str, LoraPair], num_layers: int, directory: Path) -> None:
+    """Write adapter_model.safetensors and adapter_config.json for GlmForCausalLM.
+
+    Args:
+        native: The updates by module path in Glm.
+        num_layers: Number of layers of the base.
+        directory: Directory of the files; it exists.
+    """
     rank = max(pair.a.shape[0] for pair in native.values())
     tensors = {}
     for path, pair in native.items():
@@ -151,7 +171,7 @@ def write_native_adapter(pairs: dict[str, LoraPair], config: PretrainedConfig, d
         tensors[f"base_model.model.{path}.lora_A.weight"] = pad(pair.a, (0, 0, 0, num_zeros)).clone()
         tensors[f"base_model.model.{path}.lora_B.weight"] = pad(pair.scale * pair.b, (0, num_zeros))
     save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
-    write_json(directory / "adapter_config.json", native_adapter_config(list(native), rank, config.num_hidden_layers))
+    write_json(directory / "adapter_config.json", native_adapter_config(list(native), rank, num_layers))
 
 
 def native_adapter_config(paths: list[str], rank: int, num_layers: int) -> dict:

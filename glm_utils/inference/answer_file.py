@@ -2,22 +2,25 @@
 
 import csv
 import json
-import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from loguru import logger
 
-from glm_utils.cli import UserError, printable
+from glm_utils.cli import UserError
 from glm_utils.data.xlsx_rows import import_openpyxl
-from glm_utils.files import atomic_files, check_writable
-from glm_utils.inference.partial_answers import json_line
+from glm_utils.disk import hidden_sibling
+from glm_utils.files import atomic_files, check_output_file
+from glm_utils.inference.partial_answers import PARTIAL_ENDING, json_line
 from glm_utils.inference.prompt_file import PromptRow
 from glm_utils.inference.workbook import write_workbook
+from glm_utils.output_lock import lock_output
 
 ENDINGS = (".jsonl", ".csv", ".xlsx")
+RECORD_ENDING = ".run_config.json"  # after the name of the output
 ADDED_COLUMNS = ("sample", "answer", "num_tokens", "ended_by", "error")
 # What a spreadsheet takes for a formula, but for plain numbers. Source: OWASP, CSV injection.
 FORMULA, NUMBER = re.compile(r"[=+\-@\t\r\n＝＋－＠]"), re.compile(r"[+-]?\d+(\.\d+)?")
@@ -31,6 +34,9 @@ def check_output_path(output_path: str, data_path: str, overwrite: bool) -> Path
         data_path: The file of prompts.
         overwrite: Whether an existing file may be replaced.
 
+    Returns:
+        The path, links followed.
+
     Raises:
         UserError: An unknown ending, the file of prompts itself, a file that exists, or a place that cannot be
             written to.
@@ -42,14 +48,27 @@ def check_output_path(output_path: str, data_path: str, overwrite: bool) -> Path
         )
     if path.suffix.lower() == ".xlsx":
         import_openpyxl(path, "writes")
-    if path.is_dir():
-        raise UserError(f"--output_path {output_path}: a directory. Give a file in it")
-    if path.resolve() == Path(data_path).expanduser().resolve():
+    path = check_output_file(path, "--output_path", (PARTIAL_ENDING, RECORD_ENDING))
+    if path == Path(data_path).expanduser().resolve():
         raise UserError(f"--output_path {output_path}: the file of prompts itself. Give another file")
     if path.exists() and not overwrite:
         raise UserError(f"--output_path {output_path}: exists. Give another file, or --overwrite")
-    check_writable(path.parent, "--output_path")
     return path
+
+
+@contextmanager
+def lock_answers(path: Path, overwrite: bool) -> Iterator[None]:
+    """Hold the lock of an output while the block runs.
+
+    Raises:
+        UserError: Another run writes it, or has written it since it was checked.
+    """
+    with lock_output(hidden_sibling(path, "lock"), f"--output_path {path}", remove=True):
+        if path.exists() and not overwrite:
+            raise UserError(
+                f"--output_path {path}: another run has just written it. Give another file, or --overwrite"
+            )
+        yield
 
 
 def output_rows(rows: Sequence[PromptRow], answers: dict[tuple[int, int], dict], num_samples: int) -> list[dict]:
@@ -98,17 +117,13 @@ def write_output(path: Path, rows: list[dict], record: dict) -> None:
         UserError: The disk is full, or the file cannot be written.
     """
     try:
-        with atomic_files(path.parent, last=path.name) as temporary_dir:
+        with atomic_files(path.parent, last=path.name, name="--output_path") as temporary_dir:
             WRITERS[path.suffix.lower()](temporary_dir / path.name, rows)
-            with (temporary_dir / path.name).open("rb") as file:
-                os.fsync(file.fileno())  # the partial answers are deleted afterwards
             text = json.dumps(record, ensure_ascii=False, indent=2, default=str) + "\n"
-            record_path = temporary_dir / f"{path.name}.run_config.json"
+            record_path = temporary_dir / f"{path.name}{RECORD_ENDING}"
             record_path.write_bytes(text.encode("utf-8", "backslashreplace"))  # file names need not be UTF-8
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}); the answers are in its partial file"
-        ) from error
+    except UserError as error:
+        raise UserError(f"{error}. The answers are in {path.name}{PARTIAL_ENDING}") from error
 
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
@@ -157,7 +172,7 @@ def log_errors(rows: Sequence[PromptRow], most: int = 10) -> None:
     """
     errors = [row.error for row in rows if row.error]
     for error in errors[:most]:
-        logger.warning(printable(error))
+        logger.warning(error)
     if len(errors) > most:
         logger.warning(f"and {len(errors) - most} more rows, see `error` in the output")
 

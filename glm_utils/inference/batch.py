@@ -1,15 +1,21 @@
 """Answer many prompts in one batch, whose finished answers make room for the next prompts."""
 
+from __future__ import annotations  # libraries are imported for their types only
+
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from loguru import logger
-from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizer
 
 from glm_utils.cli import UserError
 from glm_utils.inference.memory import fitting_batch_size
+from glm_utils.inference.prompt_file import no_room
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizer
 
 PREFILL_TOKENS = 2048  # of prompts that go through the model together, padding included
 FIRST_NEW_TOKENS = 256  # that there is room for at first
@@ -128,7 +134,7 @@ def generate_pending(
             asks for what a batch does not do.
         FloatingPointError: The model computed NaN or infinite logits.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     # Longest first: memory is at its peak at the start, and no later prompt needs the others to be moved.
     queue = deque(sorted(pending, key=lambda one: (-len(one.prompt_ids), one.index, one.sample)))
     if not queue:
@@ -233,11 +239,6 @@ def limit_to_context(pending: Iterable[PendingAnswer], context: int) -> None:
         if num_left < 1:
             raise UserError(f"prompt {one.index + 1}: {no_room(len(one.prompt_ids), context)}")
         one.max_new_tokens = min(one.max_new_tokens, num_left)
-
-
-def no_room(num_prompt_tokens: int, context: int) -> str:
-    """Say that a prompt leaves no room for an answer in the model's context."""
-    return f"the prompt takes {num_prompt_tokens} tokens, the model's context holds {context}: shorten it"
 
 
 def end_token_ids(model: PreTrainedModel) -> set[int]:

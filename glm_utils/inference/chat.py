@@ -3,19 +3,23 @@
 It knows nothing of a terminal: a web page or an API only sends the pieces somewhere else.
 """
 
+from __future__ import annotations  # peft is imported for its types only
+
 import contextlib
 import os
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
-
-from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizer
+from typing import TYPE_CHECKING
 
 from glm_utils.cli import UserError
 from glm_utils.device import is_out_of_memory
+from glm_utils.early_checks import check_sampling
 
-MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 1000  # below, logits overflow; above, all are alike
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizer
+
 UNFINISHED = "\ufffd"  # the first bytes of a character decode to this
 
 
@@ -27,11 +31,13 @@ class ChatSettings:
         max_length: Prompt and answer together, in tokens.
         temperature: Divides the logits; 0: always the most probable token.
         top_p: Nucleus probability, above 0 and at most 1.
+        max_new_tokens: Limit of the model's generation config on an answer alone, in tokens; None: none.
     """
 
     max_length: int
     temperature: float
     top_p: float
+    max_new_tokens: int | None = None
 
     def arguments(self) -> dict:
         """Return the keyword arguments of `stream_chat`."""
@@ -59,29 +65,12 @@ def chat_settings(
         max_length=min(model.chat_max_length, context) if max_length is None else max_length,
         temperature=model.chat_temperature if temperature is None else temperature,
         top_p=model.chat_top_p if top_p is None else top_p,
+        max_new_tokens=model.generation_config.max_new_tokens,
     )
     if not 1 <= settings.max_length <= context:
         raise UserError(f"--max_length {settings.max_length}: expected 1 to {context}, the model's context in tokens")
     check_sampling(settings.temperature, settings.top_p)
     return settings
-
-
-def check_sampling(temperature: float | None, top_p: float | None) -> None:
-    """Refuse sampling parameters that define no distribution.
-
-    Args:
-        temperature: Divides the logits; 0: always the most probable token; None: the default.
-        top_p: Nucleus probability; None: the default.
-
-    Raises:
-        UserError: A value is out of range.
-    """
-    if temperature and not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
-        raise UserError(
-            f"--temperature {temperature}: expected 0 (most probable token), or {MIN_TEMPERATURE} to {MAX_TEMPERATURE}"
-        )
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"--top_p {top_p}: expected more than 0 and at most 1")
 
 
 @dataclass
@@ -186,12 +175,17 @@ class ChatSession:
             The next piece of the answer. The newest token is held back: the one after it may still change its text.
 
         Raises:
-            UserError: The question is too long, the model computed NaN, or memory ran out.
+            UserError: The question is too long, the model computed NaN, memory ran out, or the model's generation
+                config asks for what does not go together.
         """
         self.counts = AnswerCounts(self.count_prompt(query))
         answer = previous = shown = ""
         switch = contextlib.nullcontext() if self.use_adapter else self.model.disable_adapter()
-        tokenizer, arguments = CountingTokenizer(self.tokenizer, self.counts), self.settings.arguments()
+        tokenizer = CountingTokenizer(self.tokenizer, self.counts)
+        arguments = self.settings.arguments()
+        if self.settings.max_new_tokens:  # would stand above max_length
+            num_left = self.settings.max_length - self.counts.num_prompt
+            arguments["max_new_tokens"] = min(num_left, self.settings.max_new_tokens)
         try:
             with switch:
                 for answer, _ in self.model.stream_chat(tokenizer, query, self.history, **arguments):
@@ -207,7 +201,7 @@ class ChatSession:
             self.counts.tick()
             # The cleaned answer may differ in what was shown already: then all of it follows on a new line.
             yield answer[len(shown) :] if answer.startswith(shown) else f"\n{answer}"
-        except FloatingPointError as error:
+        except (FloatingPointError, ValueError) as error:  # ValueError: what the generation config asks for
             raise UserError(str(error)) from error
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):

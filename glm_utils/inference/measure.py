@@ -8,6 +8,7 @@ import torch
 from loguru import logger
 from transformers import PreTrainedModel
 
+from glm_utils.cli import UserError
 from glm_utils.device import is_out_of_memory
 from glm_utils.inference.memory import bytes_read_per_step, peak_memory, reset_peak_memory, weight_bytes
 from glm_utils.inference.report import summarize
@@ -40,6 +41,7 @@ def measure_model(
     make_generate: Callable[[PreTrainedModel, Workload], Generate],
     workload: Workload,
     bandwidth: float,
+    check: Callable[[PreTrainedModel, torch.Tensor], None] | None = None,
 ) -> dict:
     """Load, measure and free one model; running out of memory ends its figures, not the program.
 
@@ -48,6 +50,7 @@ def measure_model(
         make_generate: Returns the function that generates once, see `stream_generate`.
         workload: What to generate.
         bandwidth: Of copies on the device, bytes per second.
+        check: Called with the model and the prompts after the cold and the measured runs, see `check_finite`.
 
     Returns:
         Figures by name, and "error" if memory ran out.
@@ -63,6 +66,8 @@ def measure_model(
         figures["load_seconds"] = time.perf_counter() - start_seconds
         figures |= {"weight_bytes": weight_bytes(model), "bytes_read_per_step": bytes_read_per_step(model, batch_size)}
         cold, runs = time_runs(make_generate(model, workload), workload)
+        if check:
+            check(model, workload.input_ids)
         figures |= {"cold_first_token_seconds": cold[0], "cold_run_seconds": cold[-1]}
         figures |= summarize(runs, num_prompt_tokens, batch_size)
         # Each step reads these weights once, so no step takes less time than reading them at the speed of a copy.
@@ -75,6 +80,25 @@ def measure_model(
         logger.error(f"{type(error).__name__}: {error}")
         figures["error"] = "out of memory"
     return figures
+
+
+def check_finite(model: PreTrainedModel, input_ids: torch.Tensor) -> None:
+    """Refuse a model whose logits are not finite: greedy generation would go on with token 0, at full speed.
+
+    Args:
+        model: The model.
+        input_ids: Prompts, (B, T).
+
+    Raises:
+        UserError: It computes NaN or infinite logits.
+    """
+    with torch.no_grad():
+        logits = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), logits_to_keep=1).logits
+    if not logits.isfinite().all():
+        raise UserError(
+            "the model computes NaN or infinite logits, so its figures would mean nothing. Usual causes: weights that "
+            "are damaged, or fp16 overflow; try --dtype bf16 or fp32, and download the weights again"
+        )
 
 
 def stream_generate(model: PreTrainedModel, workload: Workload, fast_path: bool = True) -> Generate:

@@ -1,17 +1,23 @@
 """The answers of a job so far: each goes to a file as it comes, and a run that was stopped goes on from there."""
 
+from __future__ import annotations  # batch.py imports torch
+
 import json
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loguru import logger
 
 from glm_utils.cli import UserError
-from glm_utils.files import DISK_FULL_ERRORS
-from glm_utils.inference.batch import Answer
+from glm_utils.disk import write_fault
+
+if TYPE_CHECKING:
+    from glm_utils.inference.batch import Answer
 
 SYNC_SECONDS = 5  # between two waits for the disk
+PARTIAL_ENDING = ".partial.jsonl"  # after the name of the output
 
 
 class PartialAnswers:
@@ -29,14 +35,16 @@ class PartialAnswers:
         answers: By prompt and sample; as in the file.
 
     Raises:
-        UserError: What an earlier run left belongs to another job.
+        UserError: What an earlier run left belongs to another job, or is a link.
     """
 
     def __init__(self, output_path: Path, identity: dict, resume: bool):
-        self.path = output_path.with_name(f"{output_path.name}.partial.jsonl")
+        self.path = output_path.with_name(f"{output_path.name}{PARTIAL_ENDING}")
         self.identity = json.loads(json.dumps(identity))
         self.answers: dict[tuple[int, int], dict] = {}
         self.synced_at = time.monotonic()
+        if self.path.is_symlink():  # somebody else's, who would have another file overwritten
+            raise UserError(f"{self.path}: a link. Delete it, or choose another --output_path")
         num_bytes = self._read() if resume and self.path.exists() else 0
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +58,7 @@ class PartialAnswers:
         if not num_bytes:
             self._write({"job": self.identity})
 
-    def __enter__(self) -> "PartialAnswers":
+    def __enter__(self) -> PartialAnswers:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -109,11 +117,10 @@ class PartialAnswers:
                 os.fsync(self.file.fileno())
                 self.synced_at = time.monotonic()
         except OSError as error:
-            if error.errno not in DISK_FULL_ERRORS:
+            fault = write_fault(error)
+            if fault is None:
                 raise
-            raise UserError(
-                f"{self.path}: the disk is full. Free some space; the same command then goes on"
-            ) from error
+            raise UserError(f"{self.path}: {fault}. Free some space; the same command then goes on") from error
 
     def remove(self) -> None:
         """Delete the file, once the output is there."""

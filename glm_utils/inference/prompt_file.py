@@ -3,17 +3,22 @@
 A fault in one row is kept with the row and does not keep the others from being answered.
 """
 
+from __future__ import annotations  # checkpoint.py imports transformers
+
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from glm_utils.checkpoint import Checkpoint
-from glm_utils.cli import UserError, printable
+from glm_utils.cli import UserError
 from glm_utils.data.checks import DataReport
 from glm_utils.data.forms import Columns
 from glm_utils.data.read import ReadRow, read_rows
-from glm_utils.inference.batch import no_room
+from glm_utils.visible_text import one_line
+
+if TYPE_CHECKING:
+    from glm_utils.checkpoint import Checkpoint
 
 FORMS = "a file as for training, with or without answers, or text with one prompt per line"
 
@@ -52,11 +57,10 @@ def read_prompts(path: Path, prompt_column: str | None) -> list[PromptRow]:
     rows = [make_prompt(read) for read in read_rows(path, "ignored", Columns(prompt=prompt_column), report)]
     report.log()
     if not rows:
-        raise UserError(printable(f"{path}: no prompts in it. Give {FORMS}"))
+        raise UserError(f"{path}: no prompts in it. Give {FORMS}")
     errors = [row.error for row in rows if row.error]
     if len(errors) == len(rows):
-        forms = f"\n{report.help_text}" if report.help_text else ""
-        raise UserError(printable(f"{path}: no row can be answered. The first: {errors[0]}") + forms)
+        raise UserError(f"{path}: no row can be answered. The first: {errors[0]}", report.help_lines)
     return rows
 
 
@@ -64,7 +68,7 @@ def make_prompt(read: ReadRow) -> PromptRow:
     """Turn a row that was read into one that is answered, or that says why not."""
     columns = read.row.value if isinstance(read.row.value, dict) else {}
     if read.example is None:
-        return PromptRow(read.row.where, columns, error=read.error)
+        return PromptRow(read.row.where, columns, error=one_line(read.error or ""))
     return PromptRow(read.row.where, columns, read.example.query, read.example.history)
 
 
@@ -84,7 +88,12 @@ def encode_prompts(rows: list[PromptRow], checkpoint: Checkpoint) -> tuple[list[
     for row in tqdm(rows, desc="prompts", leave=False):
         ids = None if row.error else checkpoint.tokenizer.encode_prompt(row.query, list(row.history))
         if ids and len(ids) >= context:
-            row, ids = replace(row, error=f"{row.where}: {no_room(len(ids), context)}"), None
+            row, ids = replace(row, error=one_line(f"{row.where}: {no_room(len(ids), context)}")), None
         found.append(row)
         prompts.append(ids)
     return found, prompts
+
+
+def no_room(num_prompt_tokens: int, context: int) -> str:
+    """Say that a prompt leaves no room for an answer in the model's context."""
+    return f"the prompt takes {num_prompt_tokens} tokens, the model's context holds {context}: shorten it"

@@ -1,16 +1,16 @@
 """Turn the arrival times of tokens into figures, and the figures of several models into a Markdown table."""
 
 import itertools
-import json
 import statistics
 from pathlib import Path
 
-import numpy as np
-
 from glm_utils.cli import UserError
-from glm_utils.files import check_writable, write_json
+from glm_utils.disk import hidden_sibling
+from glm_utils.files import atomic_files, check_output_file, write_json
 from glm_utils.inference.tables import markdown_table
+from glm_utils.output_lock import lock_output
 from glm_utils.run_record import git_commit, versions
+from glm_utils.visible_text import json_line
 
 TABLE_ROWS = (  # title, key of a model's figures, factor from the key's unit to the title's, decimals
     ("token_number/s", "tokens_per_second", 1, 2),
@@ -54,6 +54,8 @@ def summarize(runs: list[list[float]], num_prompt_tokens: int, batch_size: int) 
     ttft = statistics.median(run[0] for run in runs)
     rates = [(num_new - 1) / (run[-1] - run[0]) for run in runs]
     decode = statistics.median(rates)
+    import numpy as np  # here, as a wrong flag is answered before
+
     tpot_p50, tpot_p95 = np.percentile(gaps, [50, 95], method="inverted_cdf").tolist()
     return {
         "batch_size": batch_size,
@@ -101,11 +103,12 @@ def check_report_path(output_json: str | Path | None) -> None:
     """
     if output_json is None:
         return
-    path = Path(output_json).expanduser()
-    if path.is_dir() or not path.parent.is_dir():
-        fault = "a directory" if path.is_dir() else f"there is no directory {path.parent}"
-        raise UserError(f"--output_json {output_json}: {fault}. Give a file in a directory that can be written to")
-    check_writable(path.parent, "--output_json")
+    path = check_output_file(Path(output_json).expanduser(), "--output_json")
+    if not path.parent.is_dir():
+        raise UserError(
+            f"--output_json {output_json}: there is no directory {path.parent}. Give a file in a directory that can "
+            "be written to"
+        )
 
 
 def write_report(result: dict, output_json: str | Path | None) -> str:
@@ -114,8 +117,17 @@ def write_report(result: dict, output_json: str | Path | None) -> str:
     Args:
         result: Holds the figures of each model under "models"; versions and commit are added.
         output_json: None: the result is only returned.
+
+    Raises:
+        UserError: The file cannot be written.
     """
     result = {**result, "versions": versions(), "commit": git_commit()}
+    text = f"{models_table(result['models'])}\n\n{json_line(result)}"
     if output_json:
-        write_json(Path(output_json).expanduser(), result)
-    return f"{models_table(result['models'])}\n\n{json.dumps(result, ensure_ascii=False)}"
+        path = check_output_file(Path(output_json).expanduser(), "--output_json")
+        with (
+            lock_output(hidden_sibling(path, "lock"), f"--output_json {path}", remove=True),
+            atomic_files(path.parent, last=path.name, name="--output_json") as temporary_dir,
+        ):
+            write_json(temporary_dir / path.name, result)
+    return text

@@ -28,11 +28,9 @@ def resolve_sources(
         device: Where they run.
 
     Raises:
-        UserError: Both lists are empty, a directory is not a model or an adapter, or load_in_4bit is given with a
+        UserError: A directory is not a model or an adapter, or load_in_4bit is given with a
             model that is already quantized.
     """
-    if not model_paths and not lora_paths:
-        raise UserError("nothing to test. Give --model_path DIR (or DIR1,DIR2,...) or --lora_path DIR, or both")
     found = [(path, *find_model(path, None)) for path in model_paths]
     found += [(path, *find_model(None, path)) for path in lora_paths]
     names = Counter(short_name(path) for path, _, _ in found)

@@ -5,6 +5,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from glm_utils.visible_text import one_line, visible
+
 MIN_CELLS = 10  # of a column of text
 MAX_TABLE_CELLS = 100_000  # wide enough that no cell of a Markdown table is ever wrapped
 GAP = " | "
@@ -32,7 +34,7 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 
 def escaped(cell: str) -> Text:
     """Return the text of a Markdown cell, in which rich finds no markup and Markdown no end of the cell."""
-    return Text(cell.replace("|", "\\|"))
+    return Text(one_line(cell).replace("|", "\\|"))
 
 
 def side_by_side(texts: dict[str, str], num_cells: int) -> str:
@@ -46,7 +48,7 @@ def side_by_side(texts: dict[str, str], num_cells: int) -> str:
     table = Table(box=BARS, show_edge=False, show_header=False, pad_edge=False)
     for _ in texts:
         table.add_column(width=width, overflow="fold")
-    lines = {title: "\n".join(text.expandtabs().splitlines()) for title, text in texts.items()}
+    lines = {visible(title): "\n".join(visible(text).expandtabs().splitlines()) for title, text in texts.items()}
     table.add_row(*(Text(f"{title}\n{'-' * width}\n{text}") for title, text in lines.items()))
     rendered = render(table, len(texts) * (width + len(GAP)) - len(GAP))
     return "\n".join(line.rstrip() for line in rendered.splitlines())

@@ -1,10 +1,10 @@
 """Chat in the terminal: read lines, run commands, print answers while they are generated.
 
-Answers go to stdout, everything else to stderr.
+Answers go to stdout, everything else to stderr. Control characters in either are spelled out, so that neither a model
+nor a question that was pasted can steer the terminal.
 """
 
 import contextlib
-import functools
 import io
 import shutil
 import sys
@@ -14,6 +14,7 @@ from typing import TextIO
 from glm_utils.cli import UserError
 from glm_utils.inference.chat import AnswerCounts, ChatSession
 from glm_utils.inference.tables import side_by_side
+from glm_utils.visible_text import visible
 
 with contextlib.suppress(ImportError):  # Windows has its own line editing
     import readline  # noqa: F401
@@ -103,7 +104,7 @@ def print_answers(query: str, sessions: dict[str, ChatSession]) -> None:
     for session in sessions.values():
         session.count_prompt(query)  # all are checked before the first answers, so that their histories stay equal
     is_compared = len(sessions) > 1
-    write: Callable = (lambda text: None) if is_compared else functools.partial(print, end="", flush=True)
+    write: Callable = (lambda text: None) if is_compared else print_piece
     errors = []
     for title, session in sessions.items():
         ending = ""
@@ -125,6 +126,11 @@ def print_answers(query: str, sessions: dict[str, ChatSession]) -> None:
         raise errors[0]
 
 
+def print_piece(text: str) -> None:
+    """Print a piece of an answer, character by character visible: an escape sequence may come in several pieces."""
+    print(visible(text), end="", flush=True)
+
+
 def format_counts(counts: AnswerCounts, max_length: int) -> str:
     """Say how long an answer is and how fast it was generated."""
     text = f"{counts.num_tokens} tokens, {counts.tokens_per_second:.1f} tokens/s"
@@ -134,4 +140,4 @@ def format_counts(counts: AnswerCounts, max_length: int) -> str:
 
 def print_note(text: str) -> None:
     """Print to stderr what is not part of an answer."""
-    print(text, file=sys.stderr, flush=True)
+    print(visible(text), file=sys.stderr, flush=True)

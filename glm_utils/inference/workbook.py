@@ -38,7 +38,7 @@ def write_workbook(path: Path, names: Sequence[str], rows: Iterable[Sequence[obj
         if number > MAX_ROWS or len(row) > MAX_SHEET_COLUMNS:
             raise UserError(
                 f"{path.name}: a sheet holds {MAX_ROWS:,} rows of {MAX_SHEET_COLUMNS:,} columns. Give an output "
-                "in .csv; the answers are in the partial file"
+                "in .csv"
             )
         values = [cell_value(value) for value in row]
         num_truncated += any(isinstance(value, str) and len(value) > MAX_CELL_CHARACTERS for value in values)

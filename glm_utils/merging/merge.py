@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from glm_utils.adapter import Adapter
 from glm_utils.checkpoint import Checkpoint
@@ -17,6 +16,7 @@ from glm_utils.cli import UserError
 from glm_utils.merging.arithmetic import add_update, nf4_round_trip, to_fp16
 from glm_utils.merging.report import MergeReport
 from glm_utils.merging.shards import CheckpointReader, TensorSpec
+from glm_utils.remote_code import remote_code
 
 SCALE_SUFFIX = "_scale"  # the state-dict key of a quantized weight's scales ends with it
 
@@ -48,8 +48,8 @@ class MergeJob:
     report: MergeReport = field(default_factory=MergeReport)
 
     def __post_init__(self):
-        self.quantize_rows = get_class_from_dynamic_module("quantization.quantize_rows", str(self.scripts_dir))
-        self.dequantize_rows = get_class_from_dynamic_module("quantization.dequantize_rows", str(self.scripts_dir))
+        self.quantize_rows = remote_code("quantization.quantize_rows", self.scripts_dir)
+        self.dequantize_rows = remote_code("quantization.dequantize_rows", self.scripts_dir)
         check_fit(self)
 
     @property
@@ -118,13 +118,10 @@ def check_fit(job: MergeJob) -> None:
     Raises:
         UserError: The adapter belongs to another model, or a row has an odd number of weights.
     """
-    for path, pair in job.adapter.pairs.items():
-        spec = job.reader.specs.get(f"{path}.weight")
-        where = f"{job.adapter.directory} does not fit {job.base.directory} ({job.base.family.title})"
-        if spec is None or not job.is_linear(f"{path}.weight"):
-            raise UserError(f"{where}: the base has no Linear {path}. Was it trained on a model of another family?")
-        if spec.shape != pair.shape:
-            raise UserError(f"{where}: {path} is {list(spec.shape)}, the adapter updates {list(pair.shape)}")
+    linears = {
+        name.removesuffix(".weight"): spec.shape for name, spec in job.reader.specs.items() if job.is_linear(name)
+    }
+    job.adapter.check_fit(linears, f"{job.base.directory} ({job.base.family.title})")
     odd = [name for name, spec in job.reader.specs.items() if job.is_linear(name) and spec.shape[1] % 2]
     if job.bits == 4 and odd:
         raise UserError(

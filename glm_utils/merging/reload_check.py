@@ -24,8 +24,10 @@ from glm_utils.cli import UserError
 from glm_utils.family import PROJECT_DIR
 from glm_utils.merging.layer_streaming import empty_model, streamed_logits
 from glm_utils.merging.shards import CheckpointReader
+from glm_utils.signals import end_with_parent
 
 FULL_RELOAD_MAX_BYTES = 2_000_000_000
+MAX_LOGGED_LINES = 30  # of what the fresh process said before it failed
 FULL, BY_MODULE = "from_pretrained", "from_config, filled module by module"
 
 
@@ -74,16 +76,20 @@ def check_reload(
     Raises:
         UserError: The directory does not load, or its token ids or logits differ.
     """
-    with tempfile.TemporaryDirectory() as scratch:
+    # in the directory, which can be written to; the system's temporary directory may be small, or read-only
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".reload-") as scratch:
         result_path, request_path = Path(scratch, "result.safetensors"), Path(scratch, "request.json")
-        request = {"directory": str(directory), "text": text, "device": str(device), "form": form}
-        request["result"] = str(result_path)
+        request: dict = {"directory": str(directory), "text": text, "device": str(device), "form": form}
+        request |= {"result": str(result_path), "parent_id": os.getpid()}
         request_path.write_text(json.dumps(request), encoding="utf-8")
         environment = {**os.environ, "HF_MODULES_CACHE": str(Path(scratch, "modules")), "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-m", "glm_utils.merging.reload_check", str(request_path)]
         child = subprocess.run(command, cwd=PROJECT_DIR, env=environment, capture_output=True, text=True)
         if child.returncode:
-            raise UserError(f"the written model does not load in a fresh process:\n{child.stderr[-3000:]}")
+            lines = child.stderr.strip().splitlines() or [f"exit code {child.returncode}"]
+            for line in lines[-MAX_LOGGED_LINES:-1]:
+                logger.info(line)
+            raise UserError(f"the written model does not load in a fresh process: {lines[-1]}")
         result = load_file(result_path)
     if result["input_ids"].tolist() != input_ids:
         raise UserError(f"the written tokenizer differs: {result['input_ids'].tolist()}, expected {input_ids}")
@@ -106,6 +112,7 @@ def reload_method(directory: Path) -> str:
 def main(request_path: Path) -> None:
     """Run in the fresh process: write token ids and logits of the request's text to its result file."""
     request = json.loads(request_path.read_text(encoding="utf-8"))
+    end_with_parent(request["parent_id"])
     directory, device, form = Path(request["directory"]), request["device"], FORMS[request["form"]]
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=form.remote_code)
     if form.remote_code:

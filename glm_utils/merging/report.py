@@ -46,47 +46,69 @@ class MergeReport:
         return sum(error for error, _ in pairs) / max(total, 1e-30) if pairs else None
 
     def lines(self, merge_base: str) -> list[str]:
-        """Return the report as lines for the log; merge_base is "original" or "nf4"."""
-        lines = [f"update |scale B A| / |W|: {summary}" for summary in summarize_by_module(self.updates)]
-        lines += [f"NF4 error |W - NF4(W)| / |W|: {summary}" for summary in summarize_by_module(self.nf4_errors)]
-        if self.nf4_errors and self.updates:
-            error, update = median_high(self.nf4_errors.values()), median_high(self.updates.values())
-            used = "the NF4 weights, as trained on" if merge_base == "nf4" else "the original weights"
-            lines.append(
-                "QLoRA trains on NF4(W) + update, so the NF4 weights are closer to training: the original weights "
-                f"differ from them by {error / max(update, 1e-30):.3g} times the norm of the update. Merged into: "
-                f"{used}. Compare the evaluation loss of both before you choose"
-            )
-        errors = self.quantization_errors["search"]
-        squared = {path: error / max(norm, 1e-30) for path, (error, norm) in errors.items()}
-        lines += [f"squared relative weight error: {summary}" for summary in summarize_by_module(squared)]
-        if errors:
+        """Return the report as a few lines for the log; merge_base is "original" or "nf4"."""
+        lines = [f"update |scale B A| / |W|: {in_words(self.updates)}"] if self.updates else []
+        if self.nf4_errors:
+            lines.append(f"NF4 error |W - NF4(W)| / |W|: {in_words(self.nf4_errors)}{self._compare(merge_base)}")
+        if errors := self._relative_errors():
             searched, absmax = self.relative_weight_error(), self.relative_weight_error("absmax")
             lines.append(
                 f"squared relative weight error of the whole model: {searched:.3g} (with absmax scales it would be "
-                f"{absmax:.3g})"
+                f"{absmax:.3g}); {in_words(errors)}"
             )
         return lines
 
+    def _compare(self, merge_base: str) -> str:
+        """Compare the NF4 error with the update, as the end of a line."""
+        if not self.updates:
+            return ""
+        error, update = median_high(self.nf4_errors.values()), median_high(self.updates.values())
+        used = "the NF4 weights, as trained on" if merge_base == "nf4" else "the original weights"
+        return (
+            ". QLoRA trains on NF4(W) + update, so the NF4 weights are closer to training: the original ones differ "
+            f"by {error / max(update, 1e-30):.3g} times the norm of the update. Merged into: {used}. Compare the "
+            "evaluation loss of both before you choose"
+        )
+
+    def _relative_errors(self) -> dict[str, float]:
+        """Return the squared relative error of each quantized weight."""
+        errors = self.quantization_errors["search"]
+        return {path: error / max(norm, 1e-30) for path, (error, norm) in errors.items()}
+
     def record(self) -> dict:
-        """Return the medians for run_config.json."""
+        """Return the medians, and the figures of each kind of Linear, for run_config.json."""
+        figures = {
+            "update_norm": self.updates,
+            "nf4_error": self.nf4_errors,
+            "relative_weight_error": self._relative_errors(),
+        }
         return {
             "update_norm_median": median_or_none(self.updates.values()),
             "nf4_error_median": median_or_none(self.nf4_errors.values()),
             "relative_weight_error": self.relative_weight_error(),
             "relative_weight_error_of_absmax": self.relative_weight_error("absmax"),
+            "by_module": {name: summarize_by_module(values) for name, values in figures.items() if values},
         }
 
 
-def summarize_by_module(values: dict[str, float]) -> list[str]:
-    """Return one line for each kind of Linear, with lowest, highest and median value over its layers."""
+def in_words(values: dict[str, float]) -> str:
+    """Say how values by module path spread, and which kind of Linear has the largest one."""
+    largest = max(values, key=values.__getitem__)
+    return (
+        f"{min(values.values()):.3g} to {values[largest]:.3g} ({largest.rpartition('.')[2]}), median "
+        f"{median_high(values.values()):.3g} of {len(values)} weights"
+    )
+
+
+def summarize_by_module(values: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Return lowest, highest and median value and the number of layers, by kind of Linear."""
     kinds: dict[str, list[float]] = {}
     for path, value in values.items():
         kinds.setdefault(path.rpartition(".")[2], []).append(value)
-    return [
-        f"{kind} {min(part):.3g} to {max(part):.3g}, median {median_high(part):.3g}, {len(part)} layers"
+    return {
+        kind: {"min": min(part), "max": max(part), "median": median_high(part), "num_layers": len(part)}
         for kind, part in kinds.items()
-    ]
+    }
 
 
 def median_or_none(values: Collection[float]) -> float | None:

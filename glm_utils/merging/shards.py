@@ -4,37 +4,20 @@ Source: the safetensors format: u64 header length, JSON header {name: {dtype, sh
 """
 
 import json
-import math
 import os
 from collections import deque
-from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
 
-from glm_utils.checkpoint_files import LEGACY_PICKLE_MAGIC, weight_files
-from glm_utils.cli import UserError
+from glm_utils.checkpoint_files import weight_files
+from glm_utils.tensor_files import DTYPE_NAMES, TensorSpec, is_legacy_bin, list_bin, list_tensors, load_bin
 
-DTYPE_NAMES = {torch.float16: "F16", torch.int8: "I8", torch.float32: "F32", torch.bfloat16: "BF16"}
-DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 MAX_SHARD_BYTES = 2_000_000_000
 MAX_PENDING = 2  # tensors that wait for the writing thread; each keeps its memory until then
 WEIGHTS_NAME = "model.safetensors"
-
-
-class TensorSpec(NamedTuple):
-    """Dtype and shape of a tensor, known before it is read or computed."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the tensor's data."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class CheckpointReader:
@@ -55,7 +38,7 @@ class CheckpointReader:
         self._files = weight_files(checkpoint_dir)
         self._prefetched: set[Path] = set()
         for path in self._files:
-            for name, spec in self._list(path):
+            for name, spec in self._list(path).items():
                 self.specs[name], self._paths[name] = spec, path
         self.num_bytes = sum(spec.num_bytes for spec in self.specs.values())
 
@@ -80,42 +63,20 @@ class CheckpointReader:
                 with ahead.open("rb") as file:
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
-    def _list(self, path: Path) -> Iterable[tuple[str, TensorSpec]]:
-        """Yield the name and spec of each tensor of a file."""
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                    part = file.get_slice(name)
-                    yield name, TensorSpec(_known_dtype(part.get_dtype(), path), tuple(part.get_shape()))
-        else:
-            for name, tensor in self._load_bin(path).items():
-                if not isinstance(tensor, torch.Tensor):
-                    raise UserError(f"{path}: {name} is a {type(tensor).__name__}, expected a tensor")
-                yield name, TensorSpec(tensor.dtype, tuple(tensor.shape))
+    def _list(self, path: Path) -> dict[str, TensorSpec]:
+        """Return the spec of each tensor of a file by name."""
+        return list_bin(path, self._load_bin(path)) if path.suffix == ".bin" else list_tensors(path)
 
     def _load_bin(self, path: Path) -> dict[str, torch.Tensor]:
-        """Memory-map a .bin file.
+        """Return the tensors of a .bin file, memory-mapped.
 
-        A file in the format of torch before 1.6 cannot be mapped: it is loaded and kept until another file is read.
+        A file in the format of torch before 1.6 cannot be mapped: it is kept until another file is read.
         """
-        with path.open("rb") as file:
-            is_legacy = file.read(2) == LEGACY_PICKLE_MAGIC
-        if not is_legacy:
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if not is_legacy_bin(path):
+            return load_bin(path)
         if self._legacy[0] != path:
-            self._legacy = (path, torch.load(path, map_location="cpu", weights_only=True))
+            self._legacy = (path, load_bin(path))
         return self._legacy[1]
-
-
-def _known_dtype(name: str, path: Path) -> torch.dtype:
-    """Return the torch dtype of a safetensors dtype name.
-
-    Raises:
-        UserError: A dtype that is not read here.
-    """
-    if name not in DTYPES:
-        raise UserError(f"{path}: weights of type {name}, expected one of {', '.join(DTYPES)}")
-    return DTYPES[name]
 
 
 class ShardWriter:
@@ -160,6 +121,7 @@ class ShardWriter:
         text += b" " * (-len(text) % 8)  # so the data begin at a multiple of 8
         file = os.open(self._directory / file_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         self._files.append(file)
+        os.truncate(file, 8 + len(text) + end)  # a limit on the size of files shows before the first tensor is merged
         _write_all(file, len(text).to_bytes(8, "little") + text, 0)
         self._places.update({name: (file, 8 + len(text) + start) for name, start in starts.items()})
         self._weight_map.update(dict.fromkeys(names, file_name))

@@ -10,13 +10,14 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from glm_utils.checkpoint import MODEL_CLASS
-from glm_utils.load_model import check_weights
 from glm_utils.merging.layer_streaming import empty_model, streamed_logits
 from glm_utils.merging.merge import SCALE_SUFFIX, MergeJob
-from glm_utils.merging.shards import ShardWriter, TensorSpec
+from glm_utils.merging.shards import ShardWriter
+from glm_utils.remote_code import remote_code
+from glm_utils.tensor_files import TensorSpec
+from glm_utils.weight_checks import check_weights
 
 PROBE_TEXT = "你好"
 
@@ -155,7 +156,7 @@ def empty_merged(job: MergeJob, bits: int, dtype: torch.dtype = torch.float16) -
         bits: 0, 4 or 8.
         dtype: Dtype of its floating-point weights.
     """
-    model_class = get_class_from_dynamic_module(MODEL_CLASS, str(job.scripts_dir))
+    model_class = remote_code(MODEL_CLASS, job.scripts_dir)
     config = model_class.config_class.from_dict(merged_config(job, bits))
     return empty_model(lambda: model_class(config), dtype)
 

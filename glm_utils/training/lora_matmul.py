@@ -87,7 +87,7 @@ def frozen_weight(linear: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
     """Return the weight (N, K) of a Linear or Linear4bit in a dtype.
 
     It is freed after one matmul, and torch's allocator reuses the memory for the next one. A 4-bit weight must have
-    the layout in which it was quantized, see `keep_4bit_layout` in load_model.py.
+    the layout in which it was quantized, see `keep_4bit_layout` in nf4_layers.py.
     """
     state = getattr(linear.weight, "quant_state", None)
     weight = linear.weight if state is None else dequantize_nf4(linear.weight.data, state)

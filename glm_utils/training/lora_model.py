@@ -7,23 +7,9 @@ import torch
 from transformers import TrainingArguments, set_seed
 
 from glm_utils.checkpoint import Checkpoint
-from glm_utils.cli import UserError
 from glm_utils.load_model import load_base_model
+from glm_utils.training.inputs import check_lora_settings
 from glm_utils.training.lora_matmul import use_lean_matmuls
-
-
-def check_lora_settings(rank: int, alpha: int, dropout: float) -> None:
-    """Check the numbers for `make_lora_config`.
-
-    Raises:
-        UserError: A value out of range.
-    """
-    if rank < 1:
-        raise UserError(f"--lora_rank={rank}: expected 1 or more")
-    if alpha < 1:
-        raise UserError(f"--lora_alpha={alpha}: expected 1 or more")
-    if not 0 <= dropout < 1:
-        raise UserError(f"--lora_dropout={dropout}: expected 0 to below 1")
 
 
 def make_lora_config(rank: int, alpha: int, dropout: float, targets: list[str]) -> peft.LoraConfig:

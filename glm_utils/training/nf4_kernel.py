@@ -12,9 +12,9 @@ import types
 
 import bitsandbytes
 import torch
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from glm_utils.family import FAMILIES
+from glm_utils.remote_code import remote_code
 
 try:
     import triton
@@ -56,7 +56,7 @@ def kernels_door() -> types.ModuleType:
 
     So CHATGLM_DISABLE_KERNELS=triton holds here too, and so does an entry of its OVERRIDES.
     """
-    triton_takes = get_class_from_dynamic_module("kernels_chatglm.triton_takes", str(FAMILIES[0].remote_dir))
+    triton_takes = remote_code("kernels_chatglm.triton_takes", FAMILIES[0].remote_dir)
     return sys.modules[triton_takes.__module__]
 
 

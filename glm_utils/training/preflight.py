@@ -13,6 +13,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from glm_utils.device import out_of_memory_explained
 from glm_utils.encoding import EncodedExamples
+from glm_utils.training.disk_space import check_disk_space
 from glm_utils.training.memory_plan import MemoryPlan, make_plan
 from glm_utils.training.settings import TrainingSettings, examples_per_step, num_steps
 
@@ -21,12 +22,15 @@ NUM_PLAN_EXAMPLES = 4  # in the batch that is measured
 
 
 def plan_run(settings: TrainingSettings, model: peft.PeftModel, encoded: EncodedExamples) -> MemoryPlan:
-    """Measure the memory that a batch needs, and log it with the weights, tokens and steps of the run.
+    """Measure the memory that a batch needs; log it with the weights, tokens, steps and checkpoints of the run.
 
     Args:
         settings: The run's settings.
         model: The LoRA model.
         encoded: The training examples.
+
+    Raises:
+        UserError: The disk has no room for a checkpoint.
     """
     training_args = settings.training_args
     num_examples = min(NUM_PLAN_EXAMPLES, training_args.train_batch_size, len(encoded.dataset))
@@ -35,6 +39,8 @@ def plan_run(settings: TrainingSettings, model: peft.PeftModel, encoded: Encoded
     with memory_explained("the preflight", batch["input_ids"].numel(), advice):
         plan = make_plan(model, batch, settings.args_file.checkpointing)
     report_run(model, plan, encoded.dataset["length"], training_args, settings.packing)
+    if training_args.process_index == 0:
+        check_disk_space(settings, model)
     return plan
 
 
@@ -72,10 +78,12 @@ def report_run(
     targets = ", ".join(sorted(model.active_peft_config.target_modules))
     logger.info(f"LoRA on {targets}: {trained:,} of {total:,} weights are trained")
     num_examples, batch_size = examples_per_step(training_args), training_args.train_batch_size
+    num_batches = num_examples // batch_size
     grouped = training_args.train_sampling_strategy == "group_by_length"
     tokens = batch_tokens(lengths, batch_size, packing, num_examples if grouped else None)
     logger.info(
-        f"per step: {num_examples:,} examples, about {tokens.mean() * num_examples / batch_size:,.0f} tokens "
+        f"per step: {min(num_examples, len(lengths)):,} examples, about "
+        f"{tokens.mean() * min(num_batches, len(tokens)):,.0f} tokens "
         f"({'no' if packing else 'with'} padding); per batch: {tokens.mean():,.0f} tokens, {tokens.max():,} at most; "
         f"{num_steps(len(lengths), training_args):,} steps"
     )

@@ -6,8 +6,9 @@ from pathlib import Path
 from glm_utils.encoding import EncodedExamples
 from glm_utils.files import write_json
 from glm_utils.model_card import adapter_card
-from glm_utils.run_record import RUN_CONFIG_NAME, git_commit, versions
-from glm_utils.training.resume import is_checkpoint_of, remove_earlier_run
+from glm_utils.run_record import FORMAT_VERSION, RUN_CONFIG_NAME, git_commit, versions
+from glm_utils.training.manifest import STAGE
+from glm_utils.training.resume import ADAPTER_NAMES, is_checkpoint_of, remove_earlier_run, remove_files
 from glm_utils.training.settings import TrainingSettings
 
 CARD_KEYS = ("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim")
@@ -26,6 +27,7 @@ class TrainingRecord:
         data: Counts of examples and tokens, under "train" and, optionally, "eval".
         versions: Versions of Python and the packages, and the name of the device.
         commit: Commit of this project; None outside a git repository.
+        format_version: Version of run_config.json and of the checkpoints it is copied into.
     """
 
     stage: str
@@ -36,6 +38,7 @@ class TrainingRecord:
     data: dict[str, dict[str, int]]
     versions: dict[str, str] = field(default_factory=versions)
     commit: str | None = field(default_factory=git_commit)
+    format_version: int = FORMAT_VERSION
 
     def card(self, results: dict) -> str:
         """Return the adapter's model card.
@@ -58,7 +61,7 @@ def make_record(settings: TrainingSettings, encoded: dict[str, EncodedExamples])
     """
     paths = {f"{name}_data_path": str(path) for name, path in settings.data_paths.items()}
     return TrainingRecord(
-        stage="train_qlora",
+        stage=STAGE,
         arguments={**settings.arguments, **paths},
         base={"name": settings.base.name, "family": settings.base.family.name},
         identity=settings.identity,
@@ -68,13 +71,16 @@ def make_record(settings: TrainingSettings, encoded: dict[str, EncodedExamples])
 
 
 def begin_run(settings: TrainingSettings, record: TrainingRecord, checkpoint: Path | None) -> None:
-    """Write run_config.json; delete an earlier run's output unless this run resumes from it.
+    """Write run_config.json; delete an earlier run's output, or its adapter if this run resumes from it.
 
-    It is called when the first step is due, so that a setting that the Trainer refuses does not cost the earlier run.
+    So an adapter is always that of the last step of the run that is there. It is called when the first step is due:
+    a setting that the Trainer refuses does not cost the earlier run.
     """
     if settings.training_args.process_index != 0:
         return
-    if not is_checkpoint_of(checkpoint, settings.output_dir):
-        remove_earlier_run(settings.output_dir)
+    if is_checkpoint_of(checkpoint, settings.output_dir):
+        remove_files(settings.output_dir, ADAPTER_NAMES)
+    else:
+        remove_earlier_run(settings.output_dir, settings.args_file.overwrite_output_dir)
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(settings.output_dir / RUN_CONFIG_NAME, asdict(record))

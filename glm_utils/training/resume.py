@@ -1,63 +1,83 @@
-"""Resume: find a complete checkpoint, refuse one of another run, and never mix the outputs of two runs."""
+"""Resume: find the newest complete checkpoint, refuse one of another run, and never mix the outputs of two runs."""
 
 import json
-import re
-import shutil
-import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from loguru import logger
 
-from glm_utils.checkpoint_files import ADAPTER_WEIGHT_NAMES, check_adapter_files
+from glm_utils.adapter_config import read_adapter_config
+from glm_utils.checkpoint_files import ADAPTER_WEIGHT_NAMES
 from glm_utils.cli import UserError
 from glm_utils.family import FAMILIES
-from glm_utils.files import check_writable, read_json_object
-from glm_utils.run_record import RUN_CONFIG_NAME, read_run_config
+from glm_utils.run_record import FORMAT_VERSION, RUN_CONFIG_NAME, git_commit, versions
+from glm_utils.training.checkpoints import list_checkpoints, remove_checkpoint, step_of
 from glm_utils.training.curves import CURVES
+from glm_utils.training.manifest import MANIFEST_NAME, checkpoint_fault, is_own, read_values
 from glm_utils.training.settings import TrainingSettings
 
-STATE_NAMES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
-RNG_NAMES = ("rng_state.pth", "rng_state_0.pth")
-CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
-RESULT_NAMES = ("train_results.json", "eval_results.json", "all_results.json", *CURVES.values())
-REPLACED_NAMES = ("README.md", "tokenizer_config.json", *(family.tokenizer_file for family in FAMILIES))
+ADAPTER_NAMES = ("adapter_config.json", *ADAPTER_WEIGHT_NAMES)
+RESULT_NAMES = ("train_results.json", "eval_results.json", "all_results.json", "trainer_state.json", *CURVES.values())
+REPLACED_NAMES = (RUN_CONFIG_NAME, *ADAPTER_NAMES, *RESULT_NAMES, "README.md", "tokenizer_config.json")
+REPLACED_NAMES += tuple(family.tokenizer_file for family in FAMILIES)
 LORA_KEYS = {"r": "lora_rank", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
+Log = Callable[[str], None]
 
 
-def choose_checkpoint(settings: TrainingSettings) -> Path | None:
-    """Find the checkpoint to resume from, and check that it belongs to this run and has steps left.
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts.
 
-    Returns:
-        A checkpoint-N directory; None if the run starts from scratch.
+    Attributes:
+        checkpoint: The checkpoint-N directory from which it goes on; None: from scratch.
+        is_finished: Whether there is nothing left to do.
+        notes: What the log should say about it: (level, message).
+    """
+
+    checkpoint: Path | None = None
+    is_finished: bool = False
+    notes: list[tuple[str, str]] = field(default_factory=list)
+
+    def log(self) -> None:
+        """Log the notes."""
+        for level, message in self.notes:
+            logger.log(level, message)
+
+
+def choose_start(settings: TrainingSettings) -> Start:
+    """Find the checkpoint to resume from, and check that it belongs to this run and has something left to do.
 
     Raises:
         UserError: No such checkpoint, one of another run or of a finished one, or an output directory that holds an
             earlier run without that checkpoint.
     """
-    checkpoint = find_checkpoint(settings.resume_from, settings.output_dir)
+    output_dir, given, num_steps, notes = settings.output_dir, settings.resume_from, settings.num_steps, []
+    done = num_finished_steps(output_dir)
+    if given == "auto" and done is not None and done >= num_steps:
+        check_same_run(output_dir, settings.identity)
+        note = f"{output_dir}: finished already, {done:,} steps are done and the adapter is written; nothing to do"
+        return Start(is_finished=True, notes=[("INFO", note)])
+    checkpoint = find_checkpoint(given, output_dir, lambda note: notes.append(("WARNING", note)))
     if checkpoint:
         check_same_run(checkpoint, settings.identity)
-        check_unfinished(checkpoint, settings.num_steps)
-    if not is_checkpoint_of(checkpoint, settings.output_dir):
-        check_free_of_runs(settings.output_dir, settings.args_file.overwrite_output_dir)
-    return checkpoint
+        check_unfinished(checkpoint, num_steps, output_dir)
+        notes += [("INFO", note) for note in (f"going on from {checkpoint}", *differences(checkpoint))]
+    if checkpoint is None or not is_checkpoint_of(checkpoint, output_dir):
+        check_free_of_runs(output_dir, settings.args_file.overwrite_output_dir)
+    elif newer := [path.name for path in list_checkpoints(output_dir) if step_of(path) > step_of(checkpoint)]:
+        notes.append(("WARNING", f"{', '.join(newer)} will be replaced when this run gets to the same step"))
+    return Start(checkpoint, notes=notes)
 
 
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """List the checkpoint-N directories of an output directory, oldest first."""
-    found = [
-        (match, path) for path in output_dir.glob("checkpoint-*") if (match := CHECKPOINT_NAME.fullmatch(path.name))
-    ]
-    return [path for match, path in sorted(found, key=lambda pair: int(pair[0][1]))]
-
-
-def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: Path) -> Path | None:
+def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: Path, warn: Log) -> Path | None:
     """Find the checkpoint to resume from.
 
     Args:
-        resume_from_checkpoint: A checkpoint-N directory, an output directory (its newest checkpoint), True or
-            "latest" (the newest one of output_dir); None, False or "": none.
+        resume_from_checkpoint: A checkpoint-N directory; an output directory, for its newest complete checkpoint; True
+            or "latest" for that of output_dir; "auto" for the same, where one is; None, False or "": none.
         output_dir: The run's output directory.
+        warn: Called with a message for each checkpoint that is passed over.
 
     Returns:
         A complete checkpoint directory, or None.
@@ -67,117 +87,143 @@ def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: Path)
     """
     if not resume_from_checkpoint:
         return None
-    latest = resume_from_checkpoint is True or resume_from_checkpoint == "latest"
-    path = output_dir if latest else Path(str(resume_from_checkpoint)).expanduser()
-    if CHECKPOINT_NAME.fullmatch(path.name) and not path.is_dir():
-        raise UserError(f"--resume_from_checkpoint {path}: no such directory. Give one of {path.parent}, or latest")
-    if not (path / "trainer_state.json").is_file() or list_checkpoints(path):
-        found = list_checkpoints(path)
-        if not found and not CHECKPOINT_NAME.fullmatch(path.name):
-            there = "" if path.is_dir() else "; the directory does not exist"
+    by_word = resume_from_checkpoint is True or resume_from_checkpoint in ("latest", "auto")
+    path = output_dir if by_word else Path(str(resume_from_checkpoint)).expanduser()
+    found = list_checkpoints(path)
+    if step_of(path) >= 0 and not found:
+        if not path.is_dir():
             raise UserError(
-                f"--resume_from_checkpoint: no checkpoint-N in {path}{there}. Give a checkpoint directory, or leave "
-                "the flag out to start from scratch"
+                f"--resume_from_checkpoint {path}: no such directory. Give one of {path.parent}, or latest"
             )
-        path = found[-1] if found else path
-    missing = [name for name in STATE_NAMES if not _is_complete(path / name)]
-    if not any((path / name).is_file() for name in RNG_NAMES):
-        missing.append(RNG_NAMES[0])
-    if missing:
-        raise UserError(
-            f"{path}: not a complete checkpoint, {', '.join(missing)} missing or truncated. Give an older one "
-            "(save_only_model writes checkpoints that cannot be resumed)"
-        )
-    check_adapter_files(path)
-    return path
-
-
-def _is_complete(path: Path) -> bool:
-    """Return whether a file exists and, if torch wrote it, is not truncated."""
-    return zipfile.is_zipfile(path) if path.suffix == ".pt" else path.is_file()
+        if fault := checkpoint_fault(path):
+            raise UserError(f"{fault}. Give an older one, or latest for the newest complete one")
+        return path
+    for checkpoint in reversed(found):
+        fault = checkpoint_fault(checkpoint)
+        if not fault:
+            return checkpoint
+        warn(f"passed over: {fault}")
+    if resume_from_checkpoint == "auto":
+        return None
+    there = "" if path.is_dir() else "; the directory does not exist"
+    none = (
+        f"no complete checkpoint in {path}: {checkpoint_fault(found[-1])}" if found else f"no checkpoint-N in {path}"
+    )
+    raise UserError(
+        f"--resume_from_checkpoint: {none}{there}. Give a checkpoint directory, leave the flag out to start from "
+        "scratch, or give auto, which does so where there is none"
+    )
 
 
 def is_checkpoint_of(checkpoint: Path | None, output_dir: Path) -> bool:
     """Return whether a checkpoint lies in an output directory."""
-    return checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
+    return checkpoint is not None and checkpoint.absolute().parent.resolve() == output_dir.resolve()
 
 
-def check_same_run(checkpoint: Path, identity: dict) -> None:
+def check_same_run(directory: Path, identity: dict) -> None:
     """Refuse to resume a run with settings that differ from those it was started with.
 
     Args:
-        checkpoint: A complete checkpoint directory.
+        directory: A complete checkpoint, or the output directory of a finished run.
         identity: See TrainingSettings.
 
     Raises:
         UserError: A setting differs.
     """
-    adapter_config = read_json_object(checkpoint / "adapter_config.json")
+    adapter_config, recorded = read_adapter_config(directory).values, read_values(directory / RUN_CONFIG_NAME)
     before = {name: adapter_config.get(key) for key, name in LORA_KEYS.items()}
     before["lora_targets"] = adapter_config.get("target_modules")
-    before.update(read_run_config(checkpoint).get("identity", {}))
+    before |= recorded["identity"] if isinstance(recorded.get("identity"), dict) else {}
     for name, value in identity.items():
         old = before.get(name, value)
-        old, value = (sorted(item) if isinstance(item, list) else item for item in (old, value))
+        old, value = (sorted(map(str, item)) if isinstance(item, list) else item for item in (old, value))
         if old != value:
             raise UserError(
-                f"{checkpoint}: {name} is {json.dumps(old, ensure_ascii=False)} in the checkpoint and "
+                f"{directory}: {name} is {json.dumps(old, ensure_ascii=False)} in the checkpoint and "
                 f"{json.dumps(value, ensure_ascii=False)} now. Resume with the checkpoint's settings, or start "
                 "from scratch with another output_dir"
             )
 
 
-def check_unfinished(checkpoint: Path, num_steps: int) -> None:
-    """Refuse to resume a run that is finished: the Trainer would take one more step each time.
+def differences(checkpoint: Path) -> list[str]:
+    """Say in at most one line what differs between the versions that wrote a checkpoint and those of now."""
+    recorded = read_values(checkpoint / RUN_CONFIG_NAME)
+    old = {"format": recorded.get("format_version", 1), "commit": recorded.get("commit")}
+    now = {"format": FORMAT_VERSION, "commit": git_commit(), **versions()}
+    old |= recorded["versions"] if isinstance(recorded.get("versions"), dict) else {}
+    changed = [f"{name} {old.get(name)} -> {value}" for name, value in now.items() if old.get(name) != value]
+    if not (checkpoint / MANIFEST_NAME).is_file():
+        changed.append(f"no {MANIFEST_NAME}, so only the structure of its files was checked")
+    return [f"{checkpoint}: written by another version: {', '.join(changed)}"] if changed else []
+
+
+def check_unfinished(checkpoint: Path, num_steps: int, output_dir: Path) -> None:
+    """Refuse to resume a run that is finished; one whose adapter is still to be written goes on.
 
     Args:
-        checkpoint: A complete checkpoint directory.
+        checkpoint: A complete checkpoint.
         num_steps: Optimizer steps of the run, those before the checkpoint included.
+        output_dir: The run's output directory.
 
     Raises:
-        UserError: No step is left, or trainer_state.json does not say how many are done.
+        UserError: No step is left, and the adapter is written or would not be that of this many steps.
     """
-    state_path = checkpoint / "trainer_state.json"
-    num_done = read_json_object(state_path).get("global_step")
-    if not isinstance(num_done, int):
-        raise UserError(
-            f"{state_path}: global_step is {num_done!r}, expected a number of steps. Give an older checkpoint"
-        )
-    if num_done >= num_steps:
+    num_done = read_values(checkpoint / "trainer_state.json")["global_step"]
+    is_written = (output_dir / "adapter_config.json").exists() or not is_checkpoint_of(checkpoint, output_dir)
+    if num_done > num_steps or (num_done == num_steps and is_written):
         raise UserError(
             f"{checkpoint}: all {num_steps:,} steps are done. Use it as it is (--lora_path {checkpoint}), or raise "
             "num_train_epochs or max_steps"
         )
 
 
+def num_finished_steps(output_dir: Path) -> int | None:
+    """Return the steps of the run whose adapter is in an output directory; None if none of this project is there.
+
+    adapter_config.json is written last, and removed first when a run goes on.
+    """
+    step = read_values(output_dir / "trainer_state.json").get("global_step")
+    is_written = is_own(output_dir) and (output_dir / "adapter_config.json").is_file()
+    return step if is_written and isinstance(step, int) else None
+
+
 def check_free_of_runs(output_dir: Path, overwrite: bool) -> None:
-    """Refuse an output directory that holds an earlier run.
+    """Refuse an output directory that holds an earlier run; incomplete checkpoints are none.
 
     Args:
         output_dir: The run's output directory.
         overwrite: Whether the earlier run may be replaced.
 
     Raises:
-        UserError: It holds an earlier run, a model or other files that the run would replace, or cannot be created.
+        UserError: It holds an earlier run, a model or other files that the run would replace.
     """
-    check_writable(output_dir, "output_dir")
-    is_run = any((output_dir / name).exists() for name in (RUN_CONFIG_NAME, "adapter_config.json"))
-    for name in ("config.json", *(() if is_run else REPLACED_NAMES)):
+    for name in ("config.json", *(() if is_own(output_dir) else REPLACED_NAMES)):
         if (output_dir / name).exists():
             raise UserError(
                 f"{output_dir}: output_dir holds {name}, which no run of this script wrote. Choose another output_dir"
             )
-    if not overwrite and (list_checkpoints(output_dir) or (output_dir / "adapter_config.json").exists()):
+    if overwrite:
+        return
+    complete = any(is_own(path) and not checkpoint_fault(path) for path in list_checkpoints(output_dir))
+    if complete or (output_dir / "adapter_config.json").exists():
         raise UserError(
             f"{output_dir}: output_dir holds an earlier run. Choose another output_dir, continue it "
             'with --resume_from_checkpoint latest, or set "overwrite_output_dir": true to replace it'
         )
 
 
-def remove_earlier_run(output_dir: Path) -> None:
-    """Delete the checkpoints, adapter and results of an earlier run; other files stay."""
-    results = ("adapter_config.json", *ADAPTER_WEIGHT_NAMES, "trainer_state.json", *RESULT_NAMES, RUN_CONFIG_NAME)
-    for path in [*list_checkpoints(output_dir), *(output_dir / name for name in results)]:
-        if path.exists():
-            logger.warning(f"overwrite_output_dir: deleting {path}")
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+def remove_earlier_run(output_dir: Path, overwrite: bool) -> None:
+    """Delete the adapter and results of an earlier run; to overwrite it, its checkpoints too. Other files stay."""
+    checkpoints = [path for path in list_checkpoints(output_dir) if overwrite and is_own(path)]
+    for path in checkpoints:
+        logger.warning(f"overwrite_output_dir: deleting {path}")
+        remove_checkpoint(path)
+    remove_files(output_dir, (*ADAPTER_NAMES, *RESULT_NAMES))
+
+
+def remove_files(output_dir: Path, names: tuple[str, ...]) -> None:
+    """Delete files of an earlier run, links among them without what they point to."""
+    for path in (output_dir / name for name in names):
+        if path.is_symlink() or path.is_file():
+            logger.warning(f"deleting {path} of an earlier run")
+            path.unlink()

@@ -3,7 +3,6 @@
 import datetime
 import functools
 import math
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,6 @@ from torch import nn
 from transformers import ProgressCallback, TrainerCallback, TrainerState, TrainingArguments
 
 from glm_utils.cli import UserError
-from glm_utils.run_record import RUN_CONFIG_NAME
 
 NUM_TIMED_STEPS = 10  # after the first one, before the time per epoch is logged
 
@@ -55,7 +53,7 @@ class QuietProgress(ProgressCallback):
 
 
 class RunCallback(TrainerCallback):
-    """Log losses and the time left, and copy run_config.json into every checkpoint.
+    """Log losses and the time left.
 
     Args:
         begin: Called once, when optimizer and schedule exist and the first step is due.
@@ -67,6 +65,9 @@ class RunCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control, **kwargs) -> None:
         """Start the clock."""
         self.begin()
+        best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+        if state.best_model_checkpoint is None and best.is_dir():  # the output directory was moved
+            state.best_model_checkpoint = str(best)
         self.first_step, self.start_seconds = state.global_step, time.monotonic()
         self.warm_seconds, self.warm_tokens = self.start_seconds, state.num_input_tokens_seen
 
@@ -107,9 +108,3 @@ class RunCallback(TrainerCallback):
             seconds = (time.monotonic() - self.start_seconds) / num_done * (state.max_steps - state.global_step)
             numbers.append(f"{datetime.timedelta(seconds=round(seconds))} left")
         logger.info(f"step {state.global_step}/{state.max_steps}: {', '.join(numbers)}")
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control, **kwargs) -> None:
-        """Copy run_config.json into the checkpoint: a resumed run compares itself with it."""
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and checkpoint.is_dir():
-            shutil.copyfile(Path(args.output_dir) / RUN_CONFIG_NAME, checkpoint / RUN_CONFIG_NAME)

@@ -1,8 +1,13 @@
 """Transformers' Trainer with this project's batches and memory plan."""
 
 import contextlib
+import copy
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
 
 import peft
 import torch
@@ -11,11 +16,14 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from glm_utils.encoding import EncodedExamples
+from glm_utils.files import write_json
+from glm_utils.training.checkpoints import hidden_dir, make_hidden_dir, publish_checkpoint, rotate_checkpoints
 from glm_utils.training.memory_plan import MemoryPlan
 from glm_utils.training.preflight import memory_advice, memory_explained
 from glm_utils.training.run_log import QuietProgress, RunCallback, check_trained_weights
 from glm_utils.training.sample_answers import SampleAnswers
 from glm_utils.training.settings import TrainingSettings, examples_per_step
+from glm_utils.training.stop_request import Stopped, StopRequest, with_lasting_workers
 
 
 class LengthGroups(LengthGroupedSampler):
@@ -38,24 +46,46 @@ class LengthGroups(LengthGroupedSampler):
 
 
 class LoraTrainer(Trainer):
-    """Run each batch under the memory plan; count tokens, and average evaluation losses over tokens.
+    """Run each batch under the memory plan; count tokens, average evaluation losses over tokens, save atomically.
 
-    For packed batches neither waits for the GPU.
+    For packed batches neither of the counts waits for the GPU.
 
     Attributes:
         plan: The memory plan, set by make_trainer.
         run_log: Logs the run and measures its speed, set by make_trainer.
+        all_metrics: The metrics of all splits so far.
+        save_limit: Checkpoints that stay; None: all. The Trainer's own rotation is off.
+        saving_dir: Where the Trainer makes the directory checkpoint-N while it saves; None: in output_dir.
+        stop_request: Saves a checkpoint and ends the run when a signal arrives, set by make_trainer.
         eval_sums: Summed loss and number of trained tokens of an evaluation, in this process.
     """
 
     plan: MemoryPlan
     run_log: RunCallback
+    all_metrics: Mapping = MappingProxyType({})
+    save_limit: int | None = None
+    saving_dir: Path | None = None
+    stop_request: StopRequest
     eval_sums: torch.Tensor
 
     def _get_train_sampler(self, train_dataset=None):
         """Return the sampler that orders the examples."""
         grouped = self.args.train_sampling_strategy == "group_by_length"
         return LengthGroups(self) if grouped else super()._get_train_sampler(train_dataset)
+
+    def _get_dataloader(self, *args, **kwargs):
+        """Build a data loader."""
+        return with_lasting_workers(super()._get_dataloader(*args, **kwargs))
+
+    def train(self, *args, **kwargs):
+        """Train; a run that a signal stops ends the process here, after its checkpoint.
+
+        Raises:
+            SystemExit: The run was stopped.
+        """
+        with contextlib.suppress(Stopped):
+            return super().train(*args, **kwargs)
+        self.stop_request.leave(self)  # the frames that hold the process group are gone by now
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Run the forward and backward pass of one batch.
@@ -79,6 +109,72 @@ class LoraTrainer(Trainer):
         if self.control.should_log or self.control.should_save:
             check_trained_weights(self.args, self.state, self.model)
         super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _run_epoch(self, *args, **kwargs):
+        """Run an epoch, unless all steps are done: of a run that was killed behind its last step, only the end is due.
+
+        The Trainer would take one more step.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _get_output_dir(self, trial):
+        """Return the directory in which checkpoint-N is made: a hidden one during a save."""
+        return str(self.saving_dir) if self.saving_dir else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial):
+        """Save into a hidden directory, which the first process renames when every process has written its part.
+
+        In transformers 5.17 to 5.23 the Trainer asks _get_output_dir where to, and rotates there. It takes the best
+        checkpoint's path from there too, so the state is written again with the final one.
+        """
+        output_dir, step, is_first = Path(self.args.output_dir), self.state.global_step, self.is_world_process_zero()
+        if is_first:
+            make_hidden_dir(output_dir, step)
+        best_dir, best_before = self.best_checkpoint(), self.state.best_model_checkpoint
+        self.accelerator.wait_for_everyone()
+        try:
+            self.saving_dir = hidden_dir(output_dir, step)
+            super()._save_checkpoint(model, trial)
+            self.state.best_model_checkpoint = best_dir or best_before
+            self.accelerator.wait_for_everyone()
+            if is_first:
+                self.state.save_to_json(str(self.saving_dir / f"checkpoint-{step}" / "trainer_state.json"))
+                publish_checkpoint(output_dir, step)
+                rotate_checkpoints(output_dir, self.save_limit, step, self.state.best_model_checkpoint)
+        except BaseException:
+            if is_first:
+                shutil.rmtree(hidden_dir(output_dir, step), ignore_errors=True)
+            raise
+        finally:
+            self.saving_dir = None
+        self.accelerator.wait_for_everyone()
+
+    def best_checkpoint(self) -> str | None:
+        """Return the path of the best checkpoint in output_dir, also if it is the one that is due; None: no such."""
+        best = self.state.best_global_step
+        path = Path(self.args.output_dir) / f"checkpoint-{best}"
+        return str(path) if best and (best == self.state.global_step or path.is_dir()) else None
+
+    @property
+    def kept_step(self) -> int:
+        """The step after which the weights were as they are at the end: the last one, or the best checkpoint's."""
+        is_best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
+        return self.state.best_global_step if is_best else self.state.global_step
+
+    def save_metrics(self, split, metrics, combined=True):
+        """Write metrics to <split>_results.json, and those of all splits of this process to all_results.json."""
+        self.all_metrics = {**self.all_metrics, **metrics}
+        if self.is_world_process_zero():
+            for name, values in ((split, metrics), ("all", self.all_metrics)):
+                write_json(Path(self.args.output_dir) / f"{name}_results.json", dict(sorted(values.items())))
+
+    def save_state(self):
+        """Write trainer_state.json."""
+        if self.is_world_process_zero():
+            write_json(Path(self.args.output_dir) / "trainer_state.json", dataclasses.asdict(self.state))
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         """Evaluate, and report the loss as the mean over all trained tokens, independent of the batches.
@@ -113,6 +209,7 @@ class LoraTrainer(Trainer):
         The group's threads end with its last reference, which the DDP wrapper holds. A thread that outlives the
         interpreter aborts the process, and torchrun then stops the others, perhaps before the adapter is written.
         """
+        self.stop_request.release()
         self.model_wrapped = None
         self.accelerator.free_memory()
         leave_process_group()
@@ -139,15 +236,17 @@ def make_trainer(
         encoded: Encoded examples under "train" and, optionally, "eval".
         begin: See RunCallback.
     """
+    args = copy.copy(settings.training_args)
+    args.save_total_limit = None  # the Trainer would also delete checkpoints of other programs, and the last one
     trainer = LoraTrainer(
         model=model,
-        args=settings.training_args,
+        args=args,
         train_dataset=encoded["train"].dataset,
         eval_dataset=encoded["eval"].dataset if "eval" in encoded else None,
         data_collator=settings.collator,
         processing_class=settings.base.tokenizer,
     )
-    trainer.plan = plan
+    trainer.plan, trainer.save_limit = plan, settings.training_args.save_total_limit
     trainer.remove_callback(PrinterCallback if trainer.args.disable_tqdm else ProgressCallback)
     if not trainer.args.disable_tqdm:
         trainer.add_callback(QuietProgress())
@@ -155,4 +254,6 @@ def make_trainer(
     trainer.add_callback(trainer.run_log)
     if settings.num_log_samples:
         trainer.add_callback(SampleAnswers(trainer, encoded["eval"], settings.num_log_samples))
+    trainer.stop_request = StopRequest()
+    trainer.add_callback(trainer.stop_request)  # the last one: what others do behind a checkpoint is done by then
     return trainer

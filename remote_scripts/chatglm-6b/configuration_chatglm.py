@@ -57,7 +57,7 @@ class ChatGLMConfig(PretrainedConfig):
     layernorm_epsilon: float = 1e-5
     max_sequence_length: int = 2048
     position_encoding_2d: bool = True
-    bos_token_id: int | None = 130004
+    bos_token_id: int = 130004
     eos_token_id: int | list[int] | None = 130005
     pad_token_id: int | None = 3
     mask_token_id: int = 130000

@@ -1,0 +1,81 @@
+"""What train_qlora.py checks and reads before torch is imported: flags, the JSON file, data."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+from loguru import logger
+
+from glm_utils.cli import UserError
+from glm_utils.data import Example, read_examples
+from glm_utils.early_checks import check_model_dir, project_path
+from glm_utils.limits import EncodingLimits
+from glm_utils.training.argument_keys import SEEDS
+from glm_utils.training.training_args import TrainArgsFile, read_train_args
+
+SAMPLE_TRAIN_PATH, SAMPLE_EVAL_PATH = "data/train.jsonl", "data/dev.jsonl"
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """What the flags name besides the base model, read and checked.
+
+    Attributes:
+        arguments: The script's flags by name.
+        limits: Limits of the prompt and the answer.
+        data_paths: Data files under "train" and, optionally, "eval".
+        examples: Their examples under the same keys.
+        args_file: The TrainingArguments file; None: the one shipped for the base's family.
+    """
+
+    arguments: dict
+    limits: EncodingLimits
+    data_paths: dict[str, Path]
+    examples: dict[str, list[Example]]
+    args_file: TrainArgsFile | None
+
+
+def read_inputs(arguments: dict) -> RunInputs:
+    """Read and check what the flags of train_qlora.py name; of the base model only that it is there.
+
+    Args:
+        arguments: The flags by name.
+
+    Raises:
+        UserError: A flag, the JSON file or the data is wrong.
+    """
+    flags = SimpleNamespace(**arguments)
+    check_lora_settings(flags.lora_rank, flags.lora_alpha, flags.lora_dropout)
+    if flags.seed is not None and flags.seed not in SEEDS:
+        raise UserError(f"--seed {flags.seed}: expected {SEEDS}")
+    limits = EncodingLimits(flags.max_input_length, flags.max_output_length, flags.prompt_text)
+    check_model_dir(flags.model_name_or_path)
+    args_file = read_train_args(project_path(flags.train_args_json)) if flags.train_args_json else None
+    data_paths = find_data(flags.train_data_path, flags.eval_data_path)
+    examples = {name: read_examples(path) for name, path in data_paths.items()}
+    if flags.evaluate_after and "eval" not in data_paths:
+        raise UserError("--evaluate_after true: no evaluation data. Give --eval_data_path")
+    return RunInputs(arguments, limits, data_paths, examples, args_file)
+
+
+def check_lora_settings(rank: int, alpha: int, dropout: float) -> None:
+    """Check the numbers for `make_lora_config`.
+
+    Raises:
+        UserError: A value out of range.
+    """
+    if rank < 1:
+        raise UserError(f"--lora_rank={rank}: expected 1 or more")
+    if alpha < 1:
+        raise UserError(f"--lora_alpha={alpha}: expected 1 or more")
+    if not 0 <= dropout < 1:
+        raise UserError(f"--lora_dropout={dropout}: expected 0 to below 1")
+
+
+def find_data(train_data_path: str | None, eval_data_path: str | None) -> dict[str, Path]:
+    """Return the data files under "train" and, optionally, "eval"; without a training file, the project's samples."""
+    if train_data_path is None:
+        logger.info(f"no --train_data_path: using the project's sample {SAMPLE_TRAIN_PATH}")
+        train_data_path, eval_data_path = SAMPLE_TRAIN_PATH, eval_data_path or SAMPLE_EVAL_PATH
+    given = {"train": train_data_path, "eval": eval_data_path}
+    return {name: project_path(path) for name, path in given.items() if path}
