@@ -12,11 +12,11 @@ from pathlib import Path
 
 from loguru import logger
 
-from glm_utils.adapter_config import read_adapter_config
 from glm_utils.cli import as_list, check_minimums, run_cli
 from glm_utils.data import read_examples
 from glm_utils.early_checks import check_device_name, check_model_path, check_number_of_models, check_sampling
 from glm_utils.evaluation import MAX_NEW_TOKENS, NUM_SAMPLES
+from glm_utils.model_files.adapter_config import read_adapter_config
 
 MIN_VALUES = {"num_samples": 1, "max_new_tokens": 1, "batch_size": 1, "seed": 0}
 

@@ -17,11 +17,11 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: large tensors 
 
 from loguru import logger
 
-from glm_utils.adapter_config import base_name, read_adapter_config
 from glm_utils.cli import UserError, run_cli
 from glm_utils.data import read_examples
 from glm_utils.early_checks import check_device_name, project_path
 from glm_utils.files import check_apart, check_free_space
+from glm_utils.model_files.adapter_config import base_name, read_adapter_config
 from glm_utils.output_dir import atomic_directory, check_replaceable
 
 STAGE = "merge_lora_and_quantize"

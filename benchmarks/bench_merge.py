@@ -21,9 +21,9 @@ import torch
 from benchmarks.harness.cases import run_python
 from benchmarks.harness.checkpoints import LORA_TARGETS, write_random_adapter
 from benchmarks.harness.results import RESULTS_DIR, provenance, write_result
-from glm_utils.checkpoint_files import weight_files
 from glm_utils.cli import UserError, run_cli
 from glm_utils.family import LINEAR_NAMES, PROJECT_DIR
+from glm_utils.model_files.checkpoint_files import weight_files
 
 COPY_BYTES = 1 << 24
 

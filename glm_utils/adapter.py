@@ -13,15 +13,15 @@ import torch
 from loguru import logger
 from safetensors.torch import load_file
 
-from glm_utils.adapter_config import MERGE_ELSEWHERE, AdapterConfig, base_name, check_plain_lora
 from glm_utils.checkpoint import Checkpoint, open_checkpoint
-from glm_utils.checkpoint_files import adapter_weights, check_adapter_files
 from glm_utils.cli import UserError
-from glm_utils.links import check_inside
-from glm_utils.model_json import read_model_json, shown
-from glm_utils.module_names import is_module_name, summarize
+from glm_utils.model_files.adapter_config import MERGE_ELSEWHERE, AdapterConfig, base_name, check_plain_lora
+from glm_utils.model_files.checkpoint_files import adapter_weights, check_adapter_files
+from glm_utils.model_files.links import check_inside
+from glm_utils.model_files.model_json import read_model_json, shown
+from glm_utils.model_files.module_names import is_module_name, summarize
+from glm_utils.model_files.tensor_files import list_bin, list_tensors, load_bin
 from glm_utils.run_record import RUN_CONFIG_NAME
-from glm_utils.tensor_files import list_bin, list_tensors, load_bin
 
 LORA_KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 RECORDED = {  # what is read of the run_config.json of a training: its kind, and the lowest number

@@ -15,16 +15,16 @@ from typing import NamedTuple
 from huggingface_hub import HfApi, snapshot_download
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizer
 
-from glm_utils.checkpoint_files import check_checkpoint_files, fingerprint, stored_tensors
 from glm_utils.cli import UserError
-from glm_utils.config_checks import check_config
 from glm_utils.early_checks import local_model_dir, project_path
 from glm_utils.family import Family, detect_family
-from glm_utils.generation_checks import check_streamable, read_generation_settings
-from glm_utils.model_json import read_config
+from glm_utils.model_files.checkpoint_files import check_checkpoint_files, fingerprint, stored_tensors
+from glm_utils.model_files.config_checks import check_config
+from glm_utils.model_files.generation_checks import check_streamable, read_generation_settings
+from glm_utils.model_files.model_json import read_config
+from glm_utils.model_files.tokenizer_checks import check_fits_model, check_tokenizer_files
+from glm_utils.model_files.weight_checks import check_stored_weights
 from glm_utils.remote_code import remote_code
-from glm_utils.tokenizer_checks import check_fits_model, check_tokenizer_files
-from glm_utils.weight_checks import check_stored_weights
 
 HUB_PATTERNS = ["*.json", "*.model", "*.safetensors", "pytorch_model*.bin"]  # never *.py
 MODEL_CLASS = "modeling_chatglm.ChatGLMForConditionalGeneration"

@@ -8,11 +8,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from glm_utils.adapter_config import read_adapter_config
 from glm_utils.cli import UserError
-from glm_utils.directory_kind import advice, directory_kind
 from glm_utils.family import FAMILIES, PROJECT_DIR, detect_family
-from glm_utils.model_json import read_config
+from glm_utils.model_files.adapter_config import read_adapter_config
+from glm_utils.model_files.directory_kind import advice, directory_kind
+from glm_utils.model_files.model_json import read_config
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")

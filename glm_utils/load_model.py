@@ -18,10 +18,10 @@ from glm_utils.checkpoint import Checkpoint, open_checkpoint
 from glm_utils.cli import UserError
 from glm_utils.device import as_dtype, dtype_name, free_bytes
 from glm_utils.early_checks import check_model_choice
-from glm_utils.generation_checks import make_generation_config
 from glm_utils.loading_bar import bar_of_long_loads
+from glm_utils.model_files.generation_checks import make_generation_config
+from glm_utils.model_files.weight_checks import check_weights
 from glm_utils.nf4_layers import keep_4bit_layout, layers_in_4bit
-from glm_utils.weight_checks import check_weights
 
 if TYPE_CHECKING:
     import peft

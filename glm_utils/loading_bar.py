@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from transformers.utils import logging
 
 from glm_utils.checkpoint import Checkpoint
-from glm_utils.checkpoint_files import weight_files
+from glm_utils.model_files.checkpoint_files import weight_files
 
 MIN_BYTES = 2_000_000_000  # of weights: below, a bar is gone within a few seconds
 

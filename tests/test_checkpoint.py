@@ -16,10 +16,10 @@ from transformers.utils.logging import is_progress_bar_enabled
 
 from glm_utils import checkpoint, loading_bar
 from glm_utils.checkpoint import find_checkpoint_dir, load_classes, open_checkpoint
-from glm_utils.checkpoint_files import fingerprint
 from glm_utils.cli import UserError
 from glm_utils.family import FAMILIES, PROJECT_DIR, detect_family, resolve_lora_targets
 from glm_utils.load_model import load_adapter, load_base_model
+from glm_utils.model_files.checkpoint_files import fingerprint
 from glm_utils.nf4_layers import keep_4bit_layout
 
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1234\n"

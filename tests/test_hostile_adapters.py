@@ -18,15 +18,15 @@ from safetensors.torch import load_file, save_file
 
 import merge_lora_and_quantize as merge_stage
 from glm_utils.adapter import find_base, read_adapter, read_training_record, read_updates
-from glm_utils.adapter_config import AdapterConfig, read_adapter_config
 from glm_utils.checkpoint import open_checkpoint
 from glm_utils.cli import UserError
 from glm_utils.evaluation.job import find_limits
 from glm_utils.load_model import find_model, load_adapter, load_base_model
 from glm_utils.merging.job import nf4_dtype
 from glm_utils.model_card import adapter_card, merged_card
-from glm_utils.module_names import PatternTable, read_names
-from glm_utils.tensor_files import list_tensors
+from glm_utils.model_files.adapter_config import AdapterConfig, read_adapter_config
+from glm_utils.model_files.module_names import PatternTable, read_names
+from glm_utils.model_files.tensor_files import list_tensors
 from glm_utils.training.resume import check_same_run
 from tests.conftest import PROJECT_DIR
 from tests.hostile_adapters import (

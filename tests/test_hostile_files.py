@@ -19,13 +19,13 @@ import inference_test
 from glm_utils import checkpoint as checkpoint_module
 from glm_utils.checkpoint import load_classes, open_checkpoint
 from glm_utils.cli import UserError
-from glm_utils.config_checks import RANGES, check_config, settings_of
 from glm_utils.device import DTYPES
-from glm_utils.generation_checks import make_generation_config
 from glm_utils.inference.chat import ChatSession, chat_settings
 from glm_utils.load_model import ModelSource, load_base_model
 from glm_utils.merging.shards import CheckpointReader
-from glm_utils.tensor_files import list_tensors
+from glm_utils.model_files.config_checks import RANGES, check_config, settings_of
+from glm_utils.model_files.generation_checks import make_generation_config
+from glm_utils.model_files.tensor_files import list_tensors
 from tests.conftest import FAMILY_BY_NAME, FIXTURES_DIR
 from tests.hostile_files import GENERATION, damaged_bytes, file_kinds
 

@@ -19,7 +19,7 @@ ROOMS = {  # what each may stand on
     "inference": set(),
     "evaluation": {"inference"},
 }
-FLOOR_FOLDERS = {"data"}  # parts of the shared floor, which every room may use
+FLOOR_FOLDERS = {"data", "model_files"}  # parts of the shared floor, which every room may use
 MAX_SCRIPT_LINES, MAX_UTILS_LINES, MAX_REMOTE_LINES, MAX_FUNCTION_LINES = 150, 260, 800, 60
 MAX_README_CHARACTERS = 12_000
 LOCK_NAME = "requirements-linux-cuda.lock"

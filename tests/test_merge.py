@@ -21,7 +21,6 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 import merge_lora_and_quantize as stage
 from glm_utils import files
 from glm_utils.checkpoint import open_checkpoint
-from glm_utils.checkpoint_files import fingerprint
 from glm_utils.cli import UserError, run_cli
 from glm_utils.export import chatglm
 from glm_utils.family import FAMILIES, PROJECT_DIR
@@ -29,6 +28,7 @@ from glm_utils.load_model import load_adapter, load_base_model
 from glm_utils.merging import reload_check, shards
 from glm_utils.merging.job import nf4_dtype
 from glm_utils.merging.shards import TensorSpec, plan_shards
+from glm_utils.model_files.checkpoint_files import fingerprint
 from tests.conftest import write_quantized
 
 PLAIN = {"r": 4, "lora_alpha": 8, "target_modules": ["query_key_value"]}

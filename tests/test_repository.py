@@ -35,7 +35,7 @@ OWN_PACKAGES = {"glm_utils", "remote_scripts", "tests", "tools", "benchmarks"}
 REMOTE_PACKAGES = {"torch", "transformers", "sentencepiece"}
 # the rooms that may use another one
 STANDS_ON = {"export": {"merging"}, "evaluation": {"inference"}, "serving": {"inference"}}
-FLOOR_FOLDERS = {"data"}
+FLOOR_FOLDERS = {"data", "model_files"}
 READMES = ("README.md", "README_zh.md")
 STAGE_PAGES = {  # the pages with flag tables, in the order of the tables
     "docs/training": (train_qlora.train_qlora,),

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from loguru import logger
 
-from glm_utils.adapter_config import read_adapter_config
 from glm_utils.cli import UserError, run_cli
 from glm_utils.early_checks import check_model_dir
 from glm_utils.files import check_free_space, write_json
+from glm_utils.model_files.adapter_config import read_adapter_config
 from glm_utils.output_dir import atomic_directory, check_replaceable
 from glm_utils.run_record import RUN_CONFIG_NAME, git_commit, versions
 

@@ -8,12 +8,12 @@ import torch
 from loguru import logger
 from tqdm import tqdm
 
-from glm_utils.checkpoint_files import ADAPTER_WEIGHT_NAMES
 from glm_utils.cli import UserError
 from glm_utils.device import out_of_memory_explained, resolve_device
 from glm_utils.inference.batch import GenerationSettings, PendingAnswer, generate_pending
 from glm_utils.inference.partial_answers import PartialAnswers
 from glm_utils.load_model import ModelSource, find_model
+from glm_utils.model_files.checkpoint_files import ADAPTER_WEIGHT_NAMES
 from glm_utils.run_record import sha256
 from glm_utils.signals import Terminated, note_if_interrupted
 

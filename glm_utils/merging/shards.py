@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from glm_utils.checkpoint_files import weight_files
-from glm_utils.tensor_files import DTYPE_NAMES, TensorSpec, is_legacy_bin, list_bin, list_tensors, load_bin
+from glm_utils.model_files.checkpoint_files import weight_files
+from glm_utils.model_files.tensor_files import DTYPE_NAMES, TensorSpec, is_legacy_bin, list_bin, list_tensors, load_bin
 
 MAX_SHARD_BYTES = 2_000_000_000
 MAX_PENDING = 2  # tensors that wait for the writing thread; each keeps its memory until then

@@ -15,9 +15,9 @@ from glm_utils.checkpoint import MODEL_CLASS
 from glm_utils.merging.layer_streaming import empty_model, streamed_logits
 from glm_utils.merging.merge import SCALE_SUFFIX, MergeJob
 from glm_utils.merging.shards import ShardWriter
+from glm_utils.model_files.tensor_files import TensorSpec
+from glm_utils.model_files.weight_checks import check_weights
 from glm_utils.remote_code import remote_code
-from glm_utils.tensor_files import TensorSpec
-from glm_utils.weight_checks import check_weights
 
 PROBE_TEXT = "你好"
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from loguru import logger
 
-from glm_utils.adapter_config import read_adapter_config
-from glm_utils.checkpoint_files import ADAPTER_WEIGHT_NAMES
 from glm_utils.cli import UserError
 from glm_utils.family import FAMILIES
+from glm_utils.model_files.adapter_config import read_adapter_config
+from glm_utils.model_files.checkpoint_files import ADAPTER_WEIGHT_NAMES
 from glm_utils.run_record import FORMAT_VERSION, RUN_CONFIG_NAME, git_commit, versions
 from glm_utils.training.checkpoints import list_checkpoints, remove_checkpoint, step_of
 from glm_utils.training.curves import CURVES

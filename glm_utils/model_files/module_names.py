@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from glm_utils.cli import UserError
-from glm_utils.model_json import shown
+from glm_utils.model_files.model_json import shown
 
 ALL_LINEAR = "all-linear"
 MAX_NAME_CHARACTERS = 1000

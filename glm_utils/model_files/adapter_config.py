@@ -10,12 +10,12 @@ from pathlib import Path
 
 from loguru import logger
 
-from glm_utils.adapter_keys import KEYS
 from glm_utils.cli import UserError
-from glm_utils.directory_kind import advice, directory_kind
-from glm_utils.links import check_inside
-from glm_utils.model_json import read_model_json, shown
-from glm_utils.module_names import ModuleNames, PatternTable, endings_of, read_names
+from glm_utils.model_files.adapter_keys import KEYS
+from glm_utils.model_files.directory_kind import advice, directory_kind
+from glm_utils.model_files.links import check_inside
+from glm_utils.model_files.model_json import read_model_json, shown
+from glm_utils.model_files.module_names import ModuleNames, PatternTable, endings_of, read_names
 from glm_utils.visible_text import UNSAFE
 
 MAX_PATH_BYTES, MAX_PART_BYTES = 4000, 255  # of a path and of a name in it

@@ -8,7 +8,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from glm_utils.cli import UserError
-from glm_utils.tensor_files import TensorSpec
+from glm_utils.model_files.tensor_files import TensorSpec
 
 LAYER = re.compile(r".*\.layers\.(\d{1,9})\..*")
 

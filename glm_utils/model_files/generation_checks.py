@@ -7,7 +7,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from glm_utils.cli import UserError
-from glm_utils.config_checks import (
+from glm_utils.model_files.config_checks import (
     COUNT,
     POSITIONS,
     SHARE,
@@ -15,7 +15,7 @@ from glm_utils.config_checks import (
     check_token_ids,
     value_fault,
 )
-from glm_utils.model_json import read_model_json, shown
+from glm_utils.model_files.model_json import read_model_json, shown
 
 POSITIVE = Range(1e-6, 1e6)
 SETTINGS: dict[str, tuple[Any, Range | None]] = {

@@ -8,13 +8,13 @@ import re
 import zipfile
 from pathlib import Path
 
-from glm_utils.adapter_config import AdapterConfig, read_adapter_config
 from glm_utils.cli import UserError
 from glm_utils.family import Family
 from glm_utils.files import LFS_MAGIC, download_again
-from glm_utils.links import check_inside, check_links
-from glm_utils.model_json import read_model_json, shown
-from glm_utils.tensor_files import TensorSpec, is_legacy_bin, list_tensors, read_header
+from glm_utils.model_files.adapter_config import AdapterConfig, read_adapter_config
+from glm_utils.model_files.links import check_inside, check_links
+from glm_utils.model_files.model_json import read_model_json, shown
+from glm_utils.model_files.tensor_files import TensorSpec, is_legacy_bin, list_tensors, read_header
 
 WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin")  # each alone, or sharded with <name>.index.json
 ADAPTER_WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")

@@ -14,7 +14,7 @@ from loguru import logger
 from transformers import GenerationConfig, PretrainedConfig
 
 from glm_utils.cli import UserError
-from glm_utils.model_json import shown
+from glm_utils.model_files.model_json import shown
 
 MAX_TOKENS = 2**31 - 1
 

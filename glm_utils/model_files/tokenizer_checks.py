@@ -6,8 +6,8 @@ from typing import Any, Literal
 from transformers import PretrainedConfig, PreTrainedTokenizer
 
 from glm_utils.cli import UserError
-from glm_utils.config_checks import COUNT, Range, value_fault
-from glm_utils.model_json import read_model_json, shown
+from glm_utils.model_files.config_checks import COUNT, Range, value_fault
+from glm_utils.model_files.model_json import read_model_json, shown
 
 CONFIG_NAME = "tokenizer_config.json"
 TOKEN = str | dict | None
