@@ -43,7 +43,7 @@ def evaluate_adapter(
         lora_path: Directory of an adapter; its base is found from it, and is what it is compared with.
         model_path: Two base or merged models joined by a comma, instead; the first one is what is compared with. Or,
             beside lora_path, the model that the adapter was merged to: what did merging and quantizing change?
-        data_path: JSONL or JSON file of examples that were not trained on. Without reference answers, the figures
+        data_path: JSON, CSV or XLSX file of examples that were not trained on. Without reference answers, the figures
             that need them are left out.
         output_dir: Where the report goes; an earlier one there is replaced.
         num_samples: Examples to judge, drawn from the file.

@@ -52,11 +52,10 @@ def generate(
     Args:
         model_path: Directory or hub id of a base or merged model.
         lora_path: Directory of an adapter, instead of model_path; its base is found from it.
-        data_path: Prompts: JSONL or JSON as for training, with or without answers, CSV with a header, or .txt with one
-            prompt per line.
-        output_path: File to write, .jsonl or .csv.
-        prompt_column: Column or key that holds the prompt. Default: content, instruction (with input), prompt, query
-            or question.
+        data_path: Prompts: JSON, CSV or XLSX as for training, with or without answers, or .txt with one prompt per
+            line.
+        output_path: File to write, .jsonl, .csv or .xlsx.
+        prompt_column: Column or key that holds the prompt. Default: by the form of the file.
         batch_size: Sequences at once. Default: what fits, at most 16 on the fast path.
         max_new_tokens: Most tokens of an answer.
         temperature: Divides the logits; 0: always the most probable token. Default: the model's own.

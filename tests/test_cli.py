@@ -1,6 +1,7 @@
 """Command line: every flag is checked by name and type before a stage runs."""
 
 import json
+import pickle
 import re
 import tempfile
 from pathlib import Path
@@ -121,6 +122,21 @@ def test_user_error_is_one_message_without_traceback(capsys):
     error = capsys.readouterr().err
     assert "data.jsonl:7: unlucky. Take another" in error
     assert "Traceback" not in error
+
+
+def test_details_of_a_user_error_are_lines_of_the_log(capsys):
+    """A newline in the message or in a detail does not make another line."""
+    error = UserError("a.csv: 2\nfaults:", ["  a.csv:2: one\x1b[2J", "  a.csv:3: two\n12:00:00 SUCCESS"])
+    assert str(pickle.loads(pickle.dumps(error))) == str(error) == "\n".join([error.message, *error.details])
+
+    def faulty() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as exit_info:
+        run_cli(faulty, [])
+    assert exit_info.value.code == 1
+    lines = [line.split(" ERROR   ")[1] for line in capsys.readouterr().err.splitlines()]
+    assert lines == [r"a.csv: 2\nfaults:", r"  a.csv:2: one\x1b[2J", r"  a.csv:3: two\n12:00:00 SUCCESS"]
 
 
 def crash(error, capsys):

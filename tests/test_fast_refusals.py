@@ -105,7 +105,7 @@ NO_ADAPTER = "no_adapter: no such directory. Give the output_dir of a training r
             "generate",
             [
                 ([TINY, "--data_path=none.csv", "--output_path=saved_files/o.csv"], "none.csv: no such file"),
-                ([TINY, "--data_path=none.csv", "--output_path=o.xlsx"], "unknown ending '.xlsx'"),
+                ([TINY, "--data_path=none.csv", "--output_path=o.xls"], "unknown ending '.xls'"),
                 (["--data_path=none.csv", "--output_path=o.csv"], "neither is given"),
                 ([TINY, "--data_path=a", "--output_path=o.csv", "--batch_size=0"], "--batch_size 0: expected 1 or"),
             ],

@@ -143,7 +143,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 def write_table(path: Path, rows: list[dict]) -> None:
     """Write a workbook."""
     names = column_names(rows)
-    write_workbook(path, names, ([row.get(name) for name in names] for row in rows))
+    write_workbook(path, names, [[row.get(name) for name in names] for row in rows])
 
 
 def column_names(rows: list[dict]) -> list[str]:

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ MAX_INTEGER = 10**15  # beyond it a spreadsheet rounds
 UNWRITABLE = re.compile(r"[\x00-\x08\x0b-\x1f\ud800-\udfff\ufffe\uffff]|_(?=x[0-9A-Fa-f]{4}_)")
 
 
-def write_workbook(path: Path, names: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+def write_workbook(path: Path, names: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Write a workbook with one sheet: a header and rows.
 
     Args:
@@ -30,16 +30,15 @@ def write_workbook(path: Path, names: Sequence[str], rows: Iterable[Sequence[obj
         UserError: openpyxl is missing, or the table is larger than a sheet.
     """
     openpyxl = import_openpyxl(path, "writes")
+    if len(rows) >= MAX_ROWS or len(names) > MAX_SHEET_COLUMNS:
+        raise UserError(
+            f"{path.name}: a sheet holds {MAX_ROWS:,} rows of {MAX_SHEET_COLUMNS:,} columns. Give an output in .csv"
+        )
     workbook = openpyxl.Workbook(write_only=True)
     sheet = workbook.create_sheet("answers")
     sheet.freeze_panes = "A2"
     num_truncated = 0
-    for number, row in enumerate([names, *rows], start=1):
-        if number > MAX_ROWS or len(row) > MAX_SHEET_COLUMNS:
-            raise UserError(
-                f"{path.name}: a sheet holds {MAX_ROWS:,} rows of {MAX_SHEET_COLUMNS:,} columns. Give an output "
-                "in .csv"
-            )
+    for row in [names, *rows]:
         values = [cell_value(value) for value in row]
         num_truncated += any(isinstance(value, str) and len(value) > MAX_CELL_CHARACTERS for value in values)
         sheet.append([make_cell(openpyxl, sheet, value) for value in values])

@@ -161,7 +161,8 @@ def prompts_file(rng: random.Random, files: Files) -> Path:
         writer.writerows(
             [header, *([rng.choice(mutations.ODD_TEXTS) for _ in range(rng.randrange(4))] for _ in "abc")]
         )
-        data = out.getvalue().encode(rng.choice(("utf-8", "utf-8-sig", "gb18030", "utf-16")), "surrogatepass")
+        encoding = rng.choice(("utf-8", "utf-8-sig", "gb18030", "utf-16"))  # GBK has no halves of surrogate pairs
+        data = out.getvalue().encode(encoding, "replace" if encoding == "gb18030" else "surrogatepass")
     elif kind == "txt":
         data = "\n".join(rng.choices(mutations.ODD_TEXTS, k=4)).encode("utf-8", "surrogatepass")
     else:

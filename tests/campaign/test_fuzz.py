@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from glm_utils.cli import UserError
+from glm_utils.visible_text import one_line
 from tests.campaign import fuzz_subjects
 from tests.campaign.fuzz_subjects import SUBJECTS, Files, Reached
 from tests.campaign.harness import rng_of, scaled, seed
@@ -68,8 +69,9 @@ def run_case(subject, rng, files):
     except Reached:
         return "read", ""
     except UserError as error:
-        num_lines = len(str(error).splitlines())
-        return ("refused", "") if num_lines == 1 else ("other", f"{place_of(error)}: {num_lines} lines: {error!r}")
+        lines = one_line(error.message), *error.details  # as the log shows them
+        faked = [line for line in lines if len(line.splitlines()) != 1]
+        return ("other", f"{place_of(error)}: not one line each: {faked!r}") if faked else ("refused", "")
     except TooSlow as error:
         return "other", f"{place_of(error)}: no end within {MAX_SECONDS} s"
     except MemoryError as error:
