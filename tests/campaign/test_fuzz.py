@@ -27,6 +27,7 @@ pytestmark = pytest.mark.usefixtures("server")
 
 MAX_SECONDS = 5  # of a case
 MAX_EXTRA_BYTES = 3 * 2**30  # of address space, beyond what the imports take
+MAX_DETAILS = 24  # lines below the message of an error: the first twenty bad rows, or the forms of data
 SECONDS = 900  # of a test
 KEPT_DIR = PROJECT_DIR / "saved_files" / "campaign_cases"
 NUM_KEPT = 3  # files of one kind of fault in one test
