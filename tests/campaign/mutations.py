@@ -1,5 +1,6 @@
 """Damage to files, from a seed: values of JSON that no reader expects, broken syntax, changed bytes."""
 
+import copy
 import json
 import random
 import struct
@@ -21,7 +22,7 @@ def odd_value(rng: random.Random, old: object) -> object:
         return rng.choice((old.upper(), old[:-1], old + " ", old * 3, [old], {old: old}, old + "\n", old[::-1]))
     if kind < 0.4 and isinstance(old, list):
         return rng.choice((old[:-1], old + old, [old], old + [None], dict(enumerate(map(str, old))), old * 500))
-    return rng.choice((*ODD_NUMBERS, *ODD_TEXTS, *ODD_VALUES))
+    return copy.deepcopy(rng.choice((*ODD_NUMBERS, *ODD_TEXTS, *ODD_VALUES)))  # the caller goes on changing it
 
 
 def places_in(value: object) -> list[tuple]:
