@@ -14,6 +14,7 @@ from loguru import logger
 
 from glm_utils.cli import as_list, check_minimums, run_cli
 from glm_utils.data import read_examples
+from glm_utils.data.forms import Columns
 from glm_utils.early_checks import check_device_name, check_model_path, check_number_of_models, check_sampling
 from glm_utils.evaluation import MAX_NEW_TOKENS, NUM_SAMPLES
 from glm_utils.model_files.adapter_config import read_adapter_config
@@ -26,6 +27,10 @@ def evaluate_adapter(
     lora_path: str | None = None,
     model_path: str | list[str] | None = None,
     data_path: str = "data/dev.jsonl",
+    prompt_column: str | None = None,
+    response_column: str | None = None,
+    history_column: str | None = None,
+    sheet: str | None = None,
     output_dir: str = "saved_files/evaluation",
     num_samples: int = NUM_SAMPLES,
     max_new_tokens: int = MAX_NEW_TOKENS,
@@ -45,6 +50,10 @@ def evaluate_adapter(
             beside lora_path, the model that the adapter was merged to: what did merging and quantizing change?
         data_path: JSON, CSV or XLSX file of examples that were not trained on. Without reference answers, the figures
             that need them are left out.
+        prompt_column: Key or column of the question. Default: by the form of the file.
+        response_column: Key or column of the reference answer, likewise.
+        history_column: Key or column of the earlier turns, likewise.
+        sheet: Sheet of an XLSX file that holds several.
         output_dir: Where the report goes; an earlier one there is replaced.
         num_samples: Examples to judge, drawn from the file.
         max_new_tokens: Most tokens of an answer.
@@ -58,7 +67,8 @@ def evaluate_adapter(
     """
     arguments = dict(locals())
     check_arguments(arguments)
-    examples = read_examples(Path(data_path).expanduser(), needs_answer=False)
+    columns = Columns(prompt_column, response_column, history_column, sheet)
+    examples = read_examples(Path(data_path).expanduser(), needs_answer=False, columns=columns)
 
     from glm_utils.device import resolve_device
     from glm_utils.evaluation.job import find_sides, make_job

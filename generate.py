@@ -12,6 +12,7 @@ from pathlib import Path
 from loguru import logger
 
 from glm_utils.cli import UserError, check_minimums, run_cli
+from glm_utils.data.forms import Columns
 from glm_utils.early_checks import check_device_name, check_model_choice, check_sampling, check_seed
 from glm_utils.inference.answer_file import (
     check_output_path,
@@ -36,6 +37,8 @@ def generate(
     data_path: str,
     output_path: str,
     prompt_column: str | None = None,
+    history_column: str | None = None,
+    sheet: str | None = None,
     batch_size: int | None = None,
     max_new_tokens: int = 512,
     temperature: float | None = None,
@@ -56,6 +59,8 @@ def generate(
             line.
         output_path: File to write, .jsonl, .csv or .xlsx.
         prompt_column: Column or key that holds the prompt. Default: by the form of the file.
+        history_column: Column or key of the earlier turns, likewise.
+        sheet: Sheet of an XLSX file that holds several.
         batch_size: Sequences at once. Default: what fits, at most 16 on the fast path.
         max_new_tokens: Most tokens of an answer.
         temperature: Divides the logits; 0: always the most probable token. Default: the model's own.
@@ -70,7 +75,8 @@ def generate(
     arguments = dict(locals())
     check_arguments(arguments)
     output = check_output_path(output_path, data_path, overwrite)
-    read_rows = read_prompts(Path(data_path).expanduser(), prompt_column)
+    columns = Columns(prompt=prompt_column, history=history_column, sheet=sheet)
+    read_rows = read_prompts(Path(data_path).expanduser(), columns)
 
     from glm_utils.inference.batch import GenerationSettings
     from glm_utils.inference.file_job import answer, find_source, identify
@@ -79,7 +85,7 @@ def generate(
     source = find_source(model_path, lora_path, load_in_4bit, device)
     rows, prompts = encode_prompts(read_rows, source.checkpoint)
     log_errors(rows)
-    identity = identify(source, Path(data_path).expanduser(), prompt_column, settings)
+    identity = identify(source, Path(data_path).expanduser(), columns, settings)
     with lock_answers(output, overwrite):
         with PartialAnswers(output, identity, resume) as partial:
             answer(source, prompts, settings, batch_size, partial)

@@ -18,7 +18,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: large tensors 
 from loguru import logger
 
 from glm_utils.cli import UserError, run_cli
-from glm_utils.data import read_examples
+from glm_utils.data import Example, read_examples
 from glm_utils.early_checks import check_device_name, project_path
 from glm_utils.files import check_apart, check_free_space
 from glm_utils.model_files.adapter_config import base_name, read_adapter_config
@@ -62,8 +62,7 @@ def merge_lora_and_quantize(
     adapter_dir, output_dir = Path(lora_path).expanduser(), Path(output_path).expanduser()
     base_dir = project_path(base_name(read_adapter_config(adapter_dir)))
     check_replaceable(output_dir, overwrite, STAGE, [adapter_dir, base_dir])
-    if evaluate_data_path:
-        check_comparison(evaluate_data_path, export_format)
+    examples = read_comparison(evaluate_data_path, export_format) if evaluate_data_path else []
 
     from glm_utils.adapter import find_base, read_adapter
     from glm_utils.device import resolve_device
@@ -88,17 +87,18 @@ def merge_lora_and_quantize(
         timed("reloaded and verified", export.verify, job, directory, reference)
     log_result(job, output_dir, time.monotonic() - start_seconds)
     if evaluate_data_path:
-        evaluate_output(output_dir, adapter.directory, Path(evaluate_data_path).expanduser(), job.device, output_dir)
+        data_path = Path(evaluate_data_path).expanduser()
+        evaluate_output(output_dir, adapter.directory, data_path, examples, job.device, output_dir)
 
 
-def check_comparison(data_path: str, export_format: str) -> None:
-    """Check before any work what the comparison at the end needs: the published layout and data."""
+def read_comparison(data_path: str, export_format: str) -> list[Example]:
+    """Read before any work the examples of the comparison at the end, which loads the published layout."""
     if export_format != "chatglm":
         raise UserError(
             f"--evaluate_data_path with --export_format {export_format}: the evaluation loads the published layout "
             "only. Omit one of the two"
         )
-    read_examples(Path(data_path).expanduser(), needs_answer=False)
+    return read_examples(Path(data_path).expanduser(), needs_answer=False)
 
 
 def timed(done: str, function: Callable, *arguments: object) -> Any:

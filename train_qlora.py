@@ -28,6 +28,10 @@ def train_qlora(
     model_name_or_path: str = "THUDM/chatglm2-6b",
     train_data_path: str | None = None,
     eval_data_path: str | None = None,
+    prompt_column: str | None = None,
+    response_column: str | None = None,
+    history_column: str | None = None,
+    sheet: str | None = None,
     seed: int | None = None,
     max_input_length: int = 512,
     max_output_length: int = 1536,
@@ -50,6 +54,10 @@ def train_qlora(
         model_name_or_path: Directory of the base model, or its hub id.
         train_data_path: JSONL or JSON file of training examples. Default: the project's sample, data/train.jsonl.
         eval_data_path: The same for evaluation. Default: data/dev.jsonl with the sample, else no evaluation.
+        prompt_column: Key or column of the question. Default: by the form of the file.
+        response_column: Key or column of the answer, likewise.
+        history_column: Key or column of the earlier turns, likewise.
+        sheet: Sheet of an XLSX file that holds several.
         seed: Seed of LoRA weights, data order and dropout. Default: the JSON file's, else 42.
         max_input_length: Longest prompt in tokens; a longer one loses its oldest turns, then the end of the question.
         max_output_length: Longest answer in tokens; a longer one is truncated and keeps its end token.
@@ -119,7 +127,8 @@ def evaluate_run(settings: "TrainingSettings") -> None:
     release_signals("the adapter is written, but not evaluated")
     if args.process_index == 0:
         device = resolve_device("cpu" if args.use_cpu else "auto")
-        evaluate_output(out, out, settings.data_paths["eval"], device, load_in_4bit=True, seed=args.seed)
+        data_path, examples = settings.data_paths["eval"], settings.examples["eval"]
+        evaluate_output(out, out, data_path, examples, device, load_in_4bit=True, seed=args.seed)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 import generate as stage
 from glm_utils.checkpoint import open_checkpoint
 from glm_utils.cli import UserError, run_cli
+from glm_utils.data.forms import Columns
 from glm_utils.family import PROJECT_DIR
 from glm_utils.inference import answer_file, file_job, memory
 from glm_utils.inference.batch import GenerationSettings, generate_answers
@@ -227,22 +228,24 @@ def test_keys_tell_sequences_apart(sibling):
     ],
 )
 def test_forms_of_prompts(write, name, content, expected):
-    assert [row.query for row in read_prompts(write(name, content), None)] == expected
+    assert [row.query for row in read_prompts(write(name, content))] == expected
 
 
 def test_earlier_turns_are_read(write):
     turns = {"system": "s", "user": "a", "assistant": "b"}
     messages = [{"role": role, "content": text} for role, text in turns.items()]
     messages += [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
-    (first,) = read_prompts(write("a.jsonl", jsonl({"messages": messages})), None)
-    (second,) = read_prompts(write("b.jsonl", jsonl({"instruction": "q", "history": [["a", "b"]]})), None)
+    (first,) = read_prompts(write("a.jsonl", jsonl({"messages": messages})))
+    (second,) = read_prompts(write("b.jsonl", jsonl({"instruction": "q", "history": [["a", "b"]]})))
     assert (first.query, first.history) == ("c", (("s\na", "b"),))
     assert (second.query, second.history) == ("q", (("a", "b"),))
 
 
 def test_prompt_column_is_chosen(write):
-    assert read_prompts(write("a.csv", "content,名称\n甲,乙\n"), "名称")[0].query == "乙"
-    assert read_prompts(write("a.jsonl", jsonl({"content": "甲", "名称": "乙"})), "名称")[0].query == "乙"
+    assert read_prompts(write("a.csv", "content,名称\n甲,乙\n"), Columns(prompt="名称"))[0].query == "乙"
+    assert (
+        read_prompts(write("a.jsonl", jsonl({"content": "甲", "名称": "乙"})), Columns(prompt="名称"))[0].query == "乙"
+    )
 
 
 @pytest.mark.parametrize(
@@ -272,20 +275,20 @@ def test_prompt_column_is_chosen(write):
 )
 def test_faults_of_a_file(write, name, content, column, message):
     with pytest.raises(UserError, match=message):
-        read_prompts(write(name, content), column)
+        read_prompts(write(name, content), Columns(prompt=column))
 
 
 @pytest.mark.parametrize(("encoding", "title"), [("gb18030", "GBK (GB18030)"), ("utf-16", "UTF-16")])
 def test_other_encodings_are_read_and_said_once(tmp_path, log_lines, encoding, title):
     path = tmp_path / "in.csv"
     path.write_bytes("编号,question\n1,类型#裙\n2,类型#裤\n".encode(encoding))
-    assert [row.query for row in read_prompts(path, None)] == ["类型#裙", "类型#裤"]
+    assert [row.query for row in read_prompts(path)] == ["类型#裙", "类型#裤"]
     assert log_lines == [f"INFO {path}: not UTF-8, read as {title}, e.g. '编号,question'"]
 
 
 def test_a_row_in_another_form_is_not_answered(write):
     path = write("a.jsonl", jsonl({"content": "甲"}, {"query": "乙"}))
-    first, second = read_prompts(path, None)
+    first, second = read_prompts(path)
     assert (first.query, first.error) == ("甲", None)
     assert f"{path}:2: the form is query/response, but {path}:1 is content/summary" in second.error
 
@@ -349,7 +352,7 @@ def test_workbook_to_workbook(run, write, tmp_path, log_lines):
     assert cells["id"].value == "12345678901234567890"
     assert any("texts of 1 rows are truncated to 32,767 characters" in line for line in log_lines)
     run(tmp_path / "out.xlsx", "again.xlsx")
-    assert read_prompts(tmp_path / "again.xlsx", None)[0].columns["bell"] == "a\x07_x0041_"
+    assert read_prompts(tmp_path / "again.xlsx")[0].columns["bell"] == "a\x07_x0041_"
 
 
 def test_a_table_that_no_sheet_holds_keeps_its_answers(run, write, tmp_path, monkeypatch):

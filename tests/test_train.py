@@ -760,3 +760,12 @@ def test_all_tokens_are_counted_without_padding(train):
         record = json.loads((out / "run_config.json").read_text())
         assert counts[-1] == record["data"]["train"]["num_tokens"]
         assert json.loads((out / "train_results.json").read_text())["train_tokens_per_second"] > 0
+
+
+def test_columns_of_a_table_are_named(train, write):
+    """The columns of a table may have any name; what is trained is the same."""
+    plain = write("plain.csv", "question,answer\n裙,好\n裤,很好\n")
+    named = write("named.csv", "答,问\n好,裙\n很好,裤\n")
+    first = train(name="plain", train_data_path=str(plain))
+    second = train(name="named", train_data_path=str(named), prompt_column="问", response_column="答")
+    assert_same_bits(first, second)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from loguru import logger
 
-from glm_utils.data import read_examples
+from glm_utils.data import Example
 from glm_utils.evaluation import MAX_NEW_TOKENS, NUM_SAMPLES
 from glm_utils.evaluation.job import check_output_dir, find_sides, make_job
 from glm_utils.evaluation.metrics import check_packages
@@ -33,6 +33,7 @@ def evaluate_output(
     output_dir: Path,
     lora_dir: Path,
     data_path: Path,
+    examples: list[Example],
     device: torch.device,
     merged_dir: Path | None = None,
     load_in_4bit: bool = False,
@@ -43,7 +44,8 @@ def evaluate_output(
     Args:
         output_dir: What the work wrote; the report goes to `evaluation_dir`.
         lora_dir: The adapter.
-        data_path: Data file of examples to judge.
+        data_path: Data file, for the report.
+        examples: Its examples.
         device: Where the models run.
         merged_dir: The model that the adapter was merged to, which is compared with the adapter on its base; None:
             the base without and with the adapter.
@@ -55,7 +57,7 @@ def evaluate_output(
     arguments = {"lora_path": str(lora_dir), "model_path": merged_dir and str(merged_dir), "data_path": str(data_path)}
     job = make_job(
         sides,
-        read_examples(data_path, needs_answer=False),
+        examples,
         evaluation_dir(output_dir),
         GenerationSettings(MAX_NEW_TOKENS, temperature=0, seed=seed),
         NUM_SAMPLES,

@@ -9,6 +9,7 @@ from loguru import logger
 from tqdm import tqdm
 
 from glm_utils.cli import UserError
+from glm_utils.data.forms import Columns
 from glm_utils.device import out_of_memory_explained, resolve_device
 from glm_utils.inference.batch import GenerationSettings, PendingAnswer, generate_pending
 from glm_utils.inference.partial_answers import PartialAnswers
@@ -26,12 +27,12 @@ def find_source(model_path: str | None, lora_path: str | None, load_in_4bit: boo
     return ModelSource(str(checkpoint.directory), checkpoint, adapter, load_in_4bit, dtype, place)
 
 
-def identify(source: ModelSource, data_path: Path, prompt_column: str | None, settings: GenerationSettings) -> dict:
+def identify(source: ModelSource, data_path: Path, columns: Columns, settings: GenerationSettings) -> dict:
     """Return what the answers depend on."""
     paths = [source.adapter.directory / name for name in ADAPTER_WEIGHT_NAMES] if source.adapter else []
     return {
         "data_sha256": sha256(data_path),
-        "prompt_column": prompt_column,
+        "columns": dataclasses.asdict(columns),
         "model": source.checkpoint.fingerprint,
         "adapter_sha256": next((sha256(path) for path in paths if path.is_file()), None),
         "weights": source.weight_format,

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from glm_utils.cli import UserError
 from glm_utils.data.checks import DataReport
-from glm_utils.data.forms import Columns
+from glm_utils.data.forms import NO_COLUMNS, Columns
 from glm_utils.data.read import ReadRow, read_rows
 from glm_utils.visible_text import one_line
 
@@ -42,19 +42,19 @@ class PromptRow:
     error: str | None = None
 
 
-def read_prompts(path: Path, prompt_column: str | None) -> list[PromptRow]:
+def read_prompts(path: Path, columns: Columns = NO_COLUMNS) -> list[PromptRow]:
     """Read a file of prompts.
 
     Args:
         path: The file.
-        prompt_column: Column or key that holds the prompt; None: by the form of the file.
+        columns: Names of its keys or columns, where they were given.
 
     Raises:
         UserError: A file that is missing, empty or cannot be read, a column that is missing, or a file in which no row
             can be answered.
     """
     report = DataReport()
-    rows = [make_prompt(read) for read in read_rows(path, "ignored", Columns(prompt=prompt_column), report)]
+    rows = [make_prompt(read) for read in read_rows(path, "ignored", columns, report)]
     report.log()
     if not rows:
         raise UserError(f"{path}: no prompts in it. Give {FORMS}")

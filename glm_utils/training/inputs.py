@@ -8,6 +8,7 @@ from loguru import logger
 
 from glm_utils.cli import UserError
 from glm_utils.data import Example, read_examples
+from glm_utils.data.forms import Columns
 from glm_utils.early_checks import check_model_dir, project_path
 from glm_utils.limits import EncodingLimits
 from glm_utils.training.argument_keys import SEEDS
@@ -24,6 +25,7 @@ class RunInputs:
         arguments: The script's flags by name.
         limits: Limits of the prompt and the answer.
         data_paths: Data files under "train" and, optionally, "eval".
+        columns: Names of their keys or columns, where they were given.
         examples: Their examples under the same keys.
         args_file: The TrainingArguments file; None: the one shipped for the base's family.
     """
@@ -31,6 +33,7 @@ class RunInputs:
     arguments: dict
     limits: EncodingLimits
     data_paths: dict[str, Path]
+    columns: Columns
     examples: dict[str, list[Example]]
     args_file: TrainArgsFile | None
 
@@ -52,10 +55,11 @@ def read_inputs(arguments: dict) -> RunInputs:
     check_model_dir(flags.model_name_or_path)
     args_file = read_train_args(project_path(flags.train_args_json)) if flags.train_args_json else None
     data_paths = find_data(flags.train_data_path, flags.eval_data_path)
-    examples = {name: read_examples(path) for name, path in data_paths.items()}
+    columns = Columns(flags.prompt_column, flags.response_column, flags.history_column, flags.sheet)
+    examples = {name: read_examples(path, columns=columns) for name, path in data_paths.items()}
     if flags.evaluate_after and "eval" not in data_paths:
         raise UserError("--evaluate_after true: no evaluation data. Give --eval_data_path")
-    return RunInputs(arguments, limits, data_paths, examples, args_file)
+    return RunInputs(arguments, limits, data_paths, columns, examples, args_file)
 
 
 def check_lora_settings(rank: int, alpha: int, dropout: float) -> None:

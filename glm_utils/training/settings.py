@@ -26,6 +26,7 @@ from glm_utils.training.training_args import TrainArgsFile, read_train_args
 
 IDENTITY_ARGUMENTS: tuple[str, ...] = ("lora_rank", "lora_alpha", "lora_dropout", "max_input_length")
 IDENTITY_ARGUMENTS += ("max_output_length", "prompt_text", "compute_dtype", "packing")
+IDENTITY_ARGUMENTS += ("prompt_column", "response_column", "history_column", "sheet")
 IDENTITY_TRAINING_ARGS = ("seed", "data_seed", "dataloader_drop_last", "train_sampling_strategy")
 
 

@@ -18,6 +18,7 @@ import train_qlora
 from glm_utils.adapter import find_base, read_adapter
 from glm_utils.checkpoint import open_checkpoint
 from glm_utils.data import read_examples
+from glm_utils.data.forms import Columns
 from glm_utils.device import resolve_device
 from glm_utils.encoding import EncodingLimits, encode_examples
 from glm_utils.export import EXPORTS
@@ -185,7 +186,7 @@ def fuzz_data(rng: random.Random, files: Files) -> None:
 
 def fuzz_prompts(rng: random.Random, files: Files) -> None:
     column = rng.choice((None, None, "prompt", "x", "\x1b[0m"))
-    encode_prompts(read_prompts(prompts_file(rng, files), column), files.checkpoint)
+    encode_prompts(read_prompts(prompts_file(rng, files), Columns(prompt=column)), files.checkpoint)
 
 
 def fuzz_settings(rng: random.Random, files: Files) -> None:
