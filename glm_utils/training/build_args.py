@@ -16,6 +16,7 @@ from glm_utils.cli import UserError
 from glm_utils.training.argument_keys import CHECKPOINTING_KEYS
 from glm_utils.training.json_faults import shown
 from glm_utils.training.precision import precision_settings
+from glm_utils.training.restart import join_after_restart
 from glm_utils.training.training_args import TrainArgsFile
 
 DEFAULT_SEED = 42
@@ -40,6 +41,7 @@ def build_args(file: TrainArgsFile, **overrides: object) -> TrainingArguments:
         os.environ["TENSORBOARD_LOGGING_DIR"] = file.logging_dir
     values = {**file.values, **checkpointing_values(file, known), **overrides}
     try:
+        join_after_restart(values.get("use_cpu", False), values.get("ddp_backend"), values.get("ddp_timeout", 1800))
         return TrainingArguments(**values)
     except Exception as error:  # whatever transformers and accelerate raise for a value they do not take
         raise UserError(f"{place_of(file, error)}: {one_line(error)}") from error

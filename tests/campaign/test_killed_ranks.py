@@ -38,13 +38,13 @@ def reference(shared_dir, name):
 
 
 def find_rank(running, rank):
-    """Return the process id of a rank, None if it does not run."""
-    for pid in running.children():
+    """Return the process id of a rank, which torchrun starts in a session of its own; None if it does not run."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-            if f"LOCAL_RANK={rank}".encode() in variables and parent == running.pid:
-                return pid
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+            variables = path.with_name("environ").read_bytes().split(b"\0")
+            if int(parent) == running.pid and state != "Z" and f"LOCAL_RANK={rank}".encode() in variables:
+                return int(path.parent.name)
     return None
 
 

@@ -26,7 +26,7 @@ TRAININGS = {  # by name: family, keys of the JSON file, flags
     "best model, one checkpoint kept": (
         "chatglm-6b",
         # the first evaluation is the best one, so that the kept checkpoint is not the last one
-        {"max_steps": 10, "save_steps": 2, "save_total_limit": 1, **BEST, "greater_is_better": True},
+        {"max_steps": 10, "save_steps": 2, "save_total_limit": 1, **BEST},
         {"lora_dropout": 0.1},
     ),
     "padded, workers": (
