@@ -20,6 +20,7 @@ from glm_utils import checkpoint as checkpoint_module
 from glm_utils.checkpoint import load_classes, open_checkpoint
 from glm_utils.cli import UserError
 from glm_utils.device import DTYPES
+from glm_utils.inference import memory
 from glm_utils.inference.chat import ChatSession, chat_settings
 from glm_utils.load_model import ModelSource, load_base_model
 from glm_utils.merging.shards import CheckpointReader
@@ -471,7 +472,7 @@ def test_inference_test_refuses_weights_that_are_nan(base_dir, monkeypatch):
     path = base_dir / "model.safetensors"
     state = load_file(path)
     save_file({name: tensor * float("nan") for name, tensor in state.items()}, path)
-    monkeypatch.setattr(inference_test, "copy_bandwidth", lambda device, free: 1e9)  # takes seconds
+    monkeypatch.setattr(memory, "copy_bandwidth", lambda device, free: 1e9)  # takes seconds
     with pytest.raises(UserError, match="computes NaN or infinite logits"):
         inference_test.inference_test(model_path=str(base_dir), loop_number=1, new_tokens=2)
 

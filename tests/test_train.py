@@ -675,7 +675,8 @@ def test_the_base_is_not_fetched_before_flags_are_right(train, monkeypatch, flag
 
 def test_flags_are_the_issues():
     parameters = inspect.signature(stage.train_qlora).parameters
-    expected = "train_args_json model_name_or_path train_data_path eval_data_path seed max_input_length "
+    expected = "train_args_json model_name_or_path train_data_path eval_data_path prompt_column response_column "
+    expected += "history_column sheet seed max_input_length "
     expected += "max_output_length lora_rank lora_alpha lora_dropout resume_from_checkpoint prompt_text compute_dtype "
     assert " ".join(parameters) == expected + "lora_targets packing log_samples dry_run evaluate_after"
     defaults = {name: parameter.default for name, parameter in parameters.items()}
