@@ -60,7 +60,7 @@ class Files:
             if "int4" not in path.name and "int8" not in path.name:
                 shutil.copyfile(path, self.base / path.name)
         self.train = self.directory / "train.jsonl"
-        self.train.write_bytes(b"\n".join(map(mutations.dump, ROWS[:2])))
+        self.train.write_bytes(b"\n".join(map(mutations.dump, [ROWS[0]] * 2)))
         self.checkpoint = open_checkpoint(self.base)
         self.tokenizer = self.checkpoint.tokenizer
 
@@ -102,7 +102,11 @@ def read_training(files: Files, args_path: Path | None = None, **flags: object) 
     if args_path is None:
         args_path = files.directory / "args.json"
         args_path.write_text(json.dumps({**SMALL, "output_dir": str(files.directory / "out")}))
-    values = {"train_args_json": str(args_path), "train_data_path": str(files.train)}
+    values = {
+        "train_args_json": str(args_path),
+        "train_data_path": str(files.train),
+        "eval_data_path": str(files.train),
+    }
     with_model = {"model_name_or_path": str(files.base), **values, **flags}
     train_qlora.train_qlora(**with_model, dry_run=True)
 
