@@ -11,7 +11,9 @@ from pathlib import Path
 
 from loguru import logger
 
-PROJECT_DIR = Path(__file__).resolve().parent.parent
+from glm_utils.signals import PROJECT_DIR
+from glm_utils.visible_text import one_line
+
 MAX_MESSAGE_LENGTH = 500
 BROKEN_PIPE_CODE = 141  # 128 + SIGPIPE, what a shell reports for a program that SIGPIPE ends
 
@@ -24,17 +26,12 @@ def describe_crash(error: BaseException, command: str) -> str:
         command: The command's name, with which the file's name begins.
     """
     lines = [line for line in str(error).splitlines() if line.strip()]
-    message = "".join(map(_visible, lines[0].strip()[:MAX_MESSAGE_LENGTH])) if lines else ""
+    message = one_line(lines[0].strip()[:MAX_MESSAGE_LENGTH]) if lines else ""
     text = type(error).__name__ + (f": {message}" if message else "") + f" ({_place(error)})"
     try:
         return f"{text}. This was not foreseen; the full traceback is in {_write_traceback(error, command)}"
     except Exception as second:  # no memory, no temporary directory, a full disk
         return f"{text}. This was not foreseen; the traceback could not be written ({type(second).__name__})"
-
-
-def _visible(character: str) -> str:
-    """Return a character, a control character as its escape sequence."""
-    return character if character.isprintable() else character.encode("unicode_escape").decode()
 
 
 def _place(error: BaseException) -> str:

@@ -103,6 +103,15 @@ def read_json_object(path: Path) -> dict:
     return parse_json_object(read_text(path, remedy), path, remedy)
 
 
+def peek_json_object(path: Path) -> dict:
+    """Return the JSON object in a file; an empty dict if there is none, whatever else the file may be."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, *JSON_ERRORS):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def download_again(path: Path) -> str:
     """Return the remedy for a downloaded file that is missing or broken."""
     return f"Download {path.name} again"

@@ -1,11 +1,10 @@
 """What a directory holds, and which flag or program takes it: advice for a path given to the wrong one. No torch."""
 
-import json
 import re
 from pathlib import Path
 from typing import Literal
 
-from glm_utils.files import JSON_ERRORS
+from glm_utils.files import peek_json_object
 
 Kind = Literal["adapter", "model", "glm adapter", "glm model", "gguf model", "unfinished training", "file", "unknown"]
 MAX_JSON_BYTES = 10_000_000
@@ -79,9 +78,7 @@ def _made_from(path: Path) -> str:
 def _peek(path: Path) -> dict:
     """Return the object in a JSON file, empty for any other file: whoever needs its content reports the fault."""
     try:
-        if not path.is_file() or path.stat().st_size > MAX_JSON_BYTES:  # a pipe would never end
-            return {}
-        value = json.loads(path.read_bytes())
-    except (OSError, *JSON_ERRORS):
+        is_small_file = path.is_file() and path.stat().st_size <= MAX_JSON_BYTES  # a pipe would never end
+    except OSError:
         return {}
-    return value if isinstance(value, dict) else {}
+    return peek_json_object(path) if is_small_file else {}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from glm_utils.cli import UserError, nearest
 from glm_utils.training.argument_keys import ARGUMENTS
-from glm_utils.training.json_faults import shown
+from glm_utils.training.json_faults import as_json
 
 if TYPE_CHECKING:
     from glm_utils.training.training_args import TrainArgsFile
@@ -88,7 +88,9 @@ def check_trackers(file: TrainArgsFile) -> None:
     names = [given] if isinstance(given, str) else given
     for name in names if names not in (["all"], ["none"]) else []:
         if name not in TRACKERS:
-            raise UserError(f"{file.at('report_to')}: no {shown(name)}. {nearest(name, [*TRACKERS, 'none'], 'names')}")
+            raise UserError(
+                f"{file.at('report_to')}: no {as_json(name)}. {nearest(name, [*TRACKERS, 'none'], 'names')}"
+            )
         module, packages = TRACKERS[name]
         if importlib.util.find_spec(module) is None:
             raise UserError(
@@ -104,7 +106,7 @@ def check_optimizer(file: TrainArgsFile) -> None:
         if name.startswith(start):
             raise UserError(f"{file.at('optim')} {name} is not supported: {reason}. Choose another, e.g. adamw_torch")
     if name not in OPTIMIZERS:
-        found = shown(name)
+        found = as_json(name)
         raise UserError(
             f"{file.at('optim')} is {found}, which is no such value. {nearest(name, OPTIMIZERS, 'values')}"
         )
@@ -115,12 +117,12 @@ def check_nested(file: TrainArgsFile) -> None:
     for key, value in (file.values.get("accelerator_config") or {}).items():
         where = file.at("accelerator_config")
         if key not in ACCELERATOR_KEYS:
-            raise UserError(f"{where}: {shown(key)} is not supported, only {', '.join(ACCELERATOR_KEYS)}. Delete it")
+            raise UserError(f"{where}: {as_json(key)} is not supported, only {', '.join(ACCELERATOR_KEYS)}. Delete it")
         if not isinstance(value, bool):
-            raise UserError(f"{where}: {shown(key)} is {shown(value)}, expected bool")
+            raise UserError(f"{where}: {as_json(key)} is {as_json(value)}, expected bool")
     kwargs = file.checkpointing_kwargs or {}
     if file.checkpointing_key and kwargs not in ({}, {"use_reentrant": False}):
         raise UserError(
-            f"{file.at(file.checkpointing_key + '_kwargs')} is {shown(kwargs)}: the memory plan decides which "
+            f"{file.at(file.checkpointing_key + '_kwargs')} is {as_json(kwargs)}: the memory plan decides which "
             "blocks are recomputed, and how. Delete the line"
         )

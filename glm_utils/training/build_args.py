@@ -14,7 +14,7 @@ from transformers.optimization import get_scheduler
 
 from glm_utils.cli import UserError
 from glm_utils.training.argument_keys import CHECKPOINTING_KEYS
-from glm_utils.training.json_faults import shown
+from glm_utils.training.json_faults import as_json
 from glm_utils.training.precision import precision_settings
 from glm_utils.training.restart import join_after_restart
 from glm_utils.training.training_args import TrainArgsFile
@@ -44,7 +44,7 @@ def build_args(file: TrainArgsFile, **overrides: object) -> TrainingArguments:
         join_after_restart(values.get("use_cpu", False), values.get("ddp_backend"), values.get("ddp_timeout", 1800))
         return TrainingArguments(**values)
     except Exception as error:  # whatever transformers and accelerate raise for a value they do not take
-        raise UserError(f"{place_of(file, error)}: {one_line(error)}") from error
+        raise UserError(f"{place_of(file, error)}: {error_text(error)}") from error
 
 
 def checkpointing_values(file: TrainArgsFile, known: set[str]) -> dict:
@@ -63,7 +63,7 @@ def place_of(file: TrainArgsFile, error: Exception) -> str:
     return file.at(max(named, key=len)) if named else str(file.path)
 
 
-def one_line(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """Return an error's message in one line, its type's name where the message alone says little."""
     text = "".join(letter if letter.isprintable() else " " for letter in " ".join(str(error).split()))
     return text if isinstance(error, ValueError | ImportError) and text else f"{type(error).__name__} {text}".rstrip()
@@ -168,6 +168,6 @@ def refused(file: TrainArgsFile, *keys: str) -> Iterator[None]:
         yield
     except Exception as error:  # whatever the libraries raise for values that they do not take
         given = [key for key in keys if key in file.values] or [keys[0]]
-        values = ", ".join(f"{key} {shown(file.values.get(key))}" for key in given)
+        values = ", ".join(f"{key} {as_json(file.values.get(key))}" for key in given)
         where = file.at(given[-1]).rpartition(":")[0]
-        raise UserError(f"{where}: {values} cannot be used: {one_line(error)}") from error
+        raise UserError(f"{where}: {values} cannot be used: {error_text(error)}") from error

@@ -25,7 +25,6 @@ class RunInputs:
         arguments: The script's flags by name.
         limits: Limits of the prompt and the answer.
         data_paths: Data files under "train" and, optionally, "eval".
-        columns: Names of their keys or columns, where they were given.
         examples: Their examples under the same keys.
         args_file: The TrainingArguments file; None: the one shipped for the base's family.
     """
@@ -33,7 +32,6 @@ class RunInputs:
     arguments: dict
     limits: EncodingLimits
     data_paths: dict[str, Path]
-    columns: Columns
     examples: dict[str, list[Example]]
     args_file: TrainArgsFile | None
 
@@ -59,7 +57,7 @@ def read_inputs(arguments: dict) -> RunInputs:
     examples = {name: read_examples(path, columns=columns) for name, path in data_paths.items()}
     if flags.evaluate_after and "eval" not in data_paths:
         raise UserError("--evaluate_after true: no evaluation data. Give --eval_data_path")
-    return RunInputs(arguments, limits, data_paths, columns, examples, args_file)
+    return RunInputs(arguments, limits, data_paths, examples, args_file)
 
 
 def check_lora_settings(rank: int, alpha: int, dropout: float) -> None:

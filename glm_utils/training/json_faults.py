@@ -45,7 +45,7 @@ def parse_settings(text: str, path: Path, remedy: str) -> dict:
     return parse_json_object(text, path, remedy, **hooks)
 
 
-def shown(value: object) -> str:
+def as_json(value: object) -> str:
     """Return a value as JSON in one line, with control characters escaped."""
     text = json.dumps(value, ensure_ascii=False)
     return "".join(letter if letter.isprintable() else f"\\u{ord(letter):04x}" for letter in text)

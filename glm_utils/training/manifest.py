@@ -1,6 +1,5 @@
 """Is a checkpoint complete? manifest.json has size and SHA-256 of every file; earlier versions wrote none."""
 
-import json
 import zipfile
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 
 from glm_utils.disk import sync
-from glm_utils.files import JSON_ERRORS, write_json
+from glm_utils.files import JSON_ERRORS, peek_json_object, write_json
 from glm_utils.run_record import RUN_CONFIG_NAME, sha256
 
 STAGE = "train_qlora"
@@ -19,18 +18,9 @@ RNG_NAMES = ("rng_state.pth", "rng_state_0.pth")  # of one process, of the first
 NUMBERS = {"global_step": int, "best_global_step": int | None, "epoch": int | float, "best_metric": int | float | None}
 
 
-def read_values(path: Path) -> dict:
-    """Return the JSON object in a file; an empty dict if there is none, whatever else the file may be."""
-    try:
-        values = json.loads(path.read_bytes())
-    except (OSError, *JSON_ERRORS):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
 def is_own(directory: Path) -> bool:
     """Return whether a run of this project wrote a checkpoint or an output directory."""
-    return STAGE in [read_values(directory / name).get("stage") for name in (RUN_CONFIG_NAME, MANIFEST_NAME)]
+    return STAGE in [peek_json_object(directory / name).get("stage") for name in (RUN_CONFIG_NAME, MANIFEST_NAME)]
 
 
 def write_manifest(directory: Path) -> None:
@@ -70,9 +60,9 @@ def manifest_fault(checkpoint: Path) -> str | None:
     """Say which file differs from the manifest; None if none does, or if an earlier version wrote no manifest."""
     path = checkpoint / MANIFEST_NAME
     if not path.is_file():
-        needed = "format_version" in read_values(checkpoint / RUN_CONFIG_NAME)
+        needed = "format_version" in peek_json_object(checkpoint / RUN_CONFIG_NAME)
         return f"{checkpoint}: not a complete checkpoint, {MANIFEST_NAME} missing or truncated" if needed else None
-    files = read_values(path).get("files")
+    files = peek_json_object(path).get("files")
     if not isinstance(files, dict) or not all(map(is_entry, files.items())):
         return f"{path}: broken, expected size and SHA-256 of every file"
     for name, entry in files.items():
@@ -123,7 +113,7 @@ def state_fault(path: Path) -> str | None:
 def adapter_fault(checkpoint: Path) -> str | None:
     """Say what is wrong with the adapter in a checkpoint."""
     config_path, weights_path = checkpoint / "adapter_config.json", checkpoint / "adapter_model.safetensors"
-    if read_values(config_path).get("peft_type") != "LORA":
+    if peek_json_object(config_path).get("peft_type") != "LORA":
         return f"{config_path}: missing or broken, expected the configuration of a LoRA adapter"
     try:
         with safe_open(weights_path, framework="pt"):

@@ -9,12 +9,13 @@ from loguru import logger
 
 from glm_utils.cli import UserError
 from glm_utils.family import FAMILIES
+from glm_utils.files import peek_json_object
 from glm_utils.model_files.adapter_config import read_adapter_config
 from glm_utils.model_files.checkpoint_files import ADAPTER_WEIGHT_NAMES
 from glm_utils.run_record import FORMAT_VERSION, RUN_CONFIG_NAME, git_commit, versions
 from glm_utils.training.checkpoints import list_checkpoints, remove_checkpoint, step_of
 from glm_utils.training.curves import CURVES
-from glm_utils.training.manifest import MANIFEST_NAME, checkpoint_fault, is_own, read_values
+from glm_utils.training.manifest import MANIFEST_NAME, checkpoint_fault, is_own
 from glm_utils.training.settings import TrainingSettings
 
 ADAPTER_NAMES = ("adapter_config.json", *ADAPTER_WEIGHT_NAMES)
@@ -130,7 +131,7 @@ def check_same_run(directory: Path, identity: dict) -> None:
     Raises:
         UserError: A setting differs.
     """
-    adapter_config, recorded = read_adapter_config(directory).values, read_values(directory / RUN_CONFIG_NAME)
+    adapter_config, recorded = read_adapter_config(directory).values, peek_json_object(directory / RUN_CONFIG_NAME)
     before = {name: adapter_config.get(key) for key, name in LORA_KEYS.items()}
     before["lora_targets"] = adapter_config.get("target_modules")
     before |= recorded["identity"] if isinstance(recorded.get("identity"), dict) else {}
@@ -147,7 +148,7 @@ def check_same_run(directory: Path, identity: dict) -> None:
 
 def differences(checkpoint: Path) -> list[str]:
     """Say in at most one line what differs between the versions that wrote a checkpoint and those of now."""
-    recorded = read_values(checkpoint / RUN_CONFIG_NAME)
+    recorded = peek_json_object(checkpoint / RUN_CONFIG_NAME)
     old = {"format": recorded.get("format_version", 1), "commit": recorded.get("commit")}
     now = {"format": FORMAT_VERSION, "commit": git_commit(), **versions()}
     old |= recorded["versions"] if isinstance(recorded.get("versions"), dict) else {}
@@ -168,7 +169,7 @@ def check_unfinished(checkpoint: Path, num_steps: int, output_dir: Path) -> None
     Raises:
         UserError: No step is left, and the adapter is written or would not be that of this many steps.
     """
-    num_done = read_values(checkpoint / "trainer_state.json")["global_step"]
+    num_done = peek_json_object(checkpoint / "trainer_state.json")["global_step"]
     is_written = (output_dir / "adapter_config.json").exists() or not is_checkpoint_of(checkpoint, output_dir)
     if num_done > num_steps or (num_done == num_steps and is_written):
         raise UserError(
@@ -182,7 +183,7 @@ def num_finished_steps(output_dir: Path) -> int | None:
 
     adapter_config.json is written last, and removed first when a run goes on.
     """
-    step = read_values(output_dir / "trainer_state.json").get("global_step")
+    step = peek_json_object(output_dir / "trainer_state.json").get("global_step")
     is_written = is_own(output_dir) and (output_dir / "adapter_config.json").is_file()
     return step if is_written and isinstance(step, int) else None
 

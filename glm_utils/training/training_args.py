@@ -25,7 +25,7 @@ from glm_utils.training.argument_keys import (
     Argument,
 )
 from glm_utils.training.argument_rules import check_together
-from glm_utils.training.json_faults import parse_settings, shown
+from glm_utils.training.json_faults import as_json, parse_settings
 
 PROJECT_DEFAULTS = {
     "report_to": "tensorboard",
@@ -117,11 +117,11 @@ def _translate(file: TrainArgsFile) -> dict:
                 raise UserError(f"{where} and its new name {new} are both given. Keep {new}")
             value = values.pop(key)
             values[new] = change(value) if change else value
-            logger.warning(f"{where} is now {new}: taken as {shown(values[new])}")
+            logger.warning(f"{where} is now {new}: taken as {as_json(values[new])}")
         elif key == "warmup_ratio":
             ratio = values.pop(key)
             if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
-                raise UserError(f"{where} is {shown(ratio)}, expected a number from 0 to 1")
+                raise UserError(f"{where} is {as_json(ratio)}, expected a number from 0 to 1")
             # as before, warmup_steps above 0 wins; a ratio of 1 would now mean one step, so stay below
             values["warmup_steps"] = values.get("warmup_steps") or min(ratio, 1 - 1e-9)
             logger.warning(f"{where} is now warmup_steps, a ratio if below 1: taken as {values['warmup_steps']}")
@@ -131,7 +131,7 @@ def _translate(file: TrainArgsFile) -> dict:
         elif key in KEPT_KEYS:
             options[key] = values.pop(key)
             _check_value(file, key, options[key], Argument(KEPT_KEYS[key]))
-            logger.warning(f"{where} was removed from transformers; it still works here: {shown(options[key])}")
+            logger.warning(f"{where} was removed from transformers; it still works here: {as_json(options[key])}")
         else:
             values.pop(key)
             logger.warning(f"{where} was removed and has no effect: {DROPPED_KEYS[key]}. Delete the line")
@@ -165,7 +165,7 @@ def _check_value(file: TrainArgsFile, key: str, value: object, argument: Argumen
     for member in union_members(argument.kind):
         kind = typing.get_origin(member) or member
         kinds |= {int, float} if kind is float else {kind}
-    found = f"{file.at(key)} is {shown(value)}"
+    found = f"{file.at(key)} is {as_json(value)}"
     if type(value) not in kinds:
         raise UserError(f"{found}, expected {type_in_words(argument.kind)}")
     if value and argument.refused:

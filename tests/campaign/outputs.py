@@ -108,3 +108,11 @@ def listing(directory: Path) -> list:
 def leftovers(directory: Path) -> list[str]:
     """Return the hidden files that a command left beside its output; locks may stay."""
     return [path.name for path in directory.iterdir() if path.name.startswith(".") and "lock" not in path.name]
+
+
+def check_complete(tally, directory: Path, place: Path, expected: dict[str, bytes], what: str) -> None:
+    """Check that an output is that of an undisturbed run, and that nothing hidden lies beside it."""
+    names = differing(contents(place), expected)
+    tally.require(not names, "wrong bits", f"{what}: {names} differ from those of an undisturbed run")
+    hidden = leftovers(directory)
+    tally.require(not hidden, "other", f"{what}: left beside the output: {hidden}")

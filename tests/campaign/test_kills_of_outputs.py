@@ -93,7 +93,4 @@ def finish(tally, words, directory, place, earlier, expected, what):
         code, log_path = run(words, directory, "../next.txt")
         text = check_log(tally, log_path, f"{what}, next run")
         tally.require(code == 0, "lost", f"{what}: the next run ended with {code}: {text[-1000:]}")
-        names = outputs.differing(outputs.contents(place), expected)
-        tally.require(not names, "wrong bits", f"{what}: after the next run {names} differ from an uninterrupted one")
-        hidden = outputs.leftovers(directory)
-        tally.require(not hidden, "other", f"{what}: the next run left {hidden}")
+        outputs.check_complete(tally, directory, place, expected, f"{what}, after the next run")
