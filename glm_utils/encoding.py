@@ -24,6 +24,23 @@ MAX_SHOWN_TOKENS = 400
 
 
 @dataclass(frozen=True)
+class EncodedExample:
+    """One encoded example.
+
+    Attributes:
+        input_ids: Prompt and answer, int32.
+        labels: The answer's ids at their positions, IGNORED_LABEL elsewhere, int32.
+        prompt_truncated: Whether the prompt was truncated.
+        answer_truncated: Whether the answer was truncated.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    prompt_truncated: bool
+    answer_truncated: bool
+
+
+@dataclass(frozen=True)
 class EncodedExamples:
     """Encoded examples and their counts.
 
@@ -63,17 +80,10 @@ def encode_examples(
     """
     all_ids, all_labels, truncations = [], [], []
     for example in tqdm(examples, desc="tokens", unit="example", leave=False):
-        prompt_ids, prompt_truncated = truncate_prompt(example, tokenizer, limits)
-        answer_ids, answer_truncated = truncate_answer(example, tokenizer, limits)
-        length = len(prompt_ids) + len(answer_ids)
-        if max_length and length > max_length:
-            raise UserError(
-                f"{example.where}: {length} tokens, the model takes {max_length}. Lower --max_input_length or "
-                f"--max_output_length (now {limits.max_input_length} and {limits.max_output_length})"
-            )
-        all_ids.append(np.array(prompt_ids + answer_ids, dtype=np.int32))
-        all_labels.append(np.array([IGNORED_LABEL] * len(prompt_ids) + answer_ids, dtype=np.int32))
-        truncations.append((prompt_truncated, answer_truncated))
+        encoded = encode_example(example, tokenizer, limits, max_length)
+        all_ids.append(encoded.input_ids)
+        all_labels.append(encoded.labels)
+        truncations.append((encoded.prompt_truncated, encoded.answer_truncated))
     lengths = [len(ids) for ids in all_ids]
     counts = {
         "num_rows": len(examples),
@@ -85,6 +95,30 @@ def encode_examples(
     }
     columns = {"input_ids": all_ids, "labels": all_labels, "length": lengths}
     return EncodedExamples(datasets.Dataset.from_dict(columns), counts)
+
+
+def encode_example(
+    example: Example, tokenizer: PreTrainedTokenizer, limits: EncodingLimits, max_length: int | None = None
+) -> EncodedExample:
+    """Encode one example; see `encode_examples`.
+
+    Raises:
+        UserError: It is longer than max_length, or its prompt's template alone exceeds the limit.
+    """
+    prompt_ids, prompt_truncated = truncate_prompt(example, tokenizer, limits)
+    answer_ids, answer_truncated = truncate_answer(example, tokenizer, limits)
+    length = len(prompt_ids) + len(answer_ids)
+    if max_length and length > max_length:
+        raise UserError(
+            f"{example.where}: {length} tokens, the model takes {max_length}. Lower --max_input_length or "
+            f"--max_output_length (now {limits.max_input_length} and {limits.max_output_length})"
+        )
+    return EncodedExample(
+        input_ids=np.array(prompt_ids + answer_ids, dtype=np.int32),
+        labels=np.array([IGNORED_LABEL] * len(prompt_ids) + answer_ids, dtype=np.int32),
+        prompt_truncated=prompt_truncated,
+        answer_truncated=answer_truncated,
+    )
 
 
 def truncate_prompt(
