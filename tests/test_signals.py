@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -241,6 +242,26 @@ def test_workers_of_a_data_loader_outlive_a_signal_to_the_group(persistent):
                 for signum in signals.STOP_SIGNALS:
                     os.kill(child.pid, signum)
     assert numbers == list(range(40))
+
+
+def leave_with_workers():
+    """End a process that multiprocessing started while a loader's worker is alive."""
+    loader = with_lasting_workers(torch.utils.data.DataLoader(range(40), num_workers=1, persistent_workers=True))
+    torch.left_over = iter(loader)  # nobody shuts it down
+    next(torch.left_over)
+
+
+def test_a_child_process_leaves_its_workers():
+    """As a program that starts trainings with multiprocessing does; functions of atexit do not run in it in time."""
+    process = torch.multiprocessing.get_context("fork").Process(target=leave_with_workers)
+    process.start()
+    process.join(30)
+    if process.is_alive():
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+        process.kill()
+    process.join()
+    assert process.exitcode == 0
 
 
 # ---- two processes

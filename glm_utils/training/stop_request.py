@@ -1,6 +1,5 @@
 """A signal stops a training: a checkpoint at the next step, the command that goes on, exit code 75 or, Ctrl-C, 130."""
 
-import atexit
 import contextlib
 import functools
 import multiprocessing
@@ -10,6 +9,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -181,7 +181,9 @@ def with_lasting_workers(loader: DataLoader) -> DataLoader:
     """
     if loader.num_workers:
         is_over = multiprocessing.RawValue("b", 0)
-        atexit.register(setattr, is_over, "value", 1)  # runs before multiprocessing terminates and joins the workers
+        # Of this priority it runs before multiprocessing terminates and joins the workers, also in a process that
+        # multiprocessing started, where functions of atexit run later or not at all.
+        Finalize(None, setattr, args=(is_over, "value", 1), exitpriority=10)
         inner = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper starts the workers of this one
         inner.worker_init_fn = functools.partial(outlive_signals, is_over, inner.worker_init_fn)
     return loader

@@ -21,7 +21,16 @@ def odd_value(rng: random.Random, old: object) -> object:
     if kind < 0.3 and isinstance(old, str):
         return rng.choice((old.upper(), old[:-1], old + " ", old * 3, [old], {old: old}, old + "\n", old[::-1]))
     if kind < 0.4 and isinstance(old, list):
-        return rng.choice((old[:-1], old + old, [old], old + [None], dict(enumerate(map(str, old))), old * 500))
+        return rng.choice(
+            (
+                old[:-1],
+                old + old,
+                [old],
+                old + [None],
+                {str(index): str(item) for index, item in enumerate(old)},
+                old * 500,
+            )
+        )
     return copy.deepcopy(rng.choice((*ODD_NUMBERS, *ODD_TEXTS, *ODD_VALUES)))  # the caller goes on changing it
 
 
