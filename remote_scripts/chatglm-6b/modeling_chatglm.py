@@ -495,7 +495,9 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
         """Keep transformers' single positions away: prepare_inputs_for_generation computes both."""
         return
 
-    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, prompt_position_ids=None, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, attention_mask=None, prompt_position_ids=None, use_cuda_graph=None, **kwargs
+    ):
         """Add the position ids (B, 2, T) of the tokens that this pass computes."""
         if prompt_position_ids is None:
             positions = self.transformer.get_position_ids(input_ids, attention_mask)
