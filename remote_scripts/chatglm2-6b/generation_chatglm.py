@@ -452,6 +452,8 @@ class ChatGLMGenerationMixin:
             raise ValueError(f"unknown generation settings {unknown}: pass those of GenerationConfig")
         if not_streamed:
             raise ValueError(f"{', '.join(not_streamed)} cannot be streamed: use chat or generate, or leave it out")
+        if "eos_token_id" in settings and not _as_list(settings["eos_token_id"]):
+            settings["eos_token_id"] = None  # which is what `generate` takes an empty list for
         return self.generate(
             input_ids,
             attention_mask=self._token_mask(attention_mask),
@@ -651,6 +653,10 @@ class ChatGLMGenerationMixin:
         if attention_mask is None or attention_mask.dim() == 2:
             return attention_mask
         return (~attention_mask[:, 0, -1].bool()).long()
+
+
+def _as_list(value) -> list[int]:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _num_cached(model_kwargs: dict) -> int:
