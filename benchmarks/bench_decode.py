@@ -9,12 +9,14 @@ benchmarks/results/decode_baselines_<device>.json after each model; prints a tab
 """
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 from loguru import logger
 from transformers import GlmForCausalLM, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.harness.cases import choose_cases, model_name
 from benchmarks.harness.checkpoints import LORA_TARGETS
@@ -27,7 +29,7 @@ from glm_utils.cli import UserError, check_minimums, run_cli
 from glm_utils.device import dtype_name, free_bytes
 from glm_utils.family import PROJECT_DIR, Family
 from glm_utils.files import read_json_object
-from glm_utils.inference.measure import Workload, measure_model, stream_generate
+from glm_utils.inference.measure import Generate, Workload, measure_model, stream_generate
 from glm_utils.inference.memory import copy_bandwidth, reset_peak_memory
 from glm_utils.inference.report import check_report_path, write_report
 from glm_utils.inference.request import auto_dtype, prompt_ids
@@ -49,6 +51,7 @@ class Case(NamedTuple):
         batch_size: Sequences at once.
         is_eager: Whether the fast path is off.
         is_native: Whether it is transformers' own model.
+        is_generate: Whether `generate` of transformers is called, with a streamer.
         has_adapter: Whether the model has LoRA layers.
         is_long: Whether the prompt fills the long context.
     """
@@ -58,6 +61,7 @@ class Case(NamedTuple):
     batch_size: int = 1
     is_eager: bool = False
     is_native: bool = False
+    is_generate: bool = False
     has_adapter: bool = False
     is_long: bool = False
 
@@ -71,6 +75,7 @@ class Case(NamedTuple):
 
 CASES = (
     Case("fp16", "float"),
+    Case("fp16 generate", "float", is_generate=True),
     Case("fp16 eager", "float", is_eager=True),
     Case("native", "float", is_native=True),
     Case("native batch 8", "float", 8, is_native=True),
@@ -79,6 +84,8 @@ CASES = (
     Case("nf4 eager", "nf4", is_eager=True),
     Case("int8", "int8"),
     Case("int4", "int4"),
+    Case("int4 generate", "int4", is_generate=True),
+    Case("int4 generate batch 8", "int4", 8, is_generate=True),
     Case("int4 eager", "int4", is_eager=True),
     Case("int4 batch 8", "int4", 8),
     Case("int4 batch 16", "int4", 16),
@@ -181,14 +188,54 @@ def measure(base: Base, case: Case, workload: Workload, bandwidth: float) -> dic
     }
     logger.info(f"{found['label']}: batch {batch_size}, {num_prompt} + {workload.new_tokens} tokens")
     load = functools.partial(make_model, base, case, dtype, device)
-    generate = stock_generate if case.is_native else functools.partial(stream_generate, fast_path=not case.is_eager)
     try:
-        figures = measure_model(load, generate, workload, bandwidth)
+        figures = measure_model(load, way_of(case), workload, bandwidth)
     except Exception as error:  # whatever it is, the other cases are worth measuring
         logger.opt(exception=error).error(f"{found['label']} failed")
         return {**found, "error": FAILED}
     figures.pop("load_seconds", None)  # the model was made, not loaded
     return found | figures
+
+
+def way_of(case: Case) -> Callable[[PreTrainedModel, Workload], Generate]:
+    """Return what makes the function that a case times."""
+    if case.is_native:
+        return stock_generate
+    return streamed_generate if case.is_generate else functools.partial(stream_generate, fast_path=not case.is_eager)
+
+
+class MarkingStreamer(BaseStreamer):
+    """Note the moment of each new token; of the prompt, which comes first, nothing is noted."""
+
+    def __init__(self, mark: Callable[[], None]):
+        self.mark, self.is_prompt = mark, True
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt or the next tokens."""
+        if not self.is_prompt:
+            self.mark()
+        self.is_prompt = False
+
+    def end(self) -> None:
+        """Take the end."""
+
+
+def streamed_generate(model: PreTrainedModel, workload: Workload) -> Generate:
+    """Return a function that calls `generate` as a program does that shows the answer as it comes."""
+    input_ids = workload.input_ids
+
+    def generate(mark: Callable[[], None]) -> int:
+        ids = model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=workload.new_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            streamer=MarkingStreamer(mark),
+        )
+        return ids.shape[1] - input_ids.shape[1]
+
+    return generate
 
 
 def make_model(base: Base, case: Case, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

@@ -217,11 +217,12 @@ def test_none_means_the_familys_default(golden_model, tokenizer, monkeypatch):
     """chat and stream_chat pass the class attributes on; given values stand above them."""
     seen = []
 
-    def note(**settings):
+    def note(inputs=None, input_ids=None, custom_generate=None, **settings):
         seen.append({name: settings.get(name) for name in ("max_length", "top_p", "temperature")})
-        return iter([(torch.tensor([[*settings["input_ids"][0].tolist(), 5]]), None)])
+        ids = torch.nn.functional.pad(input_ids if inputs is None else inputs, (0, 1), value=5)
+        return iter([(ids, None)]) if custom_generate else ids
 
-    monkeypatch.setattr(golden_model, "_stream_steps", note)
+    monkeypatch.setattr(golden_model, "generate", note)
     expected = {name: getattr(golden_model, f"chat_{name}") for name in ("max_length", "top_p", "temperature")}
     for given in ({}, {"top_p": None, "temperature": 0.5}, {"do_sample": False, "max_length": 90}):
         golden_model.chat(tokenizer, "你好", **given)

@@ -489,13 +489,17 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
         kwargs["attention_mask"] = self._token_mask(kwargs.get("attention_mask"))
         if kwargs.get("position_ids") is not None:
             kwargs["prompt_position_ids"] = kwargs.pop("position_ids")
-        return super().generate(inputs, *args, **{k: v for k, v in kwargs.items() if v is not None})
+        if kwargs["attention_mask"] is None:
+            del kwargs["attention_mask"]
+        return super().generate(inputs, *args, **kwargs)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         """Keep transformers' single positions away: prepare_inputs_for_generation computes both."""
         return
 
-    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, prompt_position_ids=None, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, attention_mask=None, prompt_position_ids=None, use_cuda_graph=None, **kwargs
+    ):
         """Add the position ids (B, 2, T) of the tokens that this pass computes."""
         if prompt_position_ids is None:
             positions = self.transformer.get_position_ids(input_ids, attention_mask)

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicCache
 
 from .cuda_kernels import MAX_BATCH, Weight, attention_scratch, decode_attention, fits, matvec, norm
 from .kernels_chatglm import nvrtc_runs_on
@@ -432,6 +433,18 @@ class DecodeGraph(SequenceSlots):
             getattr(graph, name).copy_(getattr(self, name))
         graph.length = self.length
         return graph
+
+    def cached(self, config, length: int) -> DynamicCache:
+        """Return the first tokens' keys and values as transformers' cache, in tensors of its own.
+
+        Args:
+            config: The model's.
+            length: How many tokens.
+        """
+        cache = DynamicCache(config=config)
+        for index, pair in enumerate(self.caches):
+            cache.update(*(tensor[:, :, :length].clone() for tensor in pair), index)
+        return cache
 
     def _matmul(self, x: torch.Tensor, weight: Weight, epilogue: str = "store", residual=None, alpha=1.0):
         """Return x times a weight in a new tensor; see matvec."""

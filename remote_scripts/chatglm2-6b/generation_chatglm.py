@@ -6,7 +6,6 @@ have no text. Here NaN logits are an error, every token is yielded, and ids with
 Shapes: B batch, T new tokens, S all tokens, V vocabulary.
 """
 
-import collections
 import copy
 import logging
 
@@ -19,11 +18,19 @@ from transformers import (
     TopPLogitsWarper,
 )
 from transformers.cache_utils import DynamicCache
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerateDecoderOnlyOutput,
+    GenerationMode,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+)
 
 from .batching_chatglm import ContinuousBatch, Sampling
 from .decoding_chatglm import DecodeGraph, Unsupported, capture
 
 logger = logging.getLogger(__name__)
+REASONS_SAID: set[str] = set()  # why the decode path was not used, so far
 
 # Settings that only `generate` handles, with the value that asks for nothing.
 GENERATE_ONLY = {
@@ -39,6 +46,9 @@ GENERATE_ONLY = {
     "token_healing": False,
 }
 
+
+# Arguments of a stream that are no settings.
+NO_SETTINGS = ("past_key_values", "position_ids", "use_cuda_graph", "stopping_criteria", "prefix_allowed_tokens_fn")
 
 INVALID_LOGITS = (
     "the model returned NaN or infinite logits at token {} of the sequence. Usual causes: weights that were damaged "
@@ -79,31 +89,47 @@ class UnusedTokenLogitsProcessor(LogitsProcessor):
 
 
 class TokenSampler:
-    """Pick the next token of every sequence and keep the tokens so far.
+    """Pick the next token of every sequence, keep the tokens so far, and know which sequences have ended.
 
-    `pick` works on the GPU alone, so that it can be captured; whoever calls or replays it adds 1 to `num_ids`.
+    `pick` works on the GPU alone, so that it can be captured; whoever calls or replays it calls `picked` after it.
 
     Args:
         input_ids: The prompt, (B, T).
         num_new: The most tokens to pick.
         processors: Logits processors, in order.
-        config: GenerationConfig with do_sample and pad_token_id.
+        criteria: Stopping criteria. End tokens and the length are checked on the GPU, others on the host.
+        config: The GenerationConfig that `generate` prepared.
+
+    Attributes:
+        num_ids: Tokens so far, the prompt's included.
         eos: End tokens, int64 (E,).
+        finished: (B,), whether a sequence has ended.
+        host_criteria: The criteria that the host checks after each token.
+        scores: What the processors made of the logits, one (B, V) per token; None: not kept.
+        raw_logits: The logits, likewise.
+        cache: The cache behind the last token, where it is wanted.
     """
 
     # What may be captured in a CUDA graph: a function of the scores alone.
     SCORE_PROCESSORS = (UnusedTokenLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 
-    def __init__(self, input_ids: torch.Tensor, num_new: int, processors: LogitsProcessorList, config, eos):
+    def __init__(self, input_ids, num_new: int, processors: LogitsProcessorList, criteria, config):
         batch, self.num_ids = input_ids.shape
         device = input_ids.device
-        self.do_sample, self.pad = config.do_sample, config.pad_token_id or 0
-        self.processors = processors
+        self.do_sample, self.processors = config.do_sample, processors
+        pad = getattr(config, "_pad_token_tensor", None)  # where `generate` leaves it, the end token if there is none
+        self.pad = 0 if pad is None else int(pad)
         self.all_ids = torch.cat((input_ids, input_ids.new_zeros(batch, num_new)), dim=1)
         self.column = torch.tensor([self.num_ids], device=device)
-        self.eos = eos
+        ends = [item.eos_token_id.to(device).view(-1) for item in criteria if isinstance(item, EosTokenCriteria)]
+        self.eos = torch.cat(ends) if ends else torch.empty(0, dtype=torch.long, device=device)
+        known = (EosTokenCriteria, MaxLengthCriteria)
+        self.host_criteria = StoppingCriteriaList(item for item in criteria if not isinstance(item, known))
         self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
-        self.token = None
+        is_kept = config.return_dict_in_generate
+        self.scores = [] if is_kept and config.output_scores else None
+        self.raw_logits = [] if is_kept and config.output_logits else None
+        self.cache = self.token = self.last_scores = self.last_logits = None
 
     @property
     def ids(self) -> torch.Tensor:
@@ -112,17 +138,32 @@ class TokenSampler:
 
     def pick(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the next token of every sequence, (B, 1), for logits (B, V)."""
-        scores = self.processors(self.ids, logits.float())
+        self.last_logits = logits.float()
+        scores = self.last_scores = self.processors(self.ids, self.last_logits)
         if self.do_sample:
             # torch.multinomial without its asserts: on a GPU, NaN would trip them and end all use of CUDA.
             scores = scores.softmax(-1)
             scores = scores / torch.empty_like(scores).exponential_()
         token = scores.argmax(-1, keepdim=True)
-        self.token = token.masked_fill(self.finished[:, None], self.pad)
+        # as in transformers, sequences that other criteria ended are padded only where there is an end token too
+        self.token = token.masked_fill(self.finished[:, None], self.pad) if len(self.eos) else token
         self.all_ids.index_copy_(1, self.column, self.token)
         self.column += 1
         self.finished |= (self.token == self.eos).any(-1)
         return self.token
+
+    def picked(self) -> None:
+        """Count the token that `pick` chose, and keep its scores if they are wanted."""
+        self.num_ids += 1
+        for kept, last in ((self.scores, self.last_scores), (self.raw_logits, self.last_logits)):
+            if kept is not None:
+                kept.append(last.clone())
+
+    def check_on_host(self, num_ids: int) -> None:
+        """Ask the criteria of the caller's which sequences end with the token before column num_ids."""
+        if self.host_criteria:
+            scores = None if self.scores is None else tuple(self.scores)
+            self.finished |= self.host_criteria(self.all_ids[:, :num_ids], scores)
 
 
 class GraphSteps:
@@ -140,9 +181,9 @@ class GraphSteps:
         self.checks = len(kept) < len(sampler.processors)
         sampler.processors = LogitsProcessorList(kept)
         self.can_capture = all(type(item) in TokenSampler.SCORE_PROCESSORS for item in kept)
-        # One step is launched before the last is read; but a processor of the caller's may keep count of its calls,
-        # and must not see a token behind the end.
-        self.num_ahead = int(self.can_capture)
+        # One step is launched before the last is read; but a processor or criterion of the caller's may keep count of
+        # its calls, and must not see a token behind the end.
+        self.num_ahead = int(self.can_capture and not sampler.host_criteria)
         self.replay_pick, self.captured_for = None, None
         batch, device = graph.token.shape[0], graph.token.device
         self.is_finite = torch.ones((), dtype=torch.bool, device=device)
@@ -162,7 +203,7 @@ class GraphSteps:
         Raises:
             FloatingPointError: NaN or infinite logits, where the processors check that.
         """
-        if not on_host and not len(self.sampler.eos):
+        if not on_host and not len(self.sampler.eos) and not self.sampler.host_criteria:
             for _ in range(num_new):
                 self._launch()
                 yield self.sampler.ids
@@ -179,8 +220,9 @@ class GraphSteps:
                 *tokens, finished, is_finite = status.tolist()
                 self._check(is_finite, num_ids)
                 ids = torch.cat((ids, torch.tensor(tokens)[:, None]), dim=1) if on_host else None
+                self.sampler.check_on_host(num_ids)
                 yield ids if on_host else self.sampler.all_ids[:, :num_ids]
-                if finished:
+                if finished or (self.sampler.host_criteria and self.sampler.finished.all()):
                     return
 
     def _launch(self) -> None:
@@ -190,11 +232,12 @@ class GraphSteps:
         self.graph.step()
         if self.captured_for is self.graph:
             self.replay_pick()
-        else:
-            self._pick()  # for real: it is this step's token, and the run that a capture must have seen before
-            if self.can_capture:
-                self.replay_pick, self.captured_for = capture(self._pick, self.status.device), self.graph
-        self.sampler.num_ids += 1
+            self.sampler.picked()
+            return
+        self._pick()  # for real: it is this step's token, and the run that a capture must have seen before
+        self.sampler.picked()
+        if self.can_capture:
+            self.replay_pick, self.captured_for = capture(self._pick, self.status.device), self.graph
 
     def _pick(self) -> None:
         """Sample on the GPU alone, into buffers that stay where they are: this is what a graph replays."""
@@ -281,26 +324,20 @@ class ChatGLMGenerationMixin:
             top_p: Nucleus probability; None: ``chat_top_p``.
             temperature: Divides the logits; None: ``chat_temperature``.
             logits_processor: Further logits processors.
-            **kwargs: Passed on to ``generate``, but ``use_cuda_graph``, see stream_generate.
+            **kwargs: Passed on to ``generate``.
 
         Returns:
             The answer, and the history with this turn.
         """
         history = list(history or [])
         inputs = self.build_inputs(tokenizer, query, history)
-        use_cuda_graph = kwargs.pop("use_cuda_graph", True)
         settings = {
             **self._chat_settings(max_length, do_sample, top_p, temperature),
             "num_beams": num_beams,
             "logits_processor": self._chat_processors(tokenizer, logits_processor),
             **kwargs,
         }
-        _, unknown, not_streamed = self._merge_settings(**settings)
-        if unknown or not_streamed:  # `generate` handles the latter, and says what is wrong with the former
-            output = self.generate(**inputs, tokenizer=tokenizer, **settings)
-        else:
-            steps = self._stream_steps(**inputs, on_host=True, use_cuda_graph=use_cuda_graph, **settings)
-            [(output, _)] = collections.deque(steps, maxlen=1)
+        output = self.generate(**inputs, tokenizer=tokenizer, **settings)
         response = self.process_response(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :].tolist()))
         return response, [*history, (query, response)]
 
@@ -344,7 +381,8 @@ class ChatGLMGenerationMixin:
         settings = {"max_length": self.chat_max_length if max_length is None else max_length, "do_sample": do_sample}
         if do_sample:
             settings["top_p"] = self.chat_top_p if top_p is None else top_p
-            settings["temperature"] = self.chat_temperature if temperature is None else temperature
+            # 2 is a temperature too
+            settings["temperature"] = float(self.chat_temperature if temperature is None else temperature)
         return settings
 
     def _chat_processors(self, tokenizer, logits_processor) -> LogitsProcessorList:
@@ -375,7 +413,7 @@ class ChatGLMGenerationMixin:
         given = {name: value for name, value in given.items() if value is not None}
         unknown = config.update(**{**given, **settings})
         config.top_k = 50 if config.top_k is None else config.top_k  # as in generate
-        config.temperature = float(1 if config.temperature is None else config.temperature)  # 2 is one too
+        config.temperature = 1.0 if config.temperature is None else config.temperature
         not_streamed = [
             name for name, none in GENERATE_ONLY.items() if getattr(config, name, None) not in (None, none)
         ]
@@ -385,12 +423,12 @@ class ChatGLMGenerationMixin:
         """Generate token by token.
 
         On CUDA the tokens after the first come from a captured graph where decoding_chatglm.py covers the model;
-        ``use_cuda_graph=False`` prevents that. Without an end token (``eos_token_id=[]``) nothing waits for the GPU.
-        Streams of one model may run in turn: each has a graph of its own. The last one to end leaves its graph, cache
-        included, to the next stream; ``model.to`` and the like free it.
+        ``use_cuda_graph=False`` prevents that, here and in ``generate``. Without an end token (``eos_token_id=[]``)
+        nothing waits for the GPU. Streams of one model may run in turn: each has a graph of its own. The last one to
+        end leaves its graph, cache included, to the next stream; ``model.to`` and the like free it.
 
         Args:
-            input_ids: (B, T).
+            input_ids: (B, T); behind ``past_key_values`` the new tokens alone.
             **kwargs: What ``generate`` takes, except GENERATE_ONLY; ``max_length`` counts the prompt.
 
         Yields:
@@ -399,36 +437,128 @@ class ChatGLMGenerationMixin:
         Raises:
             ValueError: At the first step: settings that are unknown or not streamed, or no room for a token.
         """
-        for ids, _ in self._stream_steps(input_ids=input_ids, **kwargs):
+        for ids, _ in self._stream_steps(input_ids, **kwargs):
             yield ids
 
-    @torch.no_grad()
-    def _stream_steps(
-        self,
-        input_ids,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        logits_processor=None,
-        generation_config=None,
-        use_cuda_graph=True,
-        on_host=False,
-        **settings,
-    ):
-        """Yield (ids so far, cache) after each new token; see stream_generate.
+    def _stream_steps(self, input_ids, attention_mask=None, on_host=False, **settings):
+        """Return what yields (ids so far, cache) after each new token; see stream_generate.
 
         ``on_host`` asks for ids on the CPU. The cache is None once a CUDA graph has taken over.
         """
-        use_cuda_graph = use_cuda_graph and past_key_values is None
-        cache = DynamicCache(config=self.config) if past_key_values is None else past_key_values
-        num_past = int(cache.get_seq_length())
-        attention_mask = self._token_mask(attention_mask)
-        sampler, num_new = self._make_sampler(
-            input_ids, attention_mask, num_past, logits_processor, generation_config, settings
+        _, unknown, not_streamed = self._merge_settings(
+            **{key: value for key, value in settings.items() if key not in NO_SETTINGS}
         )
+        if unknown:
+            raise ValueError(f"unknown generation settings {unknown}: pass those of GenerationConfig")
+        if not_streamed:
+            raise ValueError(f"{', '.join(not_streamed)} cannot be streamed: use chat or generate, or leave it out")
+        if "eos_token_id" in settings and not _as_list(settings["eos_token_id"]):
+            settings["eos_token_id"] = None  # which is what `generate` takes an empty list for
+        return self.generate(
+            input_ids,
+            attention_mask=self._token_mask(attention_mask),
+            custom_generate=ChatGLMGenerationMixin._stream,
+            on_host=on_host,
+            **settings,
+        )
+
+    def _stream(
+        self, input_ids, logits_processor, stopping_criteria, generation_config, on_host=False, **model_kwargs
+    ):
+        """Yield (ids so far, cache) after each new token; `generate` calls it with all it has prepared."""
+        mode = generation_config.get_generation_mode()
+        if mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
+            raise ValueError(f"{mode.value.replace('_', ' ')} cannot be streamed: use chat or generate")
+        num_past = _num_cached(model_kwargs)
+        num_new = generation_config.max_new_tokens or generation_config.max_length - num_past - input_ids.shape[1]
+        if num_new <= 0:
+            raise ValueError(
+                f"the conversation has {num_past + input_ids.shape[1]} tokens and max_length is "
+                f"{generation_config.max_length}, which leaves nothing to generate: raise max_length"
+            )
+        sampler = self._make_sampler(num_new, input_ids, logits_processor, stopping_criteria, generation_config)
+        yield from self._steps(sampler, num_new, on_host, **model_kwargs)
+
+    def _sample(
+        self,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus=False,
+        streamer=None,
+        **model_kwargs,
+    ):
+        """Greedy search and sampling of `generate`, with the tokens after the first from a DecodeGraph.
+
+        The name and the arguments are transformers', which keeps them private: 5.17 to 5.23 were tried.
+        """
+        prepared = (input_ids, logits_processor, stopping_criteria, generation_config)
+        if reason := _why_ordinary(generation_config, synced_gpus, model_kwargs):
+            self._say_slow(reason)
+            return super()._sample(*prepared, synced_gpus, streamer, **model_kwargs)
+        num_new = generation_config.max_length - input_ids.shape[1]
+        sampler = self._make_sampler(num_new, *prepared)
+        is_dict, num_ids = generation_config.return_dict_in_generate, input_ids.shape[1]
+        for ids, _ in self._steps(sampler, num_new, streamer is not None, keep_cache=is_dict, **model_kwargs):
+            num_ids = ids.shape[1]
+            if streamer is not None:
+                streamer.put(ids[:, -1])
+        if streamer is not None:
+            streamer.end()
+        sequences = sampler.all_ids[:, :num_ids]
+        if not is_dict:
+            return sequences
+        num_steps = num_ids - input_ids.shape[1]  # the graph may be a step ahead
+        scores, logits = (
+            None if kept is None else tuple(kept[:num_steps]) for kept in (sampler.scores, sampler.raw_logits)
+        )
+        return GenerateDecoderOnlyOutput(
+            sequences=sequences, scores=scores, logits=logits, past_key_values=sampler.cache
+        )
+
+    @staticmethod
+    def _make_sampler(num_new: int, input_ids, processors, criteria, config) -> TokenSampler:
+        processors = LogitsProcessorList(processors)
+        if config.do_sample and not any(isinstance(item, InvalidScoreLogitsProcessor) for item in processors):
+            processors.insert(0, InvalidScoreLogitsProcessor())  # a draw from NaN would be noise
+        return TokenSampler(input_ids, num_new, processors, criteria, config)
+
+    @torch.no_grad()
+    def _steps(
+        self,
+        sampler: TokenSampler,
+        num_new: int,
+        on_host: bool,
+        keep_cache: bool = False,
+        use_cuda_graph: bool = True,
+        past_key_values=None,
+        attention_mask=None,
+        position_ids=None,
+        prompt_position_ids=None,
+        **kwargs,
+    ):
+        """Yield (ids so far, cache) after each of up to num_new tokens.
+
+        Args:
+            sampler: Holds the prompt.
+            num_new: The most tokens to add.
+            on_host: Yield CPU tensors.
+            keep_cache: Leave the cache to the sampler also where a graph has taken over.
+            use_cuda_graph: Whether it may.
+            past_key_values: The cache, filled with what comes before the prompt.
+            attention_mask: (B, S), 1 = keep, or None.
+            position_ids: Of the prompt.
+            prompt_position_ids: The same, where `generate` computes those of each step (ChatGLM-6B).
+            **kwargs: What else `generate` prepares for forward passes; this loop does not need it.
+        """
+        step_ids, position_ids = sampler.ids, position_ids if prompt_position_ids is None else prompt_position_ids
+        cache = DynamicCache(config=self.config) if past_key_values is None else past_key_values
+        sampler.cache, num_past = cache, int(cache.get_seq_length())
+        # a cache of the caller's must be filled; transformers marks it
+        use_cuda_graph = use_cuda_graph and not num_past and not getattr(cache, "_is_user_defined", False)
         if position_ids is None:
-            position_ids = self._prompt_positions(input_ids, attention_mask, num_past)
-        step_ids = input_ids
+            position_ids = self._prompt_positions(step_ids, attention_mask, num_past)
         for num_left in reversed(range(num_new)):
             logits = self(
                 input_ids=step_ids,
@@ -439,17 +569,22 @@ class ChatGLMGenerationMixin:
                 logits_to_keep=1,
             ).logits[:, -1]
             step_ids = sampler.pick(logits)
-            sampler.num_ids += 1
+            sampler.picked()
+            sampler.check_on_host(sampler.num_ids)
             yield sampler.ids.cpu() if on_host else sampler.ids, cache
             if not num_left or sampler.finished.all():
                 return
             # Behind the first token the graph takes over, or is not asked again: what rules it out does not change.
             graph = self._decode_graph(cache, attention_mask, position_ids, num_left) if use_cuda_graph else None
             if graph:
-                cache, steps = None, GraphSteps(graph, sampler)  # the graph has copied the cache: free it
+                cache.layers.clear()  # the graph has copied them: free them, also where `generate` holds the cache
+                cache = None
+                steps = GraphSteps(graph, sampler)
                 try:
                     for ids in steps.run(num_left, on_host):
-                        yield ids, cache
+                        yield ids, None
+                    if keep_cache:
+                        sampler.cache = steps.graph.cached(self.config, ids.shape[1] - 1)
                 finally:
                     steps.graph.give_back(self)
                 return
@@ -457,42 +592,6 @@ class ChatGLMGenerationMixin:
             position_ids = self._next_positions(position_ids)
             if attention_mask is not None:
                 attention_mask = torch.cat((attention_mask, attention_mask.new_ones(len(step_ids), 1)), dim=1)
-
-    def _make_sampler(
-        self, input_ids, attention_mask, num_past: int, logits_processor, generation_config, settings: dict
-    ) -> tuple[TokenSampler, int]:
-        """Return the sampler of a stream, and the most tokens that it may pick.
-
-        Raises:
-            ValueError: Settings that are unknown or not streamed, or no room for a token.
-        """
-        config, unknown, not_streamed = self._merge_settings(generation_config, **settings)
-        if unknown:
-            raise ValueError(f"unknown generation settings {unknown}: pass those of GenerationConfig")
-        if not_streamed:
-            raise ValueError(f"{', '.join(not_streamed)} cannot be streamed: use chat or generate, or leave it out")
-        num_prompt = num_past + input_ids.shape[1]
-        num_new = config.max_new_tokens or (config.max_length or 0) - num_prompt
-        if num_new <= 0:
-            raise ValueError(
-                f"the prompt has {num_prompt} tokens and max_length is {config.max_length}, which leaves "
-                "nothing to generate: raise max_length or shorten the history"
-            )
-        config.max_length = num_prompt + num_new
-        eos = torch.tensor(_as_list(config.eos_token_id), dtype=torch.long, device=input_ids.device)
-        config._eos_token_tensor = eos if len(eos) else None  # where transformers' processors look for it
-        logits_processor = LogitsProcessorList(logits_processor or [])
-        if config.do_sample and not any(isinstance(item, InvalidScoreLogitsProcessor) for item in logits_processor):
-            logits_processor.insert(0, InvalidScoreLogitsProcessor())  # a draw from NaN would be noise
-        processors = self._get_logits_processor(
-            config,
-            input_ids.shape[1],
-            encoder_input_ids=input_ids,
-            logits_processor=logits_processor,
-            device=input_ids.device,
-            model_kwargs={"attention_mask": attention_mask},
-        )
-        return TokenSampler(input_ids, num_new, processors, config, eos), num_new
 
     def continuous_batch(
         self,
@@ -534,8 +633,19 @@ class ChatGLMGenerationMixin:
         try:
             return DecodeGraph.of(self, cache, attention_mask, position_ids, num_new)
         except Unsupported as reason:
-            logger.info("generating through the model's forward: %s", reason)
+            self._say_slow(str(reason))
             return None
+
+    def _say_slow(self, reason: str) -> None:
+        """Say once why the decode path is not used: a warning on a GPU, where it is expected."""
+        if reason not in REASONS_SAID:
+            REASONS_SAID.add(reason)
+            level = logging.WARNING if self.device.type == "cuda" else logging.INFO
+            logger.log(level, "generating through the model's forward, which is slower: %s", reason)
+
+    def prepare_inputs_for_generation(self, input_ids, use_cuda_graph=None, **kwargs):
+        """Prepare a forward pass of `generate`; use_cuda_graph stands here so that `generate` takes it."""
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
 
     @staticmethod
     def _token_mask(attention_mask):
@@ -547,3 +657,27 @@ class ChatGLMGenerationMixin:
 
 def _as_list(value) -> list[int]:
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _num_cached(model_kwargs: dict) -> int:
+    """Return how many tokens the given cache holds."""
+    cache = model_kwargs.get("past_key_values")
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def _why_ordinary(config, synced_gpus: bool, model_kwargs: dict) -> str | None:
+    """Say why a call of `generate` is left to transformers' own loop; None: it is not."""
+    wanted = {
+        "use_cache=False": not model_kwargs.get("use_cache", True),
+        "a given cache": _num_cached(model_kwargs) > 0,
+        "cache_implementation": config.cache_implementation is not None,
+        "another kind of cache": type(model_kwargs.get("past_key_values")) not in (type(None), DynamicCache),
+        "inputs_embeds": model_kwargs.get("inputs_embeds") is not None,
+        "output_attentions": config.output_attentions,
+        "output_hidden_states": config.output_hidden_states,
+        "prefill_chunk_size": config.prefill_chunk_size is not None,
+        "synced_gpus": synced_gpus,
+        "an assistant model": config.is_assistant,
+    }
+    reasons = [name for name, is_wanted in wanted.items() if is_wanted]
+    return ", ".join(reasons) or None
