@@ -16,9 +16,11 @@ from glm_utils.cli import as_list, check_minimums, run_cli
 from glm_utils.data import read_examples
 from glm_utils.data.find_files import find_files, show_paths
 from glm_utils.data.forms import Columns
+from glm_utils.data.recorded import warn_of_recorded
 from glm_utils.early_checks import check_device_name, check_model_path, check_number_of_models, check_sampling
 from glm_utils.evaluation import MAX_NEW_TOKENS, NUM_SAMPLES
 from glm_utils.model_files.adapter_config import read_adapter_config
+from glm_utils.run_record import read_run_config
 
 MIN_VALUES = {"num_samples": 1, "max_new_tokens": 1, "batch_size": 1, "seed": 0}
 
@@ -71,6 +73,8 @@ def evaluate_adapter(
     columns = Columns(prompt_column, response_column, history_column, sheet)
     paths = find_files(data_path)
     examples = read_examples(paths, needs_answer=False, columns=columns)
+    if lora_path:
+        warn_of_recorded(read_run_config(Path(lora_path).expanduser()), examples)
 
     from glm_utils.device import resolve_device
     from glm_utils.evaluation.job import find_sides, make_job

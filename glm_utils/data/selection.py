@@ -7,7 +7,7 @@ from __future__ import annotations  # numpy is imported where it is needed: a wr
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, overload
 
 from tqdm import tqdm
@@ -25,10 +25,14 @@ class Selection(Sequence[Example]):
     Args:
         source: Any sequence of examples.
         indices: Of the selected ones, in order.
+
+    Attributes:
+        is_streamed: Whether getting an example reads it from its file, which may raise a UserError.
     """
 
     def __init__(self, source: Sequence[Example], indices: np.ndarray):
         self.source, self.indices = source, indices
+        self.is_streamed = getattr(source, "is_streamed", False)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -50,23 +54,35 @@ def select(examples: Sequence[Example], indices: np.ndarray | None) -> Sequence[
     return examples if indices is None else Selection(examples, indices)
 
 
-def content_key(example: Example, with_answer: bool = True, seed: int | None = None) -> int:
-    """Return 8 bytes that stand for an example's question with its history, and its answer; the same everywhere."""
-    content = [example.query, example.history, example.answer if with_answer else None]
-    key = b"" if seed is None else str(seed).encode()
-    return int.from_bytes(hashlib.blake2b(json.dumps(content).encode(), digest_size=8, key=key).digest())
-
-
 def content_keys(
-    examples: Iterable[Example], num_examples: int, with_answer: bool = True, seed: int | None = None
+    examples: Sequence[Example], num_examples: int, with_answer: bool = True, seed: int | None = None
 ) -> np.ndarray:
-    """Return the keys of the first examples, uint64 (num_examples,)."""
+    """Return 8 bytes for each of the first examples: equal where question, history and answer are, on any machine.
+
+    Args:
+        examples: The examples.
+        num_examples: How many of them.
+        with_answer: False: whatever the answer is.
+        seed: Gives other keys; None: those without a seed.
+
+    Returns:
+        uint64 (num_examples,).
+    """
     import numpy as np
 
-    pairs = zip(range(num_examples), examples, strict=False)
-    bar = tqdm(pairs, total=num_examples, desc="comparing", unit="example", leave=False)
-    keys = (content_key(example, with_answer, seed) for _, example in bar)
-    return np.fromiter(keys, dtype=np.uint64, count=num_examples)
+    secret = b"" if seed is None else str(seed).encode()
+
+    def key_of(index: int) -> int:
+        content: object
+        try:
+            example = examples[index]
+            content = [example.query, example.history, example.answer if with_answer else None]
+        except UserError as error:  # a row of a streamed file that no example can be made of; it is skipped later
+            content = error.message
+        return int.from_bytes(hashlib.blake2b(json.dumps(content).encode(), digest_size=8, key=secret).digest())
+
+    bar = tqdm(range(num_examples), desc="comparing", unit="example", leave=False)
+    return np.fromiter(map(key_of, bar), dtype=np.uint64, count=num_examples)
 
 
 def hold_out(examples: Sequence[Example], ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,29 @@ MAX_COMPARED, NUM_COMPARED_OF_MORE = 1_000_000, 100_000  # of more examples than
 MAX_SHOWN = 3
 
 
+def warn_of_evaluation(
+    train_paths: Sequence[Path], eval_paths: Sequence[Path], train: Sequence[Example], evaluation: Sequence[Example]
+) -> None:
+    """Warn of evaluation files that are training files too, links followed, and of examples that others share.
+
+    Args:
+        train_paths: The training files.
+        eval_paths: The evaluation files.
+        train: The training examples.
+        evaluation: The evaluation examples.
+    """
+    known = {path.resolve() for path in train_paths}
+    same = [str(path) for path in eval_paths if path.resolve() in known]
+    if same:
+        names = ", ".join([*same[:MAX_SHOWN], *(["..."] if len(same) > MAX_SHOWN else [])])
+        logger.warning(
+            f"--eval_data_path names training data too ({names}), so the evaluation says how well it was learned by "
+            "heart. Give other data, or --eval_ratio"
+        )
+    if len(same) < len(eval_paths):
+        warn_of_shared(train, evaluation)
+
+
 def warn_of_shared(train: Sequence[Example], evaluation: Sequence[Example]) -> None:
     """Name the evaluation examples that are training examples too, and those that share a question with one.
 
@@ -21,7 +44,8 @@ def warn_of_shared(train: Sequence[Example], evaluation: Sequence[Example]) -> N
     """
     compared = []
     for name, examples in (("training", train), ("evaluation", evaluation)):
-        num = len(examples) if len(examples) <= MAX_COMPARED else NUM_COMPARED_OF_MORE
+        are_many = getattr(examples, "is_streamed", False) or len(examples) > MAX_COMPARED
+        num = min(len(examples), NUM_COMPARED_OF_MORE) if are_many else len(examples)
         compared.append(num)
         if num < len(examples):
             logger.info(f"only the first {num:,} of {len(examples):,} {name} examples are looked at for shared ones")
@@ -59,9 +83,3 @@ def show_places(train: Sequence[Example], evaluation: Sequence[Example], shared:
     pairs = list(shared.items())[:MAX_SHOWN]
     shown = [f"{evaluation[index].where} = {train[first].where}" for index, first in pairs]
     return ", ".join([*shown, *(["..."] if len(shared) > MAX_SHOWN else [])])
-
-
-def same_files(train: Sequence[Path], evaluation: Sequence[Path]) -> list[Path]:
-    """Return the evaluation files that are training files too, links followed."""
-    known = {path.resolve() for path in train}
-    return [path for path in evaluation if path.resolve() in known]

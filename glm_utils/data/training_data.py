@@ -3,74 +3,22 @@
 from __future__ import annotations  # numpy is imported where it is needed
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loguru import logger
 
 from glm_utils.cli import UserError
-from glm_utils.data.example import Example
-from glm_utils.data.find_files import FilePart, find_files, find_parts, show_paths
+from glm_utils.data.drawn import DrawnData, FileUse
+from glm_utils.data.find_files import FilePart, find_files, find_parts
 from glm_utils.data.forms import NO_COLUMNS, Columns
 from glm_utils.data.read import ExampleData, read_data
 from glm_utils.data.selection import hold_out, mix, select
-from glm_utils.data.shared import same_files, warn_of_shared
+from glm_utils.data.shared import warn_of_evaluation
 
 if TYPE_CHECKING:
     import numpy as np
-
-MAX_SHOWN_FILES = 20
-
-
-@dataclass(frozen=True)
-class FileUse:
-    """What a run takes of a file.
-
-    Attributes:
-        path: The file.
-        num_rows: Examples in it.
-        num_used: Those that are taken.
-        share: Share of a mixture, together with the other files of the same glob; None: nothing is mixed.
-    """
-
-    path: str
-    num_rows: int
-    num_used: int
-    share: float | None = None
-
-
-@dataclass(frozen=True)
-class DrawnData:
-    """The examples of a run.
-
-    Attributes:
-        examples: Under "train" and, optionally, "eval".
-        files: What is taken of which file, under the same keys.
-        identity: What a resumed run must share, beside the files' content and the seed.
-        held_out: Whether the evaluation examples come from the training files.
-    """
-
-    examples: Mapping[str, Sequence[Example]]
-    files: Mapping[str, list[FileUse]]
-    identity: dict = field(default_factory=dict)
-    held_out: bool = False
-
-    def paths(self, name: str) -> list[Path]:
-        """Return the files of "train" or "eval"."""
-        return [Path(use.path) for use in self.files[name]]
-
-    def source(self, name: str) -> str | list[str]:
-        """Return where the examples of "train" or "eval" are from, for a record: files, or that they were held out."""
-        files = show_paths(self.paths(name))
-        return (
-            f"--eval_ratio {self.identity['eval_ratio']:g} of {files}" if name == "eval" and self.held_out else files
-        )
-
-    def record(self) -> dict[str, list[dict]]:
-        """Return the files as run_config.json holds them."""
-        return {name: [asdict(use) for use in uses] for name, uses in self.files.items()}
 
 
 @dataclass(frozen=True)
@@ -103,7 +51,9 @@ class TrainingData:
         Raises:
             UserError: Nothing can be held out, or nothing of a file is left for a mixture.
         """
-        kept = held_out = None
+        import numpy as np
+
+        kept, held_out, taken = None, None, [0] * len(self.parts)
         if self.eval_ratio is not None:
             kept, held_out = hold_out(self.train.examples, self.eval_ratio, seed)
             logger.info(
@@ -111,7 +61,8 @@ class TrainingData:
                 "held out for evaluation, those with the same question together"
             )
         if self.is_mixture:
-            kept = self._mix(kept, seed)
+            chosen = self._mix(np.arange(len(self.train.examples)) if kept is None else kept, seed)
+            kept, taken = np.concatenate(chosen), [len(part) for part in chosen]
         sources = {"train": (self.train, kept)}
         if held_out is not None:
             sources["eval"] = (self.train, held_out)
@@ -122,10 +73,12 @@ class TrainingData:
             {name: self._uses(data, indices) for name, (data, indices) in sources.items()},
             self._identity(),
             held_out is not None,
+            [(part.name, num) for part, num in zip(self.parts, taken, strict=True)] if self.is_mixture else (),
         )
-        log_files(drawn)
+        drawn.log_files()
         if self.evaluation is not None:
-            warn_of_evaluation(drawn)
+            files = drawn.paths("train"), drawn.paths("eval")
+            warn_of_evaluation(*files, drawn.examples["train"], drawn.examples["eval"])
         return drawn
 
     @property
@@ -135,16 +88,16 @@ class TrainingData:
 
     def _identity(self) -> dict:
         """Return the ratio, and the mixture in words."""
-        words = [f"{part.share} of {len(part.paths)} file(s)" for part in self.parts] if self.is_mixture else None
-        return {"eval_ratio": self.eval_ratio, "train_mixture": words and ", ".join(words)}
+        mixture = ", ".join(f"{part.share} (of {len(part.paths)} in all)" for part in self.parts)
+        return {"eval_ratio": self.eval_ratio, "train_mixture": mixture if self.is_mixture else None}
 
-    def _mix(self, kept: np.ndarray | None, seed: int) -> np.ndarray:
-        """Return the indices of the mixture, out of those that are kept; None: all are."""
+    def _mix(self, kept: np.ndarray, seed: int) -> list[np.ndarray]:
+        """Return the indices of each part of the mixture, out of those that are kept."""
         import numpy as np
 
-        kept = np.arange(len(self.train.examples)) if kept is None else kept
-        sizes = [sum(self.train.report.num_rows[str(path)] for path in part.paths) for part in self.parts]
-        parts = np.split(kept, np.searchsorted(kept, list(itertools.accumulate(sizes))[:-1]))
+        sizes = iter(self.train.sizes)
+        ends = itertools.accumulate(sum(itertools.islice(sizes, len(part.paths))) for part in self.parts)
+        parts = np.split(kept, np.searchsorted(kept, [*ends][:-1]))
         for part, indices in zip(self.parts, parts, strict=True):
             if not len(indices):
                 raise UserError(
@@ -153,19 +106,18 @@ class TrainingData:
                 )
         chosen = mix(parts, [part.share or 0 for part in self.parts], seed)
         log_mixture(self.parts, [len(part) for part in parts], [len(part) for part in chosen])
-        return np.concatenate(chosen)
+        return chosen
 
     def _uses(self, data: ExampleData, indices: np.ndarray | None) -> list[FileUse]:
         """Return what ascending indices take of each file; None: everything."""
         import numpy as np
 
-        sizes = [data.report.num_rows[str(path)] for path in data.paths]
-        ends = list(itertools.accumulate(sizes))
-        used = sizes if indices is None else np.diff(np.searchsorted(indices, ends), prepend=0).tolist()
+        ends = list(itertools.accumulate(data.sizes))
+        used = data.sizes if indices is None else np.diff(np.searchsorted(indices, ends), prepend=0).tolist()
         shares = {path: part.share for part in self.parts for path in part.paths}
         return [
             FileUse(str(path), size, num, shares.get(path))
-            for path, size, num in zip(data.paths, sizes, used, strict=True)
+            for path, size, num in zip(data.paths, data.sizes, used, strict=True)
         ]
 
 
@@ -215,26 +167,3 @@ def log_mixture(parts: Sequence[FilePart], sizes: Sequence[int], taken: Sequence
         f"mixture of {total:,} examples, none of them twice: {', '.join(lines)}. {parts[deciding].name} decides the "
         "size: it is used up; a smaller share of it takes more of the others"
     )
-
-
-def log_files(drawn: DrawnData) -> None:
-    """Log the files of a run where there are several."""
-    for name, uses in drawn.files.items():
-        if len(uses) > 1:
-            shown = [f"{use.path} {use.num_used:,} of {use.num_rows:,}" for use in uses[:MAX_SHOWN_FILES]]
-            more = [f"and {len(uses) - MAX_SHOWN_FILES:,} more files"] if len(uses) > MAX_SHOWN_FILES else []
-            logger.info(f"{name}: {len(uses):,} files, examples used: {', '.join([*shown, *more])}")
-
-
-def warn_of_evaluation(drawn: DrawnData) -> None:
-    """Warn of evaluation examples that are trained on."""
-    train, evaluation = drawn.paths("train"), drawn.paths("eval")
-    same = same_files(train, evaluation)
-    if same:
-        names = ", ".join(map(str, same[:MAX_SHOWN_FILES]))
-        logger.warning(
-            f"--eval_data_path names training data too ({names}), so the evaluation says how well it was learned by "
-            "heart. Give other data, or --eval_ratio"
-        )
-    if len(same) < len(evaluation):
-        warn_of_shared(drawn.examples["train"], drawn.examples["eval"])
