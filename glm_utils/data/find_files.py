@@ -11,7 +11,7 @@ from glm_utils.cli import UserError, nearest
 from glm_utils.family import PROJECT_DIR
 
 REMEDY = "Give a file of JSON lines, a JSON list, CSV or XLSX; data/README.md shows the forms"
-SUM_TOLERANCE = 0.01  # so that three shares of 0.33 are accepted
+SUM_TOLERANCE = 0.0101  # so that three shares of 0.33 are accepted
 Names = Path | str | Sequence[Path | str]
 
 
@@ -40,22 +40,30 @@ def find_files(names: Names, leave_out: Collection[Path] = ()) -> list[Path]:
     Raises:
         UserError: A name matches nothing or has a share, or a file is named twice.
     """
-    parts = find_parts(names, leave_out)
+    parts = list_parts(names, leave_out)
     for part in parts:
         if part.share is not None:
             raise UserError(f"{part.name}: a share is for --train_data_path only. Leave it out")
     return [path for part in parts for path in part.paths]
 
 
-def find_parts(names: Names, leave_out: Collection[Path] = ()) -> list[FilePart]:
+def find_parts(names: Names) -> list[FilePart]:
     """Return the files that are named, those of a glob together, with their shares: a.jsonl:0.8,b/*.jsonl:0.2.
 
     Args:
         names: Files or globs, separated by commas or as a list.
-        leave_out: Files that no glob matches.
 
     Raises:
-        UserError: A name matches nothing, a file is named twice, or the shares are none.
+        UserError: A name matches nothing, a file is named twice, or the shares do not add up.
+    """
+    return checked_shares(list_parts(names, ()))
+
+
+def list_parts(names: Names, leave_out: Collection[Path]) -> list[FilePart]:
+    """Return the files that are named, with their shares as they were given; see `find_parts`.
+
+    Raises:
+        UserError: A name matches nothing, or a file is named twice.
     """
     given = [names] if isinstance(names, Path | str) else names
     parts = [find_part(text, leave_out) for name in filter(str, given) for text in split_names(str(name))]
@@ -67,15 +75,15 @@ def find_parts(names: Names, leave_out: Collection[Path] = ()) -> list[FilePart]
         if other is not path:
             also = "" if other == path else f", also as {other}"
             raise UserError(f"{path}: named twice{also}. Name each file once")
-    return checked_shares(parts)
+    return parts
 
 
 def split_names(name: str) -> list[str]:
     """Split at commas, unless a comma belongs to the name of a file."""
-    whole = str(Path(name).expanduser())
-    if is_there(whole) or is_there(split_share(whole)[0]):
-        return [whole]
-    return [part.strip() for part in whole.split(",") if part.strip()]
+    file_name, share = split_share(name)
+    if is_named(name) or ("," not in (share or "") and is_there(expand_user(file_name))):
+        return [name]
+    return [part.strip() for part in name.split(",") if part.strip()]
 
 
 def split_share(text: str) -> tuple[str, str | None]:
@@ -134,6 +142,14 @@ def checked_shares(parts: list[FilePart]) -> list[FilePart]:
     return [replace(part, share=share / total) for part, share in zip(parts, shares, strict=True)]
 
 
+def expand_user(name: str) -> Path:
+    """Return a path with the home directory for ~; where there is none, the path as it is."""
+    try:
+        return Path(name).expanduser()
+    except (RuntimeError, ValueError):  # ~name of nobody, or a NUL character
+        return Path(name)
+
+
 def is_there(name: str | Path) -> bool:
     """Whether a name is that of a file, whatever its characters."""
     try:
@@ -144,8 +160,8 @@ def is_there(name: str | Path) -> bool:
 
 def is_named(name: str) -> bool:
     """Whether a name is that of a file, here or among those of the project, or a glob that matches one."""
-    path = str(Path(name).expanduser())
-    return is_there(path) or is_there(PROJECT_DIR / path) or (glob.has_magic(path) and bool(matches(path)))
+    path = str(expand_user(name))
+    return is_there(path) or is_there(PROJECT_DIR / path) or bool(glob.has_magic(path) and matches(path))
 
 
 def matches(name: str) -> list[Path]:
@@ -162,7 +178,7 @@ def expand(name: str, leave_out: Collection[Path]) -> list[Path]:
     Raises:
         UserError: There is none.
     """
-    path = Path(name).expanduser()
+    path = expand_user(name)
     if is_there(path):
         return [path]
     if glob.has_magic(name):
