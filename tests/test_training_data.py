@@ -328,7 +328,7 @@ def test_shared_examples_are_named(files, tmp_path, log_lines):
     (tmp_path / "dev.jsonl").write_text(jsonl(*other, {**rows[0], "history": [["a", "b"]]}), "utf-8")
     draw("a.jsonl", "dev.jsonl")
     warnings = [line for line in log_lines if line.startswith("WARNING")]
-    places = "dev.jsonl:2 = a.jsonl:4, dev.jsonl:4 = a.jsonl:1, dev.jsonl:5 = a.jsonl:3, ..."
+    places = "dev.jsonl:2 = a.jsonl:4, dev.jsonl:4 = a.jsonl:1, dev.jsonl:5 = a.jsonl:3, and 1 more."
     assert len(warnings) == 2
     assert "4 of 7 evaluation examples are training examples too, so the evaluation flatters" in warnings[0]
     assert places in warnings[0]
@@ -359,6 +359,22 @@ def test_of_a_streamed_file_the_first_examples_are_compared(log_lines, monkeypat
     assert "INFO only the first 4 of 10 training examples are looked at for shared ones" in log_lines
     assert "1 of 2 evaluation examples are training examples too" in log_lines[-1]
     assert "b:2 = a:4" in log_lines[-1]
+
+
+def test_what_was_held_out_of_the_training_is_no_training_data(files, log_lines):
+    files(a=20)
+    (path,) = find_files("a.jsonl")
+    held_out = draw("a.jsonl", eval_ratio=0.2, seed=3).examples["eval"]
+    record = {
+        "arguments": {"train_data_path": str(path)},
+        "identity": {"train_data_sha256": sha256(path), "eval_ratio": 0.2, "seed": 3},
+    }
+    log_lines.clear()
+    warn_of_recorded(record, held_out)
+    assert log_lines == []
+    record["identity"]["eval_ratio"] = None
+    warn_of_recorded(record, held_out)
+    assert log_lines[0].startswith("WARNING 4 of 4 evaluation examples are training examples too")
 
 
 @pytest.mark.parametrize("change", [None, "changed", "gone", "unread"])

@@ -21,7 +21,7 @@ class FileUse:
         path: The file.
         num_rows: Examples in it.
         num_used: Those that are taken.
-        share: Share of a mixture, together with the other files of the same glob; None: nothing is mixed.
+        share: Share of the mixture, together with the other files of the same glob; None: it is not mixed.
     """
 
     path: str
@@ -54,10 +54,10 @@ class DrawnData:
 
     def source(self, name: str) -> str | list[str]:
         """Return where the examples of "train" or "eval" are from, for a record: files, or that they were held out."""
-        files = show_paths(self.paths(name))
-        return (
-            f"--eval_ratio {self.identity['eval_ratio']:g} of {files}" if name == "eval" and self.held_out else files
-        )
+        paths = self.paths(name)
+        if name == "eval" and self.held_out:
+            return f"--eval_ratio {self.identity['eval_ratio']:g} of {', '.join(map(str, paths))}"
+        return show_paths(paths)
 
     def log_files(self) -> None:
         """Log the files of a run where there are several."""

@@ -9,6 +9,7 @@ from glm_utils.cli import UserError, as_list
 from glm_utils.data.example import Example
 from glm_utils.data.forms import Columns
 from glm_utils.data.read import read_data
+from glm_utils.data.selection import hold_out, select
 from glm_utils.data.shared import warn_of_shared
 from glm_utils.run_record import sha256_of_files
 
@@ -32,7 +33,9 @@ def warn_of_recorded(record: dict, evaluation: Sequence[Example]) -> None:
 
 
 def read_recorded(record: dict) -> Sequence[Example]:
-    """Return the examples of the files that a run was trained on; nothing if it did not record them.
+    """Return the examples that a run was trained on; nothing if it did not record them.
+
+    Held-out ones are left out; those that a mixture left are not.
 
     Args:
         record: Its run_config.json.
@@ -57,4 +60,8 @@ def read_recorded(record: dict) -> Sequence[Example]:
         raise UserError(f"{paths[0]} cannot be read") from error
     flags = ("prompt_column", "response_column", "history_column", "sheet")
     named = (arguments[flag] if isinstance(arguments.get(flag), str) else None for flag in flags)
-    return read_data(paths, columns=Columns(*named)).examples
+    examples = read_data(paths, columns=Columns(*named)).examples
+    ratio, seed = identity.get("eval_ratio"), identity.get("seed")
+    if not isinstance(ratio, float) or not 0 < ratio < 1 or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        return examples
+    return select(examples, hold_out(examples, ratio, seed)[0])

@@ -26,7 +26,9 @@ def warn_of_evaluation(
     known = {path.resolve() for path in train_paths}
     same = [str(path) for path in eval_paths if path.resolve() in known]
     if same:
-        names = ", ".join([*same[:MAX_SHOWN], *(["..."] if len(same) > MAX_SHOWN else [])])
+        names = ", ".join(
+            [*same[:MAX_SHOWN], *([f"and {len(same) - MAX_SHOWN:,} more"] if len(same) > MAX_SHOWN else [])]
+        )
         logger.warning(
             f"--eval_data_path names training data too ({names}), so the evaluation says how well it was learned by "
             "heart. Give other data, or --eval_ratio"
@@ -82,4 +84,4 @@ def show_places(train: Sequence[Example], evaluation: Sequence[Example], shared:
     """Return file:line of the first shared examples, in both."""
     pairs = list(shared.items())[:MAX_SHOWN]
     shown = [f"{evaluation[index].where} = {train[first].where}" for index, first in pairs]
-    return ", ".join([*shown, *(["..."] if len(shared) > MAX_SHOWN else [])])
+    return ", ".join([*shown, *([f"and {len(shared) - MAX_SHOWN:,} more"] if len(shared) > MAX_SHOWN else [])])

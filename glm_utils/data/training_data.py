@@ -3,8 +3,9 @@
 from __future__ import annotations  # numpy is imported where it is needed
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loguru import logger
@@ -68,9 +69,10 @@ class TrainingData:
             sources["eval"] = (self.train, held_out)
         elif self.evaluation is not None:
             sources["eval"] = (self.evaluation, None)
+        shares = {"train": {path: part.share for part in self.parts for path in part.paths}}
         drawn = DrawnData(
             {name: select(data.examples, indices) for name, (data, indices) in sources.items()},
-            {name: self._uses(data, indices) for name, (data, indices) in sources.items()},
+            {name: list_uses(data, indices, shares.get(name, {})) for name, (data, indices) in sources.items()},
             self._identity(),
             held_out is not None,
             [(part.name, num) for part, num in zip(self.parts, taken, strict=True)] if self.is_mixture else (),
@@ -88,7 +90,7 @@ class TrainingData:
 
     def _identity(self) -> dict:
         """Return the ratio, and the mixture in words."""
-        mixture = ", ".join(f"{part.share} (of {len(part.paths)} in all)" for part in self.parts)
+        mixture = ", ".join(f"{part.share} (files: {len(part.paths)})" for part in self.parts)
         return {"eval_ratio": self.eval_ratio, "train_mixture": mixture if self.is_mixture else None}
 
     def _mix(self, kept: np.ndarray, seed: int) -> list[np.ndarray]:
@@ -108,17 +110,23 @@ class TrainingData:
         log_mixture(self.parts, [len(part) for part in parts], [len(part) for part in chosen])
         return chosen
 
-    def _uses(self, data: ExampleData, indices: np.ndarray | None) -> list[FileUse]:
-        """Return what ascending indices take of each file; None: everything."""
-        import numpy as np
 
-        ends = list(itertools.accumulate(data.sizes))
-        used = data.sizes if indices is None else np.diff(np.searchsorted(indices, ends), prepend=0).tolist()
-        shares = {path: part.share for part in self.parts for path in part.paths}
-        return [
-            FileUse(str(path), size, num, shares.get(path))
-            for path, size, num in zip(data.paths, data.sizes, used, strict=True)
-        ]
+def list_uses(data: ExampleData, indices: np.ndarray | None, shares: Mapping[Path, float | None]) -> list[FileUse]:
+    """Return what is taken of each file.
+
+    Args:
+        data: The files and their examples.
+        indices: Of the examples that are taken, ascending; None: all.
+        shares: Of a mixture, by file.
+    """
+    import numpy as np
+
+    ends = list(itertools.accumulate(data.sizes))
+    used = data.sizes if indices is None else np.diff(np.searchsorted(indices, ends), prepend=0).tolist()
+    return [
+        FileUse(str(path), size, num, shares.get(path))
+        for path, size, num in zip(data.paths, data.sizes, used, strict=True)
+    ]
 
 
 def read_training_data(
