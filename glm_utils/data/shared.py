@@ -1,5 +1,6 @@
 """Examples that training and evaluation data share, by which an evaluation flatters a training."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,11 +27,8 @@ def warn_of_evaluation(
     known = {path.resolve() for path in train_paths}
     same = [str(path) for path in eval_paths if path.resolve() in known]
     if same:
-        names = ", ".join(
-            [*same[:MAX_SHOWN], *([f"and {len(same) - MAX_SHOWN:,} more"] if len(same) > MAX_SHOWN else [])]
-        )
         logger.warning(
-            f"--eval_data_path names training data too ({names}), so the evaluation says how well it was learned by "
+            f"--eval_data_path names training data too ({list_first(same)}), so the evaluation says how well it was learned by "
             "heart. Give other data, or --eval_ratio"
         )
     if len(same) < len(eval_paths):
@@ -82,6 +80,16 @@ def find_shared(
 
 def show_places(train: Sequence[Example], evaluation: Sequence[Example], shared: dict[int, int]) -> str:
     """Return file:line of the first shared examples, in both."""
-    pairs = list(shared.items())[:MAX_SHOWN]
-    shown = [f"{evaluation[index].where} = {train[first].where}" for index, first in pairs]
-    return ", ".join([*shown, *([f"and {len(shared) - MAX_SHOWN:,} more"] if len(shared) > MAX_SHOWN else [])])
+    pairs = itertools.islice(shared.items(), MAX_SHOWN)
+    return list_first([f"{evaluation[index].where} = {train[first].where}" for index, first in pairs], len(shared))
+
+
+def list_first(texts: Sequence[str], total: int | None = None) -> str:
+    """Return the first of some texts, and how many more there are.
+
+    Args:
+        texts: The texts, or the first of them.
+        total: How many there are; None: these.
+    """
+    hidden = (len(texts) if total is None else total) - MAX_SHOWN
+    return ", ".join([*texts[:MAX_SHOWN], *([f"and {hidden:,} more"] if hidden > 0 else [])])
