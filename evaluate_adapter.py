@@ -14,10 +14,13 @@ from loguru import logger
 
 from glm_utils.cli import as_list, check_minimums, run_cli
 from glm_utils.data import read_examples
+from glm_utils.data.find_files import find_files, show_paths
 from glm_utils.data.forms import Columns
+from glm_utils.data.recorded import warn_of_recorded
 from glm_utils.early_checks import check_device_name, check_model_path, check_number_of_models, check_sampling
 from glm_utils.evaluation import MAX_NEW_TOKENS, NUM_SAMPLES
 from glm_utils.model_files.adapter_config import read_adapter_config
+from glm_utils.run_record import read_run_config
 
 MIN_VALUES = {"num_samples": 1, "max_new_tokens": 1, "batch_size": 1, "seed": 0}
 
@@ -48,14 +51,14 @@ def evaluate_adapter(
         lora_path: Directory of an adapter; its base is found from it, and is what it is compared with.
         model_path: Two base or merged models joined by a comma, instead; the first one is what is compared with. Or,
             beside lora_path, the model that the adapter was merged to: what did merging and quantizing change?
-        data_path: JSON, CSV or XLSX file of examples that were not trained on. Without reference answers, the figures
-            that need them are left out.
+        data_path: JSON, CSV or XLSX files of examples that were not trained on, several or globs joined by commas.
+            Without reference answers, the figures that need them are left out.
         prompt_column: Key or column of the question. Default: by the form of the file.
         response_column: Key or column of the reference answer, likewise.
         history_column: Key or column of the earlier turns, likewise.
         sheet: Sheet of an XLSX file that holds several.
         output_dir: Where the report goes; an earlier one there is replaced.
-        num_samples: Examples to judge, drawn from the file.
+        num_samples: Examples to judge, drawn from the files.
         max_new_tokens: Most tokens of an answer.
         temperature: Divides the logits; 0: always the most probable token.
         seed: Seed of the draw of examples, of the sampling and of the intervals.
@@ -68,7 +71,10 @@ def evaluate_adapter(
     arguments = dict(locals())
     check_arguments(arguments)
     columns = Columns(prompt_column, response_column, history_column, sheet)
-    examples = read_examples(Path(data_path).expanduser(), needs_answer=False, columns=columns)
+    paths = find_files(data_path)
+    examples = read_examples(paths, needs_answer=False, columns=columns)
+    if lora_path:
+        warn_of_recorded(read_run_config(Path(lora_path).expanduser()), examples)
 
     from glm_utils.device import resolve_device
     from glm_utils.evaluation.job import find_sides, make_job
@@ -86,7 +92,7 @@ def evaluate_adapter(
         prompt_text=prompt_text,
         probe=probe,
         batch_size=batch_size,
-        arguments=arguments,
+        arguments=arguments | {"data_path": show_paths(paths)},
     )
     report = evaluate(job)
     print("\n".join(figure_table(report)), f"\n\n{report.verdict}")

@@ -1,4 +1,4 @@
-"""Answer a file of prompts with a model: a base or merged directory, or an adapter on its base.
+"""Answer files of prompts with a model: a base or merged directory, or an adapter on its base.
 
     python generate.py --model_path saved_files/merged_int4 --data_path products.csv --output_path answers.csv
     python generate.py --lora_path saved_files/demo_chatglm2-tiny --data_path data/dev.jsonl --output_path dev.jsonl
@@ -7,18 +7,19 @@ Finished answers go to OUTPUT.partial.jsonl at once; a run that was stopped goes
 is given again. The output has the rows of the input in their order.
 """
 
-from pathlib import Path
-
 from loguru import logger
 
 from glm_utils.cli import UserError, check_minimums, run_cli
+from glm_utils.data.find_files import show_paths
 from glm_utils.data.forms import Columns
 from glm_utils.early_checks import check_device_name, check_model_choice, check_sampling, check_seed
 from glm_utils.inference.answer_file import (
     check_output_path,
     count_rows,
     describe,
+    find_inputs,
     lock_answers,
+    log_columns,
     log_errors,
     output_rows,
     write_output,
@@ -50,13 +51,13 @@ def generate(
     overwrite: bool = False,
     device: str = "auto",
 ) -> None:
-    """Answer a file of prompts.
+    """Answer files of prompts.
 
     Args:
         model_path: Directory or hub id of a base or merged model.
         lora_path: Directory of an adapter, instead of model_path; its base is found from it.
         data_path: Prompts: JSON, CSV or XLSX as for training, with or without answers, or .txt with one prompt per
-            line.
+            line. Several files or globs are joined by commas; the output's first column then names each row's file.
         output_path: File to write, .jsonl, .csv or .xlsx.
         prompt_column: Column or key that holds the prompt. Default: by the form of the file.
         history_column: Column or key of the earlier turns, likewise.
@@ -74,9 +75,10 @@ def generate(
     """
     arguments = dict(locals())
     check_arguments(arguments)
-    output = check_output_path(output_path, data_path, overwrite)
+    output = check_output_path(output_path)
+    paths = find_inputs(data_path, output, overwrite)
     columns = Columns(prompt=prompt_column, history=history_column, sheet=sheet)
-    read_rows = read_prompts(Path(data_path).expanduser(), columns)
+    read_rows = read_prompts(paths, columns)
 
     from glm_utils.inference.batch import GenerationSettings
     from glm_utils.inference.file_job import answer, find_source, identify
@@ -85,11 +87,13 @@ def generate(
     source = find_source(model_path, lora_path, load_in_4bit, device)
     rows, prompts = encode_prompts(read_rows, source.checkpoint)
     log_errors(rows)
-    identity = identify(source, Path(data_path).expanduser(), columns, settings)
+    log_columns(rows, output)
+    identity = identify(source, paths, columns, settings)
     with lock_answers(output, overwrite):
         with PartialAnswers(output, identity, resume) as partial:
             answer(source, prompts, settings, batch_size, partial)
         found = output_rows(rows, partial.answers, num_samples)
+        arguments["data_path"] = show_paths(paths)
         record = {"stage": "generate", "arguments": arguments, "job": identity, "counts": count_rows(found)}
         write_output(output, found, record | {"versions": versions(), "commit": git_commit()})
         partial.remove()

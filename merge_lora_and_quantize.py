@@ -87,8 +87,7 @@ def merge_lora_and_quantize(
         timed("reloaded and verified", export.verify, job, directory, reference)
     log_result(job, output_dir, time.monotonic() - start_seconds)
     if evaluate_data_path:
-        data_path = Path(evaluate_data_path).expanduser()
-        evaluate_output(output_dir, adapter.directory, data_path, examples, job.device, output_dir)
+        evaluate_output(output_dir, adapter.directory, evaluate_data_path, examples, job.device, output_dir)
 
 
 def read_comparison(data_path: str, export_format: str) -> list[Example]:
@@ -98,7 +97,7 @@ def read_comparison(data_path: str, export_format: str) -> list[Example]:
             f"--evaluate_data_path with --export_format {export_format}: the evaluation loads the published layout "
             "only. Omit one of the two"
         )
-    return read_examples(Path(data_path).expanduser(), needs_answer=False)
+    return read_examples(data_path, needs_answer=False)
 
 
 def timed(done: str, function: Callable, *arguments: object) -> Any:

@@ -28,6 +28,7 @@ def train_qlora(
     model_name_or_path: str = "THUDM/chatglm2-6b",
     train_data_path: str | None = None,
     eval_data_path: str | None = None,
+    eval_ratio: float | None = None,
     prompt_column: str | None = None,
     response_column: str | None = None,
     history_column: str | None = None,
@@ -52,8 +53,10 @@ def train_qlora(
     Args:
         train_args_json: JSON file of TrainingArguments, today's keys or those of 2023. Default: the one of the family.
         model_name_or_path: Directory of the base model, or its hub id.
-        train_data_path: JSONL or JSON file of training examples. Default: the project's sample, data/train.jsonl.
-        eval_data_path: The same for evaluation. Default: data/dev.jsonl with the sample, else no evaluation.
+        train_data_path: JSON, CSV or XLSX files of training examples, several or globs joined by commas, perhaps with
+            shares of a mixture: a.jsonl:0.8,b.jsonl:0.2. Default: the project's sample, data/train.jsonl.
+        eval_data_path: Files of evaluation examples. Default: data/dev.jsonl with the sample, else no evaluation.
+        eval_ratio: Part of the training examples that is held out for evaluation instead, e.g. 0.05.
         prompt_column: Key or column of the question. Default: by the form of the file.
         response_column: Key or column of the answer, likewise.
         history_column: Key or column of the earlier turns, likewise.
@@ -127,7 +130,7 @@ def evaluate_run(settings: "TrainingSettings") -> None:
     release_signals("the adapter is written, but not evaluated")
     if args.process_index == 0:
         device = resolve_device("cpu" if args.use_cpu else "auto")
-        data_path, examples = settings.data_paths["eval"], settings.examples["eval"]
+        data_path, examples = settings.data.source("eval"), settings.examples["eval"]
         evaluate_output(out, out, data_path, examples, device, load_in_4bit=True, seed=args.seed)
 
 

@@ -8,6 +8,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from glm_utils.run_record import RUN_CONFIG_NAME
 from glm_utils.visible_text import markdown_text, visible
 
+MAX_SHOWN_FILES = 20
+
 
 def base_label(base_name: str) -> str:
     """Return the hub id of a base model, or the name of its directory without the path."""
@@ -17,6 +19,21 @@ def base_label(base_name: str) -> str:
 def table_rows(values: dict[str, str]) -> str:
     """Return the rows of a two-column Markdown table; names and values are shown as they are."""
     return "\n".join(f"| {markdown_text(name)} | {markdown_text(value)} |" for name, value in values.items())
+
+
+def describe_files(files: list[dict]) -> str:
+    """Name data files, with the examples that were used where not all of them were.
+
+    Args:
+        files: As in run_config.json.
+    """
+    shown = [
+        markdown_text(Path(file["path"]).name)
+        + (f" ({file['num_used']} of {file['num_rows']})" if file["num_used"] < file["num_rows"] else "")
+        for file in files[:MAX_SHOWN_FILES]
+    ]
+    more = [f"and {len(files) - MAX_SHOWN_FILES} more files"] if len(files) > MAX_SHOWN_FILES else []
+    return ", ".join([*shown, *more])
 
 
 def adapter_card(record: dict, results: dict, settings: dict) -> str:
@@ -30,7 +47,7 @@ def adapter_card(record: dict, results: dict, settings: dict) -> str:
     base = base_label(record["base"]["name"])
     losses = {name: f"{value:.4f}" for name, value in results.items() if name.endswith("loss")}
     data = "\n".join(
-        f"- {name}: {markdown_text(Path(record['arguments'][f'{name}_data_path']).name)}, "
+        f"- {name}: {describe_files(record['data_files'][name])}, "
         f"{counts['num_rows']} examples, {counts['num_tokens']} tokens ({counts['num_trained_tokens']} trained)"
         for name, counts in record["data"].items()
     )

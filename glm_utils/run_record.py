@@ -5,6 +5,7 @@ import importlib.metadata
 import platform
 import subprocess
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 from glm_utils.family import PROJECT_DIR
@@ -53,3 +54,9 @@ def sha256(path: Path) -> str:
     """Return the SHA-256 of a file as a hexadecimal string."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_files(paths: Sequence[Path]) -> str:
+    """Return the SHA-256 of a file, or that of the hashes of several in their order, as a hexadecimal string."""
+    hashes = [sha256(path) for path in paths]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()

@@ -25,6 +25,7 @@ from glm_utils.evaluation.figures import FIGURES, GROUPS, Comparison
 from glm_utils.evaluation.probe import KINDS, SUBJECTS_OF_2023, read_probe, thin_out
 from glm_utils.limits import EncodingLimits
 from glm_utils.load_model import load_base_model
+from glm_utils.run_record import sha256
 from tests.conftest import PROJECT_DIR
 
 TINY_NAMES = {"chatglm-6b": "chatglm-tiny", "chatglm2-6b": "chatglm2-tiny"}
@@ -404,6 +405,32 @@ class Reader(HTMLParser):
 
     def handle_data(self, data):
         self.text += data
+
+
+def test_several_files_and_what_was_trained_on(report_dir, write, tmp_path, monkeypatch, log_lines):
+    """All examples of all files are judged, and those that stand in the adapter's training data are named."""
+    trained = write("trained.jsonl", '{"query": "裙", "response": "好"}\n{"query": "裤", "response": "好"}\n')
+    write("a.jsonl", '{"query": "衣", "response": "好"}\n')
+    write("b.csv", "question,answer\n裤,好\n")
+    adapter_dir = shutil.copytree(report_dir.parent / "adapter", tmp_path / "adapter")
+    record = {"arguments": {"train_data_path": str(trained)}, "identity": {"train_data_sha256": sha256(trained)}}
+    write("adapter/run_config.json", record)
+    given = {}
+
+    def stop(sides, **values):
+        given.update(values)
+        raise UserError("stop")
+
+    monkeypatch.setattr(job, "make_job", stop)
+    with pytest.raises(UserError, match="stop"):
+        stage.evaluate_adapter(
+            lora_path=str(adapter_dir), data_path=f"{tmp_path}/a.jsonl,{tmp_path}/*.csv", device="cpu"
+        )
+    assert [one.query for one in given["examples"]] == ["衣", "裤"]
+    assert given["arguments"]["data_path"] == [f"{tmp_path}/a.jsonl", f"{tmp_path}/b.csv"]
+    (warning,) = [line for line in log_lines if "training examples too" in line]
+    assert warning.startswith("WARNING 1 of 2 evaluation examples")
+    assert f"{tmp_path}/b.csv:2 = {trained}:2" in warning
 
 
 def test_page_needs_no_network_and_runs_nothing(report_dir):

@@ -69,6 +69,8 @@ NO_ADAPTER = "no_adapter: no such directory. Give the output_dir of a training r
                 ([BASE, "--train_args_json=none.json"], "none.json: no such file"),
                 ([BASE, "--train_data_path=none.jsonl"], "none.jsonl: no such file"),
                 ([BASE, "--eval_data_path=none.jsonl", "--train_data_path=data/dev.jsonl"], "none.jsonl: no such"),
+                ([BASE, "--train_data_path=data/dev.jsonl:0.8,data/train.jsonl:0.8"], "the shares add up to 1.6"),
+                ([BASE, "--train_data_path=data/dev.jsonl", "--eval_ratio=1.5"], "--eval_ratio 1.5: expected"),
                 (["--lora_rank=0"], "--lora_rank=0: expected 1 or more"),
                 (["--compute_dtype=fp8"], "--compute_dtype=fp8: expected one of auto"),
                 (["--seed=-1"], "--seed -1: expected 0 to 4,294,967,295"),

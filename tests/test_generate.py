@@ -1,8 +1,10 @@
 """Answers to a file of prompts: the same whatever the batch, every form of input and output, stopped and resumed."""
 
+import contextlib
 import csv
 import json
 import sys
+from pathlib import Path
 
 import openpyxl
 import pytest
@@ -391,6 +393,70 @@ def test_half_a_surrogate_pair_is_written(run, write):
     (row,) = run(write("in.jsonl", '{"content": "类型#裙", "note": "\\ud83d"}\n'))
     assert row["note"] == "\ud83d"
     assert b"?" in run(write("in.jsonl", '{"content": "类型#裙", "note": "\\ud83d"}\n'), "out.csv")
+
+
+# ---- several files
+
+
+@pytest.fixture
+def several(write, tmp_path):
+    """Files of several kinds in the working directory, one with columns of the output's own names."""
+    write("b.csv", f"question,file,note\n{TEXTS[0]},old.csv,=1\n")
+    write("a.jsonl", jsonl({"content": TEXTS[1], "id": 7}, {"content": TEXTS[2]}))
+    write("lines.txt", f"{TEXTS[3]}\n")
+    with contextlib.chdir(tmp_path):
+        yield
+
+
+def test_rows_of_several_files_name_their_file(several, run):
+    """Rows come in the order of the files as they are named; the answers are those of each file alone."""
+    rows = run("b.csv,*.jsonl,lines.txt")
+    assert [row["file"] for row in rows] == ["b.csv", "a.jsonl", "a.jsonl", "lines.txt"]
+    assert list(rows[0]) == ["file", "question", "input_file", "note", "answer", "num_tokens", "ended_by"]
+    assert list(rows[1]) == ["file", "content", "id", "answer", "num_tokens", "ended_by"]
+    alone = run("a.jsonl", "alone.jsonl")
+    assert [row["answer"] for row in alone] == [row["answer"] for row in rows[1:3]]
+    assert "file" not in alone[0]
+    record = json.loads(Path("out.jsonl.run_config.json").read_text("utf-8"))
+    assert record["arguments"]["data_path"] == ["b.csv", "a.jsonl", "lines.txt"]
+
+
+def test_a_table_has_the_columns_of_all_files(several, run, log_lines):
+    header, *rows = csv.reader(run("b.csv,a.jsonl", "out.csv").decode("utf-8-sig").splitlines())
+    assert header == ["file", "question", "input_file", "note", "content", "id", "answer", "num_tokens", "ended_by"]
+    assert [row[:6] for row in rows[:2]] == [
+        ["b.csv", TEXTS[0], "old.csv", "'=1", "", ""],
+        ["a.jsonl", "", "", "", TEXTS[1], "7"],
+    ]
+    shown = "b.csv (question, file, note), a.jsonl (content, id)"
+    assert (
+        f"INFO the output has the columns of all files, empty where a row's file has none. Only in some: {shown}"
+        in log_lines
+    )
+
+
+def test_a_stopped_run_over_a_glob_goes_on(several, run, stop_after, monkeypatch):
+    """What it left beside its output matches the glob too, and is no input; another order is another job."""
+    stop_after(1)
+    with pytest.raises(KeyboardInterrupt):
+        run("*.csv,*.jsonl")
+    monkeypatch.undo()
+    assert Path("out.jsonl.partial.jsonl").exists()
+    with pytest.raises(UserError, match=r"of another job \(data_sha256"):
+        run("*.jsonl,*.csv")
+    assert [row["file"] for row in run("*.csv,*.jsonl")] == ["b.csv", "a.jsonl", "a.jsonl"]
+    with pytest.raises(UserError, match="the file of prompts itself"):
+        run("*.csv,*.jsonl", overwrite=True)
+
+
+def test_faults_of_several_files_come_together(several, write):
+    write("empty.csv", "question\n")
+    write("other.jsonl", jsonl({"text": "x"}))
+    with pytest.raises(UserError) as error_info:
+        read_prompts("a.jsonl,empty.csv,other.jsonl")
+    assert error_info.value.message == "2 faults:"
+    assert "empty.csv: no prompts in it" in error_info.value.details[0]
+    assert "other.jsonl: no row can be answered. The first: other.jsonl:1: unknown form" in error_info.value.details[1]
 
 
 # ---- stopped and resumed

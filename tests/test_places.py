@@ -511,7 +511,7 @@ def test_a_limit_on_the_size_of_files_shows_before_the_first_tensor(tmp_path):
 def test_a_file_behind_a_link_is_written_there(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "answers.jsonl").symlink_to(tmp_path / "disk/far.jsonl")
-    path = check_output_path(str(tmp_path / "answers.jsonl"), "none", overwrite=False)
+    path = check_output_path(str(tmp_path / "answers.jsonl"))
     write_output(path, [{"answer": "甲"}], {})
     assert (tmp_path / "answers.jsonl").is_symlink()
     assert (tmp_path / "disk/far.jsonl").read_text("utf-8") == '{"answer": "甲"}\n'
@@ -526,7 +526,7 @@ def test_files_that_cannot_be_written_are_refused_before_the_work(tmp_path):
         ("x" * 235 + ".jsonl", "a name of more than 255 bytes"),  # but its run_config.json
     ):
         with pytest.raises(UserError, match=fault):
-            check_output_path(str(tmp_path / name), "none", overwrite=True)
+            check_output_path(str(tmp_path / name))
     for path, fault in (
         ("/dev/null", "a device, a pipe"),
         (str(tmp_path / "x" / "y.json"), "there is no directory"),
@@ -543,7 +543,7 @@ def test_a_mounted_file_is_refused_before_the_work(mount, tmp_path):
     subprocess.run(command, check=True)
     try:
         with pytest.raises(UserError, match="a mounted file, which cannot be replaced"):
-            check_output_path(str(tmp_path / "answers.csv"), "none", overwrite=True)
+            check_output_path(str(tmp_path / "answers.csv"))
     finally:
         subprocess.run(["umount", str(tmp_path / "answers.csv")], check=True)
 

@@ -17,9 +17,11 @@ from transformers import Trainer
 import train_qlora as stage
 from glm_utils.checkpoint import load_tokenizer_class, open_checkpoint
 from glm_utils.cli import UserError, run_cli
+from glm_utils.data.training_data import read_training_data
+from glm_utils.evaluation import at_end
 from glm_utils.family import FAMILIES, PROJECT_DIR
 from glm_utils.load_model import load_adapter, load_base_model
-from glm_utils.training import preflight, run, settings
+from glm_utils.training import inputs, preflight, resume, run, settings
 from tests.conftest import write_quantized
 
 COLORS, CLOTHES = "白黑红蓝绿", ("上衣", "裤子", "裙子")
@@ -675,7 +677,8 @@ def test_the_base_is_not_fetched_before_flags_are_right(train, monkeypatch, flag
 
 def test_flags_are_the_issues():
     parameters = inspect.signature(stage.train_qlora).parameters
-    expected = "train_args_json model_name_or_path train_data_path eval_data_path prompt_column response_column "
+    expected = "train_args_json model_name_or_path train_data_path eval_data_path eval_ratio prompt_column "
+    expected += "response_column "
     expected += "history_column sheet seed max_input_length "
     expected += "max_output_length lora_rank lora_alpha lora_dropout resume_from_checkpoint prompt_text compute_dtype "
     assert " ".join(parameters) == expected + "lora_targets packing log_samples dry_run evaluate_after"
@@ -770,3 +773,88 @@ def test_columns_of_a_table_are_named(train, write):
     first = train(name="plain", train_data_path=str(plain))
     second = train(name="named", train_data_path=str(named), prompt_column="问", response_column="答")
     assert_same_bits(first, second)
+
+
+# ---- several files, mixtures, held-out examples
+
+
+@pytest.fixture
+def two_files(write):
+    """Two training files, 15 and 5 examples, half and half."""
+    first = write("first.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in EXAMPLES))
+    rows = [{"question": f"问{number}", "answer": f"答{number}"} for number in range(5)]
+    second = write("second.csv", "question,answer\n" + "".join(f"{row['question']},{row['answer']}\n" for row in rows))
+    return f"{first}:0.5,{second}:0.5"
+
+
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+def test_a_mixture_with_held_out_examples_resumes_with_the_same_bits(train, two_files, log_lines):
+    args = {"max_steps": 4, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    flags = {"train_data_path": two_files, "eval_ratio": 0.2, "lora_dropout": 0.1}
+    complete = train("complete", args=args, **flags)
+    assert any("mixture by tokens: " in line for line in log_lines)
+    shutil.copytree(complete / "checkpoint-2", complete.parent / "resumed" / "checkpoint-2")
+    assert_same_bits(complete, train("resumed", args=args, resume_from_checkpoint="latest", **flags))
+
+    record = json.loads((complete / "run_config.json").read_text("utf-8"))
+    train_uses, eval_uses = record["data_files"]["train"], record["data_files"]["eval"]
+    assert [use["path"].rpartition("/")[2] for use in train_uses] == ["first.jsonl", "second.csv"]
+    assert sum(use["num_used"] for use in eval_uses) == record["data"]["eval"]["num_rows"] == 4
+    num_second = 5 - eval_uses[1]["num_used"]
+    assert [use["num_used"] for use in train_uses] == [num_second] * 2
+    assert record["data"]["train"]["num_rows"] == 2 * num_second
+    assert record["identity"]["eval_ratio"] == record["arguments"]["eval_ratio"] == 0.2
+    assert record["arguments"]["train_data_path"] == [use["path"] for use in train_uses]
+    assert record["arguments"]["eval_data_path"] is None
+    card = (complete / "README.md").read_text("utf-8")
+    assert f"- train: first.jsonl ({num_second} of 15), second.csv" in card
+    assert f"- eval: first.jsonl ({eval_uses[0]['num_used']} of 15)" in card
+
+
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+def test_other_shares_ratios_and_files_are_refused_on_resume(train, two_files, tmp_path):
+    """A run of before these flags goes on with their defaults only."""
+    first, second = (part.rpartition(":")[0] for part in two_files.split(","))
+    start = train(args={"save_steps": 1, "max_steps": 2}, train_data_path=two_files) / "checkpoint-1"
+    for flags, message in (
+        ({"train_data_path": f"{first}:0.6,{second}:0.4"}, "train_mixture is"),
+        ({"train_data_path": f"{first},{second}"}, "train_mixture is .* in the checkpoint and null now"),
+        ({"train_data_path": f"{second}:0.5,{first}:0.5"}, "train_data_sha256 is"),
+        ({"train_data_path": first}, "train_data_sha256 is"),
+        ({"train_data_path": two_files, "eval_ratio": 0.2}, "eval_ratio is null in the checkpoint and 0.2 now"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(resume_from_checkpoint=str(start), **flags)
+    record = json.loads((start / "run_config.json").read_text("utf-8"))
+    identity = {key: record["identity"].pop(key) for key in ("eval_ratio", "train_mixture")}
+    old = tmp_path / "old"
+    old.mkdir()
+    shutil.copy(start / "adapter_config.json", old)
+    (old / "run_config.json").write_text(json.dumps(record))
+    resume.check_same_run(old, {**record["identity"], "eval_ratio": None, "train_mixture": None})
+    with pytest.raises(UserError, match="train_mixture is null in the checkpoint"):
+        resume.check_same_run(old, {**record["identity"], **identity})
+
+
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+def test_the_evaluation_at_the_end_judges_the_held_out_examples(train, train_path, model_dir, monkeypatch):
+    judged = {}
+
+    def judge(output_dir, lora_dir, source, examples, *args, **more):
+        judged[source] = examples
+
+    monkeypatch.setattr(at_end, "check_evaluation", lambda output_dir: None)
+    monkeypatch.setattr(at_end, "evaluate_output", judge)
+    train(args={"max_steps": 1, "eval_strategy": "no"}, eval_ratio=0.2, seed=5, evaluate_after=True)
+    ((source, examples),) = judged.items()
+    assert source == f"--eval_ratio 0.2 of {train_path}"
+    expected = read_training_data(str(train_path), eval_ratio=0.2).draw(5)
+    assert [one.query for one in examples] == [one.query for one in expected.examples["eval"]]
+    assert len(examples) == 3
+
+
+def test_without_data_the_sample_is_split():
+    """--eval_ratio without --train_data_path holds out of the sample, and leaves dev.jsonl alone."""
+    assert inputs.find_data(None, None, 0.01) == ("data/train.jsonl", None)
+    assert inputs.find_data(None, None, None) == ("data/train.jsonl", "data/dev.jsonl")
+    assert inputs.find_data("x", None, None) == ("x", None)

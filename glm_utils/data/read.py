@@ -61,11 +61,13 @@ class ExampleData:
         paths: The files, in the order of their examples.
         examples: The examples.
         report: What was found.
+        sizes: How many of the examples are from each file.
     """
 
     paths: tuple[Path, ...]
     examples: list[Example]
     report: DataReport
+    sizes: tuple[int, ...]
 
 
 def read_examples(
@@ -109,7 +111,7 @@ def read_data(
         except UserError as error:
             report.add_error(error.message, error.details)
     report.raise_errors()
-    return ExampleData(tuple(found), examples, report)
+    return ExampleData(tuple(found), examples, report, tuple(report.num_rows[str(path)] for path in found))
 
 
 def read_rows(path: Path, answers: Answers, columns: Columns, report: DataReport) -> Iterator[ReadRow]:

@@ -1,5 +1,6 @@
 """The evaluation that training and merging run at their end, with the defaults of evaluate_adapter.py."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -32,8 +33,8 @@ def check_evaluation(output_dir: Path) -> None:
 def evaluate_output(
     output_dir: Path,
     lora_dir: Path,
-    data_path: Path,
-    examples: list[Example],
+    data_path: str | list[str],
+    examples: Sequence[Example],
     device: torch.device,
     merged_dir: Path | None = None,
     load_in_4bit: bool = False,
@@ -44,8 +45,8 @@ def evaluate_output(
     Args:
         output_dir: What the work wrote; the report goes to `evaluation_dir`.
         lora_dir: The adapter.
-        data_path: Data file, for the report.
-        examples: Its examples.
+        data_path: Where they are from, for the record: a file, several, or a text.
+        examples: The examples that are judged.
         device: Where the models run.
         merged_dir: The model that the adapter was merged to, which is compared with the adapter on its base; None:
             the base without and with the adapter.
@@ -54,7 +55,7 @@ def evaluate_output(
     """
     release_memory()
     sides = find_sides(str(merged_dir) if merged_dir else None, str(lora_dir), load_in_4bit, device)
-    arguments = {"lora_path": str(lora_dir), "model_path": merged_dir and str(merged_dir), "data_path": str(data_path)}
+    arguments = {"lora_path": str(lora_dir), "model_path": merged_dir and str(merged_dir), "data_path": data_path}
     job = make_job(
         sides,
         examples,

@@ -52,8 +52,8 @@ class EvaluationJob:
     Attributes:
         before: The first model: the base, or the first of two paths.
         after: The second one: the base with its adapter, or the second of two paths.
-        examples: What is judged, in the order of the file; an answer is empty where the data has none.
-        vocabulary: Attribute values of the data file; None: its prompts do not list attributes.
+        examples: What is judged, in the order of the files; an answer is empty where the data has none.
+        vocabulary: Attribute values of the data; None: its prompts do not list attributes.
         probe: General questions.
         limits: Longest prompt and answer, text in front of each question of the data.
         generation: How answers are generated.
@@ -64,7 +64,7 @@ class EvaluationJob:
 
     before: Side
     after: Side
-    examples: list[Example]
+    examples: Sequence[Example]
     vocabulary: AttributeVocabulary | None
     probe: list[ProbeQuestion]
     limits: EncodingLimits
@@ -135,12 +135,12 @@ def find_limits(sides: Sequence[Side], prompt_text: str | None) -> EncodingLimit
     return EncodingLimits(**(values if prompt_text is None else {**values, "prompt_text": prompt_text}))
 
 
-def choose_examples(examples: list[Example], num_samples: int, seed: int) -> list[Example]:
-    """Draw the examples that are judged, in the order of the file.
+def choose_examples(examples: Sequence[Example], num_samples: int, seed: int) -> Sequence[Example]:
+    """Draw the examples that are judged, in the order of the files.
 
     Args:
-        examples: All of the data file.
-        num_samples: How many; the file's own number or more: all.
+        examples: All of the data.
+        num_samples: How many; their number or more: all.
         seed: Seed of the draw.
     """
     if num_samples >= len(examples):
@@ -188,7 +188,7 @@ def check_output_dir(output_dir: Path, sides: Sequence[Side]) -> None:
 
 def make_job(
     sides: tuple[Side, Side],
-    examples: list[Example],
+    examples: Sequence[Example],
     output_dir: Path,
     generation: GenerationSettings,
     num_samples: int,
@@ -201,7 +201,7 @@ def make_job(
 
     Args:
         sides: The two models.
-        examples: Those of the data file; they may lack answers.
+        examples: Those of the data; they may lack answers.
         output_dir: Where the report goes.
         generation: How answers are generated; its seed also draws the examples.
         num_samples: Examples to judge.

@@ -11,6 +11,7 @@ from pathlib import Path
 from loguru import logger
 
 from glm_utils.cli import UserError
+from glm_utils.data.find_files import find_files
 from glm_utils.data.xlsx_rows import import_openpyxl
 from glm_utils.disk import hidden_sibling
 from glm_utils.files import atomic_files, check_output_file
@@ -21,25 +22,24 @@ from glm_utils.output_lock import lock_output
 
 ENDINGS = (".jsonl", ".csv", ".xlsx")
 RECORD_ENDING = ".run_config.json"  # after the name of the output
+FILE_COLUMN = "file"  # of a row, where there are several
 ADDED_COLUMNS = ("sample", "answer", "num_tokens", "ended_by", "error")
+MAX_SHOWN = 10
 # What a spreadsheet takes for a formula, but for plain numbers. Source: OWASP, CSV injection.
 FORMULA, NUMBER = re.compile(r"[=+\-@\t\r\n＝＋－＠]"), re.compile(r"[+-]?\d+(\.\d+)?")
 
 
-def check_output_path(output_path: str, data_path: str, overwrite: bool) -> Path:
+def check_output_path(output_path: str) -> Path:
     """Check, before any work, that an output can be written.
 
     Args:
         output_path: The file.
-        data_path: The file of prompts.
-        overwrite: Whether an existing file may be replaced.
 
     Returns:
         The path, links followed.
 
     Raises:
-        UserError: An unknown ending, the file of prompts itself, a file that exists, or a place that cannot be
-            written to.
+        UserError: An unknown ending, or a place that cannot be written to.
     """
     path = Path(output_path).expanduser()
     if path.suffix.lower() not in ENDINGS:
@@ -48,12 +48,27 @@ def check_output_path(output_path: str, data_path: str, overwrite: bool) -> Path
         )
     if path.suffix.lower() == ".xlsx":
         import_openpyxl(path, "writes")
-    path = check_output_file(path, "--output_path", (PARTIAL_ENDING, RECORD_ENDING))
-    if path == Path(data_path).expanduser().resolve():
+    return check_output_file(path, "--output_path", (PARTIAL_ENDING, RECORD_ENDING))
+
+
+def find_inputs(data_path: str, output_path: Path, overwrite: bool) -> list[Path]:
+    """Return the files of prompts; globs leave out what a job that was stopped left beside its output.
+
+    Args:
+        data_path: Files or globs, separated by commas.
+        output_path: See `check_output_path`.
+        overwrite: Whether an output that exists may be replaced.
+
+    Raises:
+        UserError: A file is missing, or the output is one of them or exists.
+    """
+    beside = [output_path.with_name(f"{output_path.name}{ending}") for ending in (PARTIAL_ENDING, RECORD_ENDING)]
+    found = find_files(data_path, leave_out=beside)
+    if output_path in {path.resolve() for path in found}:
         raise UserError(f"--output_path {output_path}: the file of prompts itself. Give another file")
-    if path.exists() and not overwrite:
+    if output_path.exists() and not overwrite:
         raise UserError(f"--output_path {output_path}: exists. Give another file, or --overwrite")
-    return path
+    return found
 
 
 @contextmanager
@@ -74,14 +89,18 @@ def lock_answers(path: Path, overwrite: bool) -> Iterator[None]:
 def output_rows(rows: Sequence[PromptRow], answers: dict[tuple[int, int], dict], num_samples: int) -> list[dict]:
     """Return the rows of the output, in the order of the input: each answer beside its row's columns.
 
+    The rows of several files get a first column that names their file.
+
     Args:
-        rows: The file of prompts.
+        rows: The prompts.
         answers: See `PartialAnswers`.
         num_samples: Answers to each prompt.
     """
     found = []
+    has_several = len({row.path for row in rows}) > 1
     for index, row in enumerate(rows):
-        columns = keep_columns(row.columns)
+        columns = keep_columns(row.columns, (FILE_COLUMN, *ADDED_COLUMNS) if has_several else ADDED_COLUMNS)
+        columns = {FILE_COLUMN: str(row.path), **columns} if has_several else columns
         if row.error:
             found.append({**columns, "error": row.error})
             continue
@@ -93,11 +112,11 @@ def output_rows(rows: Sequence[PromptRow], answers: dict[tuple[int, int], dict],
     return found
 
 
-def keep_columns(columns: dict) -> dict:
+def keep_columns(columns: dict, added: Sequence[str]) -> dict:
     """Return columns of the input, those with a name of the output's own as input_NAME."""
-    taken, kept = {*columns, *ADDED_COLUMNS}, {}
+    taken, kept = {*columns, *added}, {}
     for name, value in columns.items():
-        if name in ADDED_COLUMNS:
+        if name in added:
             while name in taken:
                 name = f"input_{name}"
             taken.add(name)
@@ -163,11 +182,26 @@ def csv_field(value: object) -> str:
 WRITERS = {".jsonl": write_jsonl, ".csv": write_csv, ".xlsx": write_table}
 
 
-def log_errors(rows: Sequence[PromptRow], most: int = 10) -> None:
+def log_columns(rows: Sequence[PromptRow], output_path: Path) -> None:
+    """Say which columns only some of the files have, where the output is a table with all of them."""
+    columns: dict[Path, dict] = {}
+    for row in rows:
+        columns.setdefault(row.path, {}).update(row.columns)
+    everywhere = set.intersection(*map(set, columns.values()))
+    partly = {path: [name for name in names if name not in everywhere] for path, names in columns.items()}
+    if any(partly.values()) and output_path.suffix.lower() != ".jsonl":
+        shown = [f"{path} ({', '.join(names[:MAX_SHOWN])})" for path, names in partly.items() if names]
+        logger.info(
+            "the output has the columns of all files, empty where a row's file has none. Only in some: "
+            + ", ".join([*shown[:MAX_SHOWN], *(["..."] if len(shown) > MAX_SHOWN else [])])
+        )
+
+
+def log_errors(rows: Sequence[PromptRow], most: int = MAX_SHOWN) -> None:
     """Report the rows that cannot be answered.
 
     Args:
-        rows: The file of prompts.
+        rows: The prompts.
         most: Rows that are reported one by one.
     """
     errors = [row.error for row in rows if row.error]

@@ -1,7 +1,8 @@
-"""Answer the prompts of a file: find the model, say what the answers depend on, generate what is not there yet."""
+"""Answer the prompts of files: find the model, say what the answers depend on, generate what is not there yet."""
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from glm_utils.inference.batch import GenerationSettings, PendingAnswer, generat
 from glm_utils.inference.partial_answers import PartialAnswers
 from glm_utils.load_model import ModelSource, find_model
 from glm_utils.model_files.checkpoint_files import ADAPTER_WEIGHT_NAMES
-from glm_utils.run_record import sha256
+from glm_utils.run_record import sha256, sha256_of_files
 from glm_utils.signals import Terminated, note_if_interrupted
 
 
@@ -27,11 +28,11 @@ def find_source(model_path: str | None, lora_path: str | None, load_in_4bit: boo
     return ModelSource(str(checkpoint.directory), checkpoint, adapter, load_in_4bit, dtype, place)
 
 
-def identify(source: ModelSource, data_path: Path, columns: Columns, settings: GenerationSettings) -> dict:
+def identify(source: ModelSource, data_paths: Sequence[Path], columns: Columns, settings: GenerationSettings) -> dict:
     """Return what the answers depend on."""
     paths = [source.adapter.directory / name for name in ADAPTER_WEIGHT_NAMES] if source.adapter else []
     return {
-        "data_sha256": sha256(data_path),
+        "data_sha256": sha256_of_files(data_paths),
         "columns": dataclasses.asdict(columns),
         "model": source.checkpoint.fingerprint,
         "adapter_sha256": next((sha256(path) for path in paths if path.is_file()), None),

@@ -1,4 +1,4 @@
-"""Read a file of prompts: what training reads, without answers too, or lines of text.
+"""Read files of prompts: what training reads, without answers too, or lines of text.
 
 A fault in one row is kept with the row and does not keep the others from being answered.
 """
@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from glm_utils.cli import UserError
 from glm_utils.data.checks import DataReport
+from glm_utils.data.find_files import Names, find_files
 from glm_utils.data.forms import NO_COLUMNS, Columns
 from glm_utils.data.read import ReadRow, read_rows
 from glm_utils.visible_text import one_line
@@ -28,6 +29,7 @@ class PromptRow:
     """A row of a file of prompts.
 
     Attributes:
+        path: The file.
         where: file:line.
         columns: What the row holds, by name, as it was read.
         query: The question.
@@ -35,6 +37,7 @@ class PromptRow:
         error: Why the row cannot be answered; None: it can.
     """
 
+    path: Path
     where: str
     columns: dict
     query: str = ""
@@ -42,20 +45,39 @@ class PromptRow:
     error: str | None = None
 
 
-def read_prompts(path: Path, columns: Columns = NO_COLUMNS) -> list[PromptRow]:
-    """Read a file of prompts.
+def read_prompts(paths: Names, columns: Columns = NO_COLUMNS) -> list[PromptRow]:
+    """Read files of prompts.
 
     Args:
-        path: The file.
-        columns: Names of its keys or columns, where they were given.
+        paths: Files or globs, separated by commas or as a list.
+        columns: Names of their keys or columns, where they were given.
 
     Raises:
         UserError: A file that is missing, empty or cannot be read, a column that is missing, or a file in which no row
-            can be answered.
+            can be answered; all faults at once.
     """
-    report = DataReport()
-    rows = [make_prompt(read) for read in read_rows(path, "ignored", columns, report)]
+    report, rows, faults = DataReport(), [], []
+    for path in find_files(paths):
+        try:
+            rows += read_prompts_of(path, columns, report)
+        except UserError as error:
+            faults.append(error)
+    if len(faults) == 1:
+        raise faults[0]
+    for fault in faults:
+        report.add_error(fault.message, fault.details)
+    report.raise_errors()
     report.log()
+    return rows
+
+
+def read_prompts_of(path: Path, columns: Columns, report: DataReport) -> list[PromptRow]:
+    """Read one file of prompts.
+
+    Raises:
+        UserError: See `read_prompts`.
+    """
+    rows = [make_prompt(read, path) for read in read_rows(path, "ignored", columns, report)]
     if not rows:
         raise UserError(f"{path}: no prompts in it. Give {FORMS}")
     errors = [row.error for row in rows if row.error]
@@ -64,19 +86,19 @@ def read_prompts(path: Path, columns: Columns = NO_COLUMNS) -> list[PromptRow]:
     return rows
 
 
-def make_prompt(read: ReadRow) -> PromptRow:
+def make_prompt(read: ReadRow, path: Path) -> PromptRow:
     """Turn a row that was read into one that is answered, or that says why not."""
     columns = read.row.value if isinstance(read.row.value, dict) else {}
     if read.example is None:
-        return PromptRow(read.row.where, columns, error=one_line(read.error or ""))
-    return PromptRow(read.row.where, columns, read.example.query, read.example.history)
+        return PromptRow(path, read.row.where, columns, error=one_line(read.error or ""))
+    return PromptRow(path, read.row.where, columns, read.example.query, read.example.history)
 
 
 def encode_prompts(rows: list[PromptRow], checkpoint: Checkpoint) -> tuple[list[PromptRow], list[list[int] | None]]:
     """Encode the prompts.
 
     Args:
-        rows: The file of prompts.
+        rows: The prompts.
         checkpoint: The model.
 
     Returns:

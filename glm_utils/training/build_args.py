@@ -87,7 +87,10 @@ def make_training_args(
     values, overrides = file.values, precision_settings(file, compute_dtype)
     for key in ("eval_strategy", "eval_on_start"):
         if not has_eval and values.get(key, "no") not in ("no", False):
-            raise UserError(f"{file.at(key)} asks for evaluation. Give --eval_data_path, or set eval_strategy to no")
+            raise UserError(
+                f"{file.at(key)} asks for evaluation. Give --eval_data_path or --eval_ratio, or set "
+                "eval_strategy to no"
+            )
     if packing and values.get("neftune_noise_alpha"):
         raise UserError(
             f"{file.at('neftune_noise_alpha')} scales its noise by the length of a sequence, and a packed batch is "

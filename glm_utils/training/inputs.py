@@ -1,14 +1,13 @@
 """What train_qlora.py checks and reads before torch is imported: flags, the JSON file, data."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 from loguru import logger
 
 from glm_utils.cli import UserError
-from glm_utils.data import Example, read_examples
 from glm_utils.data.forms import Columns
+from glm_utils.data.training_data import TrainingData, read_training_data
 from glm_utils.early_checks import check_model_dir, project_path
 from glm_utils.limits import EncodingLimits
 from glm_utils.training.argument_keys import SEEDS
@@ -24,15 +23,13 @@ class RunInputs:
     Attributes:
         arguments: The script's flags by name.
         limits: Limits of the prompt and the answer.
-        data_paths: Data files under "train" and, optionally, "eval".
-        examples: Their examples under the same keys.
+        data: Data files and their examples, before the seed chooses among them.
         args_file: The TrainingArguments file; None: the one shipped for the base's family.
     """
 
     arguments: dict
     limits: EncodingLimits
-    data_paths: dict[str, Path]
-    examples: dict[str, list[Example]]
+    data: TrainingData
     args_file: TrainArgsFile | None
 
 
@@ -52,12 +49,12 @@ def read_inputs(arguments: dict) -> RunInputs:
     limits = EncodingLimits(flags.max_input_length, flags.max_output_length, flags.prompt_text)
     check_model_dir(flags.model_name_or_path)
     args_file = read_train_args(project_path(flags.train_args_json)) if flags.train_args_json else None
-    data_paths = find_data(flags.train_data_path, flags.eval_data_path)
     columns = Columns(flags.prompt_column, flags.response_column, flags.history_column, flags.sheet)
-    examples = {name: read_examples(path, columns=columns) for name, path in data_paths.items()}
-    if flags.evaluate_after and "eval" not in data_paths:
-        raise UserError("--evaluate_after true: no evaluation data. Give --eval_data_path")
-    return RunInputs(arguments, limits, data_paths, examples, args_file)
+    train_data_path, eval_data_path = find_data(flags.train_data_path, flags.eval_data_path, flags.eval_ratio)
+    data = read_training_data(train_data_path, eval_data_path, flags.eval_ratio, columns)
+    if flags.evaluate_after and not data.has_eval:
+        raise UserError("--evaluate_after true: no evaluation data. Give --eval_data_path or --eval_ratio")
+    return RunInputs(arguments, limits, data, args_file)
 
 
 def check_lora_settings(rank: int, alpha: int, dropout: float) -> None:
@@ -74,10 +71,11 @@ def check_lora_settings(rank: int, alpha: int, dropout: float) -> None:
         raise UserError(f"--lora_dropout={dropout}: expected 0 to below 1")
 
 
-def find_data(train_data_path: str | None, eval_data_path: str | None) -> dict[str, Path]:
-    """Return the data files under "train" and, optionally, "eval"; without a training file, the project's samples."""
-    if train_data_path is None:
-        logger.info(f"no --train_data_path: using the project's sample {SAMPLE_TRAIN_PATH}")
-        train_data_path, eval_data_path = SAMPLE_TRAIN_PATH, eval_data_path or SAMPLE_EVAL_PATH
-    given = {"train": train_data_path, "eval": eval_data_path}
-    return {name: project_path(path) for name, path in given.items() if path}
+def find_data(
+    train_data_path: str | None, eval_data_path: str | None, eval_ratio: float | None
+) -> tuple[str, str | None]:
+    """Return the flags that name data; without training files, those of the project's samples."""
+    if train_data_path is not None:
+        return train_data_path, eval_data_path
+    logger.info(f"no --train_data_path: using the project's sample {SAMPLE_TRAIN_PATH}")
+    return SAMPLE_TRAIN_PATH, eval_data_path or (SAMPLE_EVAL_PATH if eval_ratio is None else None)

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from glm_utils.data.find_files import show_paths
 from glm_utils.encoding import EncodedExamples
 from glm_utils.files import write_json
 from glm_utils.model_card import adapter_card
@@ -25,6 +26,7 @@ class TrainingRecord:
         identity: Settings that a resumed run must share.
         training_args: The resolved TrainingArguments.
         data: Counts of examples and tokens, under "train" and, optionally, "eval".
+        data_files: The files with their examples and how many of them are used, likewise.
         versions: Versions of Python and the packages, and the name of the device.
         commit: Commit of this project; None outside a git repository.
         format_version: Version of run_config.json and of the checkpoints it is copied into.
@@ -36,6 +38,7 @@ class TrainingRecord:
     identity: dict
     training_args: dict
     data: dict[str, dict[str, int]]
+    data_files: dict[str, list[dict]]
     versions: dict[str, str] = field(default_factory=versions)
     commit: str | None = field(default_factory=git_commit)
     format_version: int = FORMAT_VERSION
@@ -59,7 +62,8 @@ def make_record(settings: TrainingSettings, encoded: dict[str, EncodedExamples])
         settings: The run's settings.
         encoded: Its encoded examples, under "train" and, optionally, "eval".
     """
-    paths = {f"{name}_data_path": str(path) for name, path in settings.data_paths.items()}
+    named = [name for name in settings.data.files if name == "train" or not settings.data.held_out]
+    paths = {f"{name}_data_path": show_paths(settings.data.paths(name)) for name in named}
     return TrainingRecord(
         stage=STAGE,
         arguments={**settings.arguments, **paths},
@@ -67,6 +71,7 @@ def make_record(settings: TrainingSettings, encoded: dict[str, EncodedExamples])
         identity=settings.identity,
         training_args=settings.training_args.to_dict(),
         data={name: part.counts for name, part in encoded.items()},
+        data_files=settings.data.record(),
     )
 
 

@@ -23,6 +23,7 @@ def encode_data(settings: TrainingSettings) -> dict[str, EncodedExamples]:
     logger.info(f"first example, trained part in [[ ]]: {show_example(encoded['train'].dataset[0], tokenizer)}")
     for name, part in encoded.items():
         logger.info(f"{name}: {part.describe_counts()}")
+    settings.data.log_token_shares(encoded["train"].dataset["length"])
     return encoded
 
 

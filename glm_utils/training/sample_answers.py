@@ -29,7 +29,9 @@ def check_log_samples(num_samples: int, has_eval: bool, training_args: TrainingA
     if num_samples < 0:
         raise UserError(f"--log_samples={num_samples}: expected 0 or more")
     if num_samples and not has_eval:
-        raise UserError(f"--log_samples={num_samples} answers evaluation examples. Give --eval_data_path")
+        raise UserError(
+            f"--log_samples={num_samples} answers evaluation examples. Give --eval_data_path or --eval_ratio"
+        )
     if num_samples and "tensorboard" not in training_args.report_to:
         raise UserError(
             f"--log_samples={num_samples} writes to TensorBoard, and report_to of the JSON file is "

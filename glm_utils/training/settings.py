@@ -1,6 +1,7 @@
 """Resolve and check the settings of a training run before its model is loaded: flags, JSON file, base, data."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,11 +13,12 @@ from transformers import TrainingArguments
 from glm_utils.checkpoint import Checkpoint, open_checkpoint
 from glm_utils.cli import UserError
 from glm_utils.data import Example
+from glm_utils.data.training_data import DrawnData
 from glm_utils.early_checks import project_path
 from glm_utils.encoding import Collator, PackingCollator
 from glm_utils.family import resolve_lora_targets
 from glm_utils.limits import EncodingLimits
-from glm_utils.run_record import sha256
+from glm_utils.run_record import sha256_of_files
 from glm_utils.training.build_args import make_training_args, try_training_args
 from glm_utils.training.inputs import RunInputs
 from glm_utils.training.lora_model import make_lora_config
@@ -27,6 +29,7 @@ from glm_utils.training.training_args import TrainArgsFile, read_train_args
 IDENTITY_ARGUMENTS: tuple[str, ...] = ("lora_rank", "lora_alpha", "lora_dropout", "max_input_length")
 IDENTITY_ARGUMENTS += ("max_output_length", "prompt_text", "compute_dtype", "packing")
 IDENTITY_ARGUMENTS += ("prompt_column", "response_column", "history_column", "sheet")
+IDENTITY_DEFAULTS = {"eval_ratio": None, "train_mixture": None}  # of runs that did not record them yet
 IDENTITY_TRAINING_ARGS = ("seed", "data_seed", "dataloader_drop_last", "train_sampling_strategy")
 
 
@@ -37,8 +40,7 @@ class TrainingSettings:
     Attributes:
         arguments: The script's flags by name, with compute_dtype resolved.
         base: The base model.
-        data_paths: Data files under "train" and, optionally, "eval".
-        examples: Their examples under the same keys.
+        data: Examples and the files that they are from, under "train" and, optionally, "eval".
         limits: Limits of the prompt and the answer.
         lora_config: Settings of LoRA.
         compute_dtype: fp32, fp16 or bf16.
@@ -49,14 +51,18 @@ class TrainingSettings:
 
     arguments: dict
     base: Checkpoint
-    data_paths: dict[str, Path]
-    examples: dict[str, list[Example]]
+    data: DrawnData
     limits: EncodingLimits
     lora_config: peft.LoraConfig
     compute_dtype: str
     packing: bool
     args_file: TrainArgsFile
     training_args: TrainingArguments
+
+    @property
+    def examples(self) -> Mapping[str, Sequence[Example]]:
+        """The examples under "train" and, optionally, "eval"."""
+        return self.data.examples
 
     @property
     def output_dir(self) -> Path:
@@ -91,7 +97,8 @@ class TrainingSettings:
         return {
             "base_fingerprint": self.base.fingerprint,
             "lora_targets": sorted(self.lora_config.target_modules),
-            "train_data_sha256": sha256(self.data_paths["train"]),
+            "train_data_sha256": sha256_of_files(self.data.paths("train")),
+            **self.data.identity,
             **{key: self.arguments[key] for key in IDENTITY_ARGUMENTS},
             **{key: getattr(self.training_args, key) for key in IDENTITY_TRAINING_ARGS},
             "rows_per_step": examples_per_step(self.training_args),
@@ -114,12 +121,11 @@ def resolve_settings(inputs: RunInputs) -> TrainingSettings:
     base.require_unquantized("QLoRA quantizes by itself")
     targets = resolve_lora_targets(base.family, flags.lora_targets)
     args_file = inputs.args_file or read_train_args(project_path(base.family.train_args_json))
-    compute_dtype, training_args = resolved or resolve_training_args(inputs, args_file)
+    compute_dtype, training_args, data = resolved or resolve_training_args(inputs, args_file)
     return TrainingSettings(
         arguments={**inputs.arguments, "compute_dtype": compute_dtype},
         base=base,
-        data_paths=inputs.data_paths,
-        examples=inputs.examples,
+        data=data,
         limits=inputs.limits,
         lora_config=make_lora_config(flags.lora_rank, flags.lora_alpha, flags.lora_dropout, targets),
         compute_dtype=compute_dtype,
@@ -129,19 +135,20 @@ def resolve_settings(inputs: RunInputs) -> TrainingSettings:
     )
 
 
-def resolve_training_args(inputs: RunInputs, args_file: TrainArgsFile) -> tuple[str, TrainingArguments]:
-    """Make the TrainingArguments of a run and try them; return the number format too.
+def resolve_training_args(inputs: RunInputs, args_file: TrainArgsFile) -> tuple[str, TrainingArguments, DrawnData]:
+    """Make the TrainingArguments of a run and try them; return the number format and, drawn by their seed, the data.
 
     Raises:
         UserError: Settings that contradict each other or the hardware, or that a library does not take.
     """
     flags = SimpleNamespace(**inputs.arguments)
-    has_eval = "eval" in inputs.examples
+    has_eval = inputs.data.has_eval
     compute_dtype = resolve_compute_dtype(flags.compute_dtype, args_file)
     training_args = make_training_args(args_file, flags.seed, compute_dtype, has_eval, flags.packing)
     check_log_samples(flags.log_samples, has_eval, training_args)
-    try_training_args(args_file, training_args, num_steps(len(inputs.examples["train"]), training_args))
-    return compute_dtype, training_args
+    data = inputs.data.draw(training_args.seed)
+    try_training_args(args_file, training_args, num_steps(len(data.examples["train"]), training_args))
+    return compute_dtype, training_args, data
 
 
 def examples_per_step(training_args: TrainingArguments) -> int:
