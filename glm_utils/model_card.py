@@ -31,7 +31,9 @@ def adapter_card(record: dict, results: dict, settings: dict) -> str:
     losses = {name: f"{value:.4f}" for name, value in results.items() if name.endswith("loss")}
     data = "\n".join(
         f"- {name}: {markdown_text(Path(record['arguments'][f'{name}_data_path']).name)}, "
-        f"{counts['num_rows']} examples, {counts['num_tokens']} tokens ({counts['num_trained_tokens']} trained)"
+        f"{counts['num_rows']} examples, "
+        + (f"of which the first {counts['num_checked']} have " if "num_checked" in counts else "")
+        + f"{counts['num_tokens']} tokens ({counts['num_trained_tokens']} trained)"
         for name, counts in record["data"].items()
     )
     text = f"""# LoRA adapter for {markdown_text(base)}

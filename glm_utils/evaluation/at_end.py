@@ -1,5 +1,6 @@
 """The evaluation that training and merging run at their end, with the defaults of evaluate_adapter.py."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ def evaluate_output(
     output_dir: Path,
     lora_dir: Path,
     data_path: Path,
-    examples: list[Example],
+    examples: Sequence[Example],
     device: torch.device,
     merged_dir: Path | None = None,
     load_in_4bit: bool = False,

@@ -64,7 +64,7 @@ class EvaluationJob:
 
     before: Side
     after: Side
-    examples: list[Example]
+    examples: Sequence[Example]
     vocabulary: AttributeVocabulary | None
     probe: list[ProbeQuestion]
     limits: EncodingLimits
@@ -135,7 +135,7 @@ def find_limits(sides: Sequence[Side], prompt_text: str | None) -> EncodingLimit
     return EncodingLimits(**(values if prompt_text is None else {**values, "prompt_text": prompt_text}))
 
 
-def choose_examples(examples: list[Example], num_samples: int, seed: int) -> list[Example]:
+def choose_examples(examples: Sequence[Example], num_samples: int, seed: int) -> Sequence[Example]:
     """Draw the examples that are judged, in the order of the file.
 
     Args:
@@ -188,7 +188,7 @@ def check_output_dir(output_dir: Path, sides: Sequence[Side]) -> None:
 
 def make_job(
     sides: tuple[Side, Side],
-    examples: list[Example],
+    examples: Sequence[Example],
     output_dir: Path,
     generation: GenerationSettings,
     num_samples: int,

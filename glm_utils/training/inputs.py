@@ -1,5 +1,6 @@
 """What train_qlora.py checks and reads before torch is imported: flags, the JSON file, data."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +33,7 @@ class RunInputs:
     arguments: dict
     limits: EncodingLimits
     data_paths: dict[str, Path]
-    examples: dict[str, list[Example]]
+    examples: dict[str, Sequence[Example]]
     args_file: TrainArgsFile | None
 
 
@@ -54,7 +55,7 @@ def read_inputs(arguments: dict) -> RunInputs:
     args_file = read_train_args(project_path(flags.train_args_json)) if flags.train_args_json else None
     data_paths = find_data(flags.train_data_path, flags.eval_data_path)
     columns = Columns(flags.prompt_column, flags.response_column, flags.history_column, flags.sheet)
-    examples = {name: read_examples(path, columns=columns) for name, path in data_paths.items()}
+    examples = {name: read_examples(path, columns=columns, may_stream=True) for name, path in data_paths.items()}
     if flags.evaluate_after and "eval" not in data_paths:
         raise UserError("--evaluate_after true: no evaluation data. Give --eval_data_path")
     return RunInputs(arguments, limits, data_paths, examples, args_file)

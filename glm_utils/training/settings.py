@@ -1,6 +1,7 @@
 """Resolve and check the settings of a training run before its model is loaded: flags, JSON file, base, data."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ from glm_utils.training.inputs import RunInputs
 from glm_utils.training.lora_model import make_lora_config
 from glm_utils.training.precision import resolve_compute_dtype
 from glm_utils.training.sample_answers import check_log_samples
+from glm_utils.training.streamed import check_streamable
 from glm_utils.training.training_args import TrainArgsFile, read_train_args
 
 IDENTITY_ARGUMENTS: tuple[str, ...] = ("lora_rank", "lora_alpha", "lora_dropout", "max_input_length")
@@ -50,7 +52,7 @@ class TrainingSettings:
     arguments: dict
     base: Checkpoint
     data_paths: dict[str, Path]
-    examples: dict[str, list[Example]]
+    examples: dict[str, Sequence[Example]]
     limits: EncodingLimits
     lora_config: peft.LoraConfig
     compute_dtype: str
@@ -139,6 +141,7 @@ def resolve_training_args(inputs: RunInputs, args_file: TrainArgsFile) -> tuple[
     has_eval = "eval" in inputs.examples
     compute_dtype = resolve_compute_dtype(flags.compute_dtype, args_file)
     training_args = make_training_args(args_file, flags.seed, compute_dtype, has_eval, flags.packing)
+    check_streamable(inputs.examples["train"], args_file, training_args)
     check_log_samples(flags.log_samples, has_eval, training_args)
     try_training_args(args_file, training_args, num_steps(len(inputs.examples["train"]), training_args))
     return compute_dtype, training_args
