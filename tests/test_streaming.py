@@ -4,9 +4,11 @@ import json
 import os
 import pickle
 import random
+import re
 
 import pytest
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from safetensors.torch import load_file
 
 import train_qlora as stage
@@ -16,6 +18,8 @@ from glm_utils.data import read_data, read_examples
 from glm_utils.data.indexed import IndexedExamples, LineIndex, UnusableRow, is_blank, is_streamed
 from glm_utils.encoding import EncodedExample
 from glm_utils.family import PROJECT_DIR
+from glm_utils.training.sampling import CompactOrder
+from glm_utils.training.stop_request import StopRequest
 from glm_utils.training.streamed import StreamedDataset
 
 COLORS = "白黑红蓝绿"
@@ -221,6 +225,12 @@ def test_unusable_examples_are_replaced_by_the_next_ones(limits, write, monkeypa
 # ---- training
 
 
+@pytest.fixture(params=["chatglm2-6b"])
+def family_name(request):
+    """One family, unless a test asks for both."""
+    return request.param
+
+
 @pytest.fixture
 def train(write, data_path, tmp_path, family_name):
     """Run the stage on a tiny model; JSON keys in `args`, flags as keywords. Returns the output directory."""
@@ -245,29 +255,74 @@ def assert_same_bits(first, second):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_the_same_bits_as_in_memory(train, monkeypatch, log_lines, packing, family_name):
+@pytest.mark.parametrize("family_name", ["chatglm-6b", "chatglm2-6b"], indirect=True)
+def test_the_same_bits_as_in_memory(train, monkeypatch, log_lines, family_name):
     """Streamed, with workers, resumed, over more than an epoch: the weights are those of a training in memory."""
     args = {"train_sampling_strategy": "random", "per_device_train_batch_size": 7, "max_steps": 8}
+    packing, read, get = family_name == "chatglm2-6b", [], IndexedExamples.__getitem__
     expected = train("memory", args, packing=packing)
     assert not any("as they are needed" in line for line in log_lines)
     monkeypatch.setattr(indexed_module, "MAX_ROWS_IN_MEMORY", 20)
     monkeypatch.setattr(indexed_module, "NUM_CHECKED_ROWS", 10)
-    assert_same_bits(expected, train("streamed", args, packing=packing))
-    assert any("as they are needed" in line for line in log_lines)
-    record = json.loads((expected.parent / "streamed/run_config.json").read_text("utf-8"))
-    assert (record["data"]["train"]["num_rows"], record["data"]["train"]["num_checked"]) == (40, 10)
+    monkeypatch.setattr(IndexedExamples, "__getitem__", lambda self, index: read.append(index) or get(self, index))
+    streamed = train("streamed", args, packing=packing)
+    assert_same_bits(expected, streamed)
+    counts = json.loads((streamed / "run_config.json").read_text("utf-8"))["data"]["train"]
+    assert (counts["num_rows"], counts["num_checked"]) == (40, 10)
+    assert "40 examples, of which the first 10 have" in (streamed / "README.md").read_text("utf-8")
+    before = 10 + 1 + 4  # reads: what is checked, what is shown, and a batch whose memory is measured
+    first, read[:] = read[before:], []
+    (streamed / "adapter_config.json").unlink()
+    checkpoint = streamed / "checkpoint-4"
+    assert_same_bits(expected, train("streamed", args, packing=packing, resume_from_checkpoint=str(checkpoint)))
+    assert sorted(first[:40]) == list(range(40))
+    assert read[before:] == first[4 * 7 :]  # what the checkpoint has behind it is not read again
     assert_same_bits(expected, train("workers", {**args, "dataloader_num_workers": 2}, packing=packing))
-    read = []
-    monkeypatch.setattr(
-        IndexedExamples,
-        "__getitem__",
-        lambda self, index, get=IndexedExamples.__getitem__: read.append(index) or get(self, index),
-    )
-    (expected.parent / "streamed/adapter_config.json").unlink()
-    resumed = train(
-        "streamed", args, packing=packing, resume_from_checkpoint=str(expected.parent / "streamed/checkpoint-4")
-    )
-    assert_same_bits(expected, resumed)
-    trained = read[10 + 4 :]  # after those that are checked and those whose memory is measured
-    assert len(trained) == 12 + 7 * 2
+
+
+def test_unusable_rows_are_named_at_the_end(limits, train, write, log_lines):
+    """Those of all workers, once each however often they came up; with evaluation data that is streamed too."""
+    lines = [as_line(row(number)) for number in range(40)]
+    lines[12], lines[39] = "{broken\n", '{"content": 1}\n'
+    path = write("bad.jsonl", "".join(lines))
+    args = {"dataloader_num_workers": 2, "per_device_train_batch_size": 8, "num_train_epochs": 2, "max_steps": -1}
+    args |= {"eval_strategy": "epoch", "save_strategy": "no"}
+    out = train("out", args, train_data_path=str(path), eval_data_path=str(path))
+    warnings = [line for line in log_lines if "could not be used" in line]
+    assert len(warnings) == 2  # of the training data, and of the evaluation data
+    for line in warnings:
+        assert line.startswith("WARNING 2 examples could not be used, and the next ones took their place: ")
+        assert re.search(f"{path}:13: broken JSON.*; {path}:40: ", line)
+    assert "eval_loss" in json.loads((out / "all_results.json").read_text("utf-8"))
+
+
+def test_settings_that_need_all_lengths_are_refused(limits, train, data_path):
+    for args, flags in (({"train_sampling_strategy": "group_by_length"}, {}), ({}, {"packing": False})):
+        with pytest.raises(UserError, match="group_by_length needs the lengths of all 40 examples"):
+            train("out", args, **flags)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_file_that_changes_during_training_ends_it(limits, train, data_path, monkeypatch, num_workers):
+    """In one line, also where a worker notices it; a resumed run notices it by the hash."""
+
+    def change(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            data_path.write_text(data_path.read_text("utf-8") + as_line(row(40)), "utf-8")
+
+    monkeypatch.setattr(StopRequest, "on_step_begin", change, raising=False)
+    args = {"max_steps": 20, "dataloader_num_workers": num_workers}
+    with pytest.raises(UserError, match=f"^{data_path}: changed while it was in use[^\n]*$"):
+        train("out", args)
+    with pytest.raises(UserError, match="train_data_sha256 is"):
+        train("out", args, resume_from_checkpoint="latest")
+
+
+def test_orders_are_those_of_accelerate():
+    for epoch in (0, 3):
+        usual = SeedableRandomSampler(range(100_003), data_seed=5)
+        compact = CompactOrder(100_003, 5)
+        for sampler in (usual, compact):
+            sampler.set_epoch(epoch)
+        assert list(usual) == list(compact)
+        assert list(usual) == list(compact)  # both moved on to the next epoch

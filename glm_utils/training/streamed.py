@@ -151,7 +151,7 @@ class UnusableReport(TrainerCallback):
                 named = [str(dataset.try_example(index)) for index in found[:MAX_NAMED]]
                 more = [f"and {len(found) - MAX_NAMED:,} more"] if len(found) > MAX_NAMED else []
                 logger.warning(
-                    f"{len(found):,} examples could not be used, and the next ones were trained in their place: "
+                    f"{len(found):,} examples could not be used, and the next ones took their place: "
                     + "; ".join([*named, *more])
                 )
 
