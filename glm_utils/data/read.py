@@ -5,9 +5,11 @@ file turns that into an `Example` (`FileForm.parse`), and a `DataReport` collect
 """
 
 import difflib
+import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from glm_utils.cli import UserError
 from glm_utils.data.checks import DataReport
@@ -39,8 +41,7 @@ FORMS_HELP = (
 )
 
 
-@dataclass(frozen=True)
-class ReadRow:
+class ReadRow(NamedTuple):
     """A row after its form was applied.
 
     Attributes:
@@ -132,11 +133,17 @@ def join(parts: Sequence[Sequence[Example]]) -> Sequence[Example]:
 def read_file(path: Path, answers: Answers, columns: Columns, report: DataReport) -> list[Example]:
     """Return the examples of a file; see `read_rows`."""
     examples = []
-    for read in read_rows(path, answers, columns, report):
-        if read.example is not None:
-            examples.append(read.example)
-        else:
-            report.add_error(read.error or "")
+    gc_was_enabled = gc.isenabled()
+    gc.disable()  # examples refer to nothing else, and looking through them again and again takes a fifth of the time
+    try:
+        for read in read_rows(path, answers, columns, report):
+            if read.example is not None:
+                examples.append(read.example)
+            else:
+                report.add_error(read.error or "")
+    finally:
+        if gc_was_enabled:
+            gc.enable()
     if len(examples) > MAX_ROWS_IN_MEMORY:
         report.notes[str(path)].append(
             f"{len(examples):,} examples are held in memory. Of JSON lines in UTF-8 they would be read as needed"
@@ -187,8 +194,9 @@ def read_rows(
             if form is None:
                 report.help_lines = FORMS_HELP
         read = apply_form(row, form, answers)
-        if form and read.example and answers != "ignored":  # rows of prompts are written out again as they are
-            report.add_unread(name, form.unread(row.value))
+        # rows of prompts are written out again as they are
+        if form and read.example and answers != "ignored" and (unread := form.unread(row.value)):
+            report.add_unread(name, unread)
         yield read
 
 
