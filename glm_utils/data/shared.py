@@ -28,8 +28,8 @@ def warn_of_evaluation(
     same = [str(path) for path in eval_paths if path.resolve() in known]
     if same:
         logger.warning(
-            f"--eval_data_path names training data too ({list_first(same)}), so the evaluation says how well it was learned by "
-            "heart. Give other data, or --eval_ratio"
+            f"--eval_data_path names training data too ({list_first(same)}), so the evaluation says how well it was "
+            "learned by heart. Give other data, or --eval_ratio"
         )
     if len(same) < len(eval_paths):
         warn_of_shared(train, evaluation)
