@@ -9,7 +9,7 @@ One weight is in memory at a time, whatever the size of the model.
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,7 +90,7 @@ def merge_lora_and_quantize(
         evaluate_output(output_dir, adapter.directory, evaluate_data_path, examples, job.device, output_dir)
 
 
-def read_comparison(data_path: str, export_format: str) -> list[Example]:
+def read_comparison(data_path: str, export_format: str) -> Sequence[Example]:
     """Read before any work the examples of the comparison at the end, which loads the published layout."""
     if export_format != "chatglm":
         raise UserError(

@@ -54,6 +54,11 @@ class EncodedExamples:
     dataset: datasets.Dataset
     counts: dict[str, int]
 
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens of each example; of streamed ones, of those that were checked."""
+        return self.dataset["length"]
+
     def describe_counts(self) -> str:
         """Say the counts in words, for the log."""
         counts = self.counts

@@ -47,8 +47,9 @@ def adapter_card(record: dict, results: dict, settings: dict) -> str:
     base = base_label(record["base"]["name"])
     losses = {name: f"{value:.4f}" for name, value in results.items() if name.endswith("loss")}
     data = "\n".join(
-        f"- {name}: {describe_files(record['data_files'][name])}, "
-        f"{counts['num_rows']} examples, {counts['num_tokens']} tokens ({counts['num_trained_tokens']} trained)"
+        f"- {name}: {describe_files(record['data_files'][name])}, {counts['num_rows']} examples, "
+        + (f"of which the first {counts['num_checked']} have " if "num_checked" in counts else "")
+        + f"{counts['num_tokens']} tokens ({counts['num_trained_tokens']} trained)"
         for name, counts in record["data"].items()
     )
     text = f"""# LoRA adapter for {markdown_text(base)}

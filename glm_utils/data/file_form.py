@@ -85,6 +85,8 @@ class FileForm:
             raise UserError(f"{where}: no answers ({show_keys(keys)}). Name their column with --response_column")
         if self.in_table and self.columns.history is not None and self.columns.history not in keys:
             raise UserError(self._missing(self.columns.history, keys, where))
+        if self.form.key_set.issuperset(keys):  # most rows
+            return
         for key in keys:
             if isinstance(key, str) and key not in self.form.keys and (meant := self._meant(key, keys)):
                 raise UserError(f"{where}: {key!r} is not read. Is {meant!r} meant? Rename it, or delete it")
@@ -125,7 +127,7 @@ class FileForm:
         """Return the keys of a row that are not read, those of messages as messages[].key."""
         if not isinstance(value, dict):
             return []
-        found = [key for key in value if key not in self.form.keys]
+        found = [] if self.form.key_set.issuperset(value) else [key for key in value if key not in self.form.keys]
         entries = value.get(self.form.prompt) if isinstance(self.form, ChatForm) else None
         if isinstance(entries, list):
             inner = {key for entry in entries if isinstance(entry, dict) for key in entry}

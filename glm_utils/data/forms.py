@@ -64,6 +64,11 @@ class PairForm:
         """All keys that are read."""
         return tuple(key for key in (self.prompt, self.answer, self.extra, self.history, "system") if key)
 
+    @cached_property
+    def key_set(self) -> frozenset[str]:
+        """The same, for quick comparisons."""
+        return frozenset(self.keys)
+
     @property
     def json_key(self) -> str:
         """The key whose cell in a table holds JSON."""
@@ -100,6 +105,11 @@ class ChatForm:
     def keys(self) -> tuple[str, ...]:
         """All keys that are read."""
         return (self.prompt, "system")
+
+    @cached_property
+    def key_set(self) -> frozenset[str]:
+        """The same, for quick comparisons."""
+        return frozenset(self.keys)
 
     @property
     def json_key(self) -> str:

@@ -1,13 +1,15 @@
 """Read data files: names and globs -> rows -> examples, with every fault named by file and line.
 
-A row goes the same way whatever its file: a reader makes a `Row` (json_rows, table_rows, xlsx_rows), the form of its
+A row goes the same way whatever its file: a reader makes a `Row` (readers.py chooses it), the form of its
 file turns that into an `Example` (`FileForm.parse`), and a `DataReport` collects what there is to say.
 """
 
 import difflib
+import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from glm_utils.cli import UserError
 from glm_utils.data.checks import DataReport
@@ -15,7 +17,6 @@ from glm_utils.data.example import Example, Row, RowSource
 from glm_utils.data.file_form import FileForm, check_object
 from glm_utils.data.find_files import REMEDY, find_files
 from glm_utils.data.forms import (
-    KNOWN_KEYS,
     NO_COLUMNS,
     Answers,
     Columns,
@@ -24,22 +25,23 @@ from glm_utils.data.forms import (
     nearest_form,
     show_keys,
 )
-from glm_utils.data.json_rows import read_lines, read_list
-from glm_utils.data.table_rows import read_csv
-from glm_utils.data.text_file import read_text_file, split_lines
-from glm_utils.data.xlsx_rows import read_xlsx
+from glm_utils.data.indexed import (
+    MAX_ROWS_IN_MEMORY,
+    IndexedExamples,
+    JoinedExamples,
+    LineIndex,
+    index_large_files,
+)
+from glm_utils.data.readers import OTHER_SHEETS, TABLES, WORKBOOKS, open_rows
 
 FORMS_HELP = (
     "The forms:",
     *list_forms(),
     "Rename the keys, or name them with --prompt_column and --response_column",
 )
-WORKBOOKS, TABLES = (".xlsx", ".xlsm"), (".csv", ".tsv")
-OTHER_SHEETS = (".xls", ".xlsb", ".ods", ".et", ".numbers")
 
 
-@dataclass(frozen=True)
-class ReadRow:
+class ReadRow(NamedTuple):
     """A row after its form was applied.
 
     Attributes:
@@ -59,34 +61,41 @@ class ExampleData:
 
     Attributes:
         paths: The files, in the order of their examples.
-        examples: The examples.
+        examples: The examples; of very large files not in memory, see `is_streamed`.
         report: What was found.
         sizes: How many of the examples are from each file.
     """
 
     paths: tuple[Path, ...]
-    examples: list[Example]
+    examples: Sequence[Example]
     report: DataReport
     sizes: tuple[int, ...]
 
 
 def read_examples(
-    paths: Path | str | Sequence[Path | str], needs_answer: bool = True, columns: Columns = NO_COLUMNS
-) -> list[Example]:
+    paths: Path | str | Sequence[Path | str],
+    needs_answer: bool = True,
+    columns: Columns = NO_COLUMNS,
+    may_stream: bool = False,
+) -> Sequence[Example]:
     """Read and check data files, and log what is worth knowing; see `read_data`.
 
     Args:
         paths: Files or globs, separated by commas or as a list.
         needs_answer: False accepts examples without an answer too; their answer is then empty.
         columns: Names that the user gave.
+        may_stream: See `read_data`.
     """
-    data = read_data(paths, "required" if needs_answer else "optional", columns)
+    data = read_data(paths, "required" if needs_answer else "optional", columns, may_stream)
     data.report.log()
     return data.examples
 
 
 def read_data(
-    paths: Path | str | Sequence[Path | str], answers: Answers = "required", columns: Columns = NO_COLUMNS
+    paths: Path | str | Sequence[Path | str],
+    answers: Answers = "required",
+    columns: Columns = NO_COLUMNS,
+    may_stream: bool = False,
 ) -> ExampleData:
     """Read and check data files.
 
@@ -94,27 +103,76 @@ def read_data(
         paths: Files or globs, separated by commas or as a list.
         answers: Whether an answer is required, or read if it is there.
         columns: Names that the user gave.
+        may_stream: Whether examples may be read when they are needed, see `is_streamed`, if they are very many.
 
     Raises:
         UserError: A file that is missing, empty or cannot be read, or rows that fit no form; all faults at once.
     """
-    found, report, examples = find_files(paths), DataReport(), []
+    found, report = find_files(paths), DataReport()
+    lines = [path for path in found if path.suffix.lower() not in (*WORKBOOKS, *TABLES, *OTHER_SHEETS)]
+    large = index_large_files(lines) if may_stream else {}
+    parts: list[Sequence[Example]] = []
     for path in found:
         try:
-            for read in read_rows(path, answers, columns, report):
-                if read.example is not None:
-                    examples.append(read.example)
-                else:
-                    report.add_error(read.error or "")
+            if path in large:
+                parts.append(read_large_file(large[path], answers, columns, report))
+            else:
+                parts.append(read_file(path, answers, columns, report))
             if not report.num_rows[str(path)]:
                 raise UserError(f"{path}: no examples in it. {REMEDY}")
         except UserError as error:
             report.add_error(error.message, error.details)
     report.raise_errors()
-    return ExampleData(tuple(found), examples, report, tuple(report.num_rows[str(path)] for path in found))
+    examples = parts[0] if len(parts) == 1 else join(parts)
+    return ExampleData(tuple(found), examples, report, tuple(map(len, parts)))
 
 
-def read_rows(path: Path, answers: Answers, columns: Columns, report: DataReport) -> Iterator[ReadRow]:
+def join(parts: Sequence[Sequence[Example]]) -> Sequence[Example]:
+    """Return the examples of all files as one sequence, a list if they are in memory."""
+    joined = JoinedExamples(parts)
+    return joined if joined.is_streamed else [example for part in parts for example in part]
+
+
+def read_file(path: Path, answers: Answers, columns: Columns, report: DataReport) -> list[Example]:
+    """Return the examples of a file; see `read_rows`."""
+    examples = []
+    gc_was_enabled = gc.isenabled()
+    gc.disable()  # examples refer to nothing else, and looking through them again and again takes a fifth of the time
+    try:
+        for read in read_rows(path, answers, columns, report):
+            if read.example is not None:
+                examples.append(read.example)
+            else:
+                report.add_error(read.error or "")
+    finally:
+        if gc_was_enabled:
+            gc.enable()
+    if len(examples) > MAX_ROWS_IN_MEMORY:
+        report.notes[str(path)].append(
+            f"{len(examples):,} examples are held in memory. Of JSON lines in UTF-8 they would be read as needed"
+        )
+    return examples
+
+
+def read_large_file(lines: LineIndex, answers: Answers, columns: Columns, report: DataReport) -> IndexedExamples:
+    """Check the first rows of a file, and return all as examples that are read when they are needed."""
+    form = None
+    for read in read_rows(lines.path, answers, columns, report, lines.num_checked_bytes):
+        form = form or form_of_row(read.row, answers, columns)
+        if read.error is not None:
+            report.add_error(read.error)
+    if form is None:
+        raise UserError(f"{lines.path}: none of its first {lines.num_checked:,} rows has a known form", FORMS_HELP)
+    report.notes[str(lines.path)].append(
+        f"{lines.num_rows:,} rows, more than are held in memory: they are read and tokenized as they are needed. The "
+        f"first {lines.num_checked:,} are checked now, the others then"
+    )
+    return IndexedExamples(lines, form)
+
+
+def read_rows(
+    path: Path, answers: Answers, columns: Columns, report: DataReport, num_bytes: int | None = None
+) -> Iterator[ReadRow]:
     """Read the rows of one file, those with faults too.
 
     Args:
@@ -122,27 +180,33 @@ def read_rows(path: Path, answers: Answers, columns: Columns, report: DataReport
         answers: Whether an answer is required, read if it is there, or not read.
         columns: Names that the user gave.
         report: Gets the keys that are not read, and the notes; faults of rows are with the rows.
+        num_bytes: How much of the file is read; None: all.
 
     Raises:
         UserError: A fault after which no row can be read.
     """
     name, form = str(path), None
-    source = open_rows(path, answers, columns)
+    source = open_rows(path, answers, columns, num_bytes)
     report.notes[name] = source.notes
     if source.header is not None:
         form = form_of_table(source, answers, columns)
     for row in source.rows:
         report.num_rows[name] += 1
         if form is None and isinstance(row.value, dict) and row.error is None:
-            found = find_form(row.value, columns)
-            if found:
-                form = FileForm(found, row.where, answers, columns)
-            else:
+            form = form_of_row(row, answers, columns)
+            if form is None:
                 report.help_lines = FORMS_HELP
         read = apply_form(row, form, answers)
-        if form and read.example and answers != "ignored":  # rows of prompts are written out again as they are
-            report.add_unread(name, form.unread(row.value))
+        # rows of prompts are written out again as they are
+        if form and read.example and answers != "ignored" and (unread := form.unread(row.value)):
+            report.add_unread(name, unread)
         yield read
+
+
+def form_of_row(row: Row, answers: Answers, columns: Columns) -> FileForm | None:
+    """Return the form of a file of JSON by one of its rows; None: the row has no known form."""
+    found = find_form(row.value, columns) if isinstance(row.value, dict) and row.error is None else None
+    return FileForm(found, row.where, answers, columns) if found else None
 
 
 def apply_form(row: Row, form: FileForm | None, answers: Answers) -> ReadRow:
@@ -190,44 +254,3 @@ def form_of_table(source: RowSource, answers: Answers, columns: Columns) -> File
     form = FileForm(found, source.where, answers, columns, in_table=True)
     form.check_keys(header, source.where)
     return form
-
-
-def open_rows(path: Path, answers: Answers, columns: Columns) -> RowSource:
-    """Open a file with the reader of its kind.
-
-    Raises:
-        UserError: It is missing, cannot be read, or of an unknown kind.
-    """
-    ending = path.suffix.lower()
-    if ending in WORKBOOKS:
-        return read_xlsx(path, columns.sheet)
-    if columns.sheet is not None:
-        raise UserError(f"{path}: --sheet {columns.sheet!r} is for XLSX. Leave it out")
-    if ending in OTHER_SHEETS:
-        raise UserError(f"{path}: a spreadsheet of another kind. Save it as .xlsx or as CSV UTF-8")
-    file = read_text_file(path, REMEDY)
-    notes = [file.note] if file.note else []
-    first = file.text.lstrip()[:1]
-    if ending in TABLES:
-        source = read_csv(path, file.text, KNOWN_KEYS | set(columns.named.values()))
-        source.notes[:0] = notes
-        return source
-    if ending == ".txt" and first not in ("{", "["):
-        if answers == "required":
-            raise UserError(f"{path}: lines of text hold no answers. {REMEDY}")
-        if columns.named:
-            flag, column = next(iter(columns.named.items()))
-            raise UserError(f"{flag} {column}: {path} is text without columns. Leave it out")
-        return RowSource(read_prompt_lines(path, file.text), str(path), ("prompt",), notes)
-    if first == "[":
-        return RowSource(read_list(path, file.text), str(path), None, notes)
-    if first == "{" or ending in (".jsonl", ".json", "") or not first:
-        return RowSource(read_lines(path, file.text), str(path), None, notes)
-    raise UserError(f"{path}: unknown kind of file. {REMEDY}. Its name must end in .jsonl, .json, .csv or .xlsx")
-
-
-def read_prompt_lines(path: Path, text: str) -> Iterator[Row]:
-    """Yield each line that is not blank as a prompt."""
-    for number, line in enumerate(split_lines(text), start=1):
-        if line.strip():
-            yield Row(f"{path}:{number}", {"prompt": line.removesuffix("\n").removesuffix("\r")})

@@ -42,19 +42,20 @@ class TextFile:
     note: str | None = None
 
 
-def check_file(path: Path, remedy: str) -> None:
+def check_file(path: Path, remedy: str, num_bytes: int | None = None) -> None:
     """Check that a file is there and of a size that can be read.
 
     Args:
         path: The file.
         remedy: What to do if it is missing.
+        num_bytes: How many of its bytes are to be read; None: all.
 
     Raises:
         UserError: It is missing, a directory, cannot be read, or too large.
     """
     try:
         is_dir, is_file = path.is_dir(), path.is_file()
-        num_bytes = path.stat().st_size if is_file else 0
+        size = path.stat().st_size if is_file else 0
     except (OSError, ValueError):  # a name that is too long or holds a NUL character
         is_dir = is_file = False
     if is_dir:
@@ -63,22 +64,24 @@ def check_file(path: Path, remedy: str) -> None:
         raise UserError(f"{path}: no such file. {remedy}")
     if not os.access(path, os.R_OK):
         raise UserError(f"{path}: cannot be read, permission denied")
-    if num_bytes > MAX_TEXT_BYTES:
-        raise UserError(f"{path}: {num_bytes / 1e9:.1f} GB, at most {MAX_TEXT_BYTES / 1e9:.1f} GB are read. Split it")
+    if (size if num_bytes is None else num_bytes) > MAX_TEXT_BYTES:
+        raise UserError(f"{path}: {size / 1e9:.1f} GB, at most {MAX_TEXT_BYTES / 1e9:.1f} GB are read. Split it")
 
 
-def read_text_file(path: Path, remedy: str) -> TextFile:
+def read_text_file(path: Path, remedy: str, num_bytes: int | None = None) -> TextFile:
     """Read a text file in UTF-8, UTF-16, UTF-32 or GBK (GB18030), with or without a byte order mark.
 
     Args:
         path: The file.
         remedy: What to do if it is missing.
+        num_bytes: How many of its first bytes are read; None: all.
 
     Raises:
         UserError: The file is missing, too large, a Git LFS pointer, no text, or in none of these encodings.
     """
-    check_file(path, remedy)
-    data = path.read_bytes()
+    check_file(path, remedy, num_bytes)
+    with path.open("rb") as file:
+        data = file.read(num_bytes)
     if data.startswith(LFS_MAGIC):
         raise UserError(f"{path}:1: a Git LFS pointer, not the file. Run `git lfs pull`")
     for magic, (what, remedy) in BINARIES.items():

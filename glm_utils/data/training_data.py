@@ -153,11 +153,11 @@ def read_training_data(
             raise UserError(f"--eval_ratio {eval_ratio} and --eval_data_path {eval_data_path}: give one of the two")
     parts = find_parts(train_data_path)
     eval_paths = find_files(eval_data_path) if eval_data_path else []
-    train = read_data([path for part in parts for path in part.paths], columns=columns)
+    train = read_data([path for part in parts for path in part.paths], columns=columns, may_stream=True)
     train.report.log()
     if len(train.examples) < 2 and eval_ratio is not None:
         raise UserError(f"--eval_ratio {eval_ratio}: one example cannot be split. Give --eval_data_path")
-    evaluation = read_data(eval_paths, columns=columns) if eval_paths else None
+    evaluation = read_data(eval_paths, columns=columns, may_stream=True) if eval_paths else None
     if evaluation is not None:
         evaluation.report.log()
     return TrainingData(parts, train, evaluation, eval_ratio)

@@ -1,6 +1,6 @@
 """The turns of an example, as a history of pairs or as a list of messages."""
 
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from glm_utils.cli import UserError
 from glm_utils.data.example import CellFault
@@ -10,8 +10,7 @@ ROLE_KEYS, TEXT_KEYS = ("role", "from"), ("content", "value")
 MAX_SHOWN_ROLES = 12
 
 
-@dataclass(frozen=True)
-class Turns:
+class Turns(NamedTuple):
     """A question, its answer (empty: there is none) and the earlier (question, answer) turns.
 
     Attributes:
@@ -28,9 +27,9 @@ class Turns:
         if not system:
             return self
         if not self.history:
-            return replace(self, query=f"{system}\n{self.query}", has_system=True)
+            return self._replace(query=f"{system}\n{self.query}", has_system=True)
         (question, answer), *later = self.history
-        return replace(self, history=((f"{system}\n{question}", answer), *later), has_system=True)
+        return self._replace(history=((f"{system}\n{question}", answer), *later), has_system=True)
 
 
 def check_text(value: object, key: str, where: str) -> str:
@@ -59,12 +58,13 @@ def parse_history(history: object, key: str, where: str) -> tuple[tuple[str, str
     Raises:
         UserError: It is not a list of pairs of strings.
     """
-    pairs = [] if history is None else history
-    if not isinstance(pairs, list) or not all(
-        isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in pairs
+    if history is None:
+        return ()
+    if not isinstance(history, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in history
     ):
         raise UserError(f"{where}: {key} must be a list of [question, answer] pairs of strings")
-    return tuple((check_text(question, key, where), check_text(answer, key, where)) for question, answer in pairs)
+    return tuple((check_text(question, key, where), check_text(answer, key, where)) for question, answer in history)
 
 
 def read_message(message: object, key: str, number: int, where: str) -> tuple[str, str]:

@@ -38,7 +38,7 @@ def plan_run(settings: TrainingSettings, model: peft.PeftModel, encoded: Encoded
     advice = functools.partial(memory_advice, training_args)
     with memory_explained("the preflight", batch["input_ids"].numel(), advice):
         plan = make_plan(model, batch, settings.args_file.checkpointing)
-    report_run(model, plan, encoded.dataset["length"], training_args, settings.packing)
+    report_run(model, plan, encoded, training_args, settings.packing)
     if training_args.process_index == 0:
         check_disk_space(settings, model)
     return plan
@@ -63,14 +63,14 @@ def batch_tokens(lengths: Sequence[int], batch_size: int, packing: bool, group_s
 
 
 def report_run(
-    model: peft.PeftModel, plan: MemoryPlan, lengths: Sequence[int], training_args: TrainingArguments, packing: bool
+    model: peft.PeftModel, plan: MemoryPlan, encoded: EncodedExamples, training_args: TrainingArguments, packing: bool
 ) -> None:
     """Log what the run needs; warn if its largest batch may not fit.
 
     Args:
         model: The LoRA model.
         plan: Its memory plan.
-        lengths: Tokens per training example.
+        encoded: The training examples.
         training_args: The run's settings.
         packing: Whether batches are packed.
     """
@@ -80,12 +80,12 @@ def report_run(
     num_examples, batch_size = examples_per_step(training_args), training_args.train_batch_size
     num_batches = num_examples // batch_size
     grouped = training_args.train_sampling_strategy == "group_by_length"
-    tokens = batch_tokens(lengths, batch_size, packing, num_examples if grouped else None)
+    tokens = batch_tokens(encoded.lengths, batch_size, packing, num_examples if grouped else None)
     logger.info(
-        f"per step: {min(num_examples, len(lengths)):,} examples, about "
+        f"per step: {min(num_examples, len(encoded.dataset)):,} examples, about "
         f"{tokens.mean() * min(num_batches, len(tokens)):,.0f} tokens "
         f"({'no' if packing else 'with'} padding); per batch: {tokens.mean():,.0f} tokens, {tokens.max():,} at most; "
-        f"{num_steps(len(lengths), training_args):,} steps"
+        f"{num_steps(len(encoded.dataset), training_args):,} steps"
     )
     largest = int(tokens.max())
     needed, recomputed = plan.needed_bytes(largest), plan.num_recomputed(largest)

@@ -5,12 +5,14 @@ from pathlib import Path
 import torch
 from loguru import logger
 
+from glm_utils.data.indexed import is_streamed
 from glm_utils.encoding import EncodedExamples, encode_examples, show_example
 from glm_utils.file_modes import give_usual_modes
 from glm_utils.files import atomic_files
 from glm_utils.training.curves import write_curves
 from glm_utils.training.record import TrainingRecord
 from glm_utils.training.settings import TrainingSettings
+from glm_utils.training.streamed import encode_streamed, worker_errors_unwrapped
 from glm_utils.training.trainer import LoraTrainer
 
 
@@ -18,15 +20,17 @@ def encode_data(settings: TrainingSettings) -> dict[str, EncodedExamples]:
     """Encode all examples; log the counts, and the first example as tokens with its trained part in brackets."""
     tokenizer, max_length = settings.base.tokenizer, settings.base.context_length
     encoded = {
-        name: encode_examples(part, tokenizer, settings.limits, max_length) for name, part in settings.examples.items()
+        name: (encode_streamed if is_streamed(part) else encode_examples)(part, tokenizer, settings.limits, max_length)
+        for name, part in settings.examples.items()
     }
     logger.info(f"first example, trained part in [[ ]]: {show_example(encoded['train'].dataset[0], tokenizer)}")
     for name, part in encoded.items():
         logger.info(f"{name}: {part.describe_counts()}")
-    settings.data.log_token_shares(encoded["train"].dataset["length"])
+    settings.data.log_token_shares(encoded["train"].lengths)
     return encoded
 
 
+@worker_errors_unwrapped()
 def run_trainer(trainer: LoraTrainer, checkpoint: Path | None) -> dict:
     """Train, evaluate, write result files and loss curves; return all metrics."""
     metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics

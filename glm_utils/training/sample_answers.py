@@ -59,7 +59,7 @@ class SampleAnswers(TrainerCallback):
     def __init__(self, trainer: Trainer, encoded: EncodedExamples, num_samples: int):
         self.trainer, self.decode = trainer, trainer.processing_class.decode
         self.samples = []
-        for example in encoded.dataset.select(range(min(num_samples, len(encoded.dataset)))):
+        for example in map(encoded.dataset.__getitem__, range(min(num_samples, len(encoded.dataset)))):
             ids, num_prompt = example["input_ids"], example["labels"].count(IGNORED_LABEL)
             self.samples.append((ids[:num_prompt], ids[num_prompt:]))
 

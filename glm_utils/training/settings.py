@@ -24,6 +24,7 @@ from glm_utils.training.inputs import RunInputs
 from glm_utils.training.lora_model import make_lora_config
 from glm_utils.training.precision import resolve_compute_dtype
 from glm_utils.training.sample_answers import check_log_samples
+from glm_utils.training.streamed import check_streamable
 from glm_utils.training.training_args import TrainArgsFile, read_train_args
 
 IDENTITY_ARGUMENTS: tuple[str, ...] = ("lora_rank", "lora_alpha", "lora_dropout", "max_input_length")
@@ -147,6 +148,7 @@ def resolve_training_args(inputs: RunInputs, args_file: TrainArgsFile) -> tuple[
     training_args = make_training_args(args_file, flags.seed, compute_dtype, has_eval, flags.packing)
     check_log_samples(flags.log_samples, has_eval, training_args)
     data = inputs.data.draw(training_args.seed)
+    check_streamable(data.examples["train"], args_file, training_args)
     try_training_args(args_file, training_args, num_steps(len(data.examples["train"]), training_args))
     return compute_dtype, training_args, data
 

@@ -5,7 +5,7 @@ import copy
 import dataclasses
 import functools
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -13,7 +13,6 @@ import peft
 import torch
 from accelerate import PartialState
 from transformers import PrinterCallback, ProgressCallback, Trainer
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from glm_utils.encoding import EncodedExamples
 from glm_utils.files import write_json
@@ -22,27 +21,10 @@ from glm_utils.training.memory_plan import MemoryPlan
 from glm_utils.training.preflight import memory_advice, memory_explained
 from glm_utils.training.run_log import QuietProgress, RunCallback, check_trained_weights
 from glm_utils.training.sample_answers import SampleAnswers
-from glm_utils.training.settings import TrainingSettings, examples_per_step
+from glm_utils.training.sampling import LengthGroups, choose_sampler
+from glm_utils.training.settings import TrainingSettings
 from glm_utils.training.stop_request import Stopped, StopRequest, with_lasting_workers
-
-
-class LengthGroups(LengthGroupedSampler):
-    """Group examples of similar length, in an order that depends only on the seed and the epoch.
-
-    The Trainer's own order depends on the random state at the start of the epoch, which a resumed run does not have.
-    """
-
-    def __init__(self, trainer: Trainer):
-        super().__init__(examples_per_step(trainer.args), lengths=list(trainer.train_dataset["length"]))
-        self.trainer = trainer
-
-    def __iter__(self) -> Iterator[int]:
-        """Yield the indices of an epoch's examples."""
-        args, epoch = self.trainer.args, int(self.trainer.state.epoch or 0)
-        self.generator = torch.Generator().manual_seed(
-            epoch + (args.seed if args.data_seed is None else args.data_seed)
-        )
-        return super().__iter__()
+from glm_utils.training.streamed import UnusableReport
 
 
 class LoraTrainer(Trainer):
@@ -71,7 +53,7 @@ class LoraTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         """Return the sampler that orders the examples."""
         grouped = self.args.train_sampling_strategy == "group_by_length"
-        return LengthGroups(self) if grouped else super()._get_train_sampler(train_dataset)
+        return LengthGroups(self) if grouped else choose_sampler(self, super()._get_train_sampler(train_dataset))
 
     def _get_dataloader(self, *args, **kwargs):
         """Build a data loader."""
@@ -254,6 +236,7 @@ def make_trainer(
     trainer.add_callback(trainer.run_log)
     if settings.num_log_samples:
         trainer.add_callback(SampleAnswers(trainer, encoded["eval"], settings.num_log_samples))
+    trainer.add_callback(UnusableReport(trainer.train_dataset, trainer.eval_dataset))
     trainer.stop_request = StopRequest()
     trainer.add_callback(trainer.stop_request)  # the last one: what others do behind a checkpoint is done by then
     return trainer
