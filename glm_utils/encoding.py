@@ -46,8 +46,8 @@ class EncodedExamples:
 
     Attributes:
         dataset: Columns input_ids, labels and length.
-        counts: num_rows (examples), num_tokens, num_trained_tokens (those with a label), longest (tokens of the longest
-            example), num_cut_prompts and num_cut_answers (examples truncated). run_config.json keeps these names.
+        counts: num_rows (examples), num_tokens, num_trained_tokens (those with a label), longest (tokens of the
+            longest example), num_cut_prompts, num_cut_answers (examples truncated). run_config.json keeps the names.
     """
 
     dataset: datasets.Dataset
