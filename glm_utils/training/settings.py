@@ -141,7 +141,7 @@ def resolve_training_args(inputs: RunInputs, args_file: TrainArgsFile) -> tuple[
     has_eval = "eval" in inputs.examples
     compute_dtype = resolve_compute_dtype(flags.compute_dtype, args_file)
     training_args = make_training_args(args_file, flags.seed, compute_dtype, has_eval, flags.packing)
-    check_streamable(inputs.examples["train"], args_file, training_args)
+    check_streamable(inputs.examples, args_file, training_args)
     check_log_samples(flags.log_samples, has_eval, training_args)
     try_training_args(args_file, training_args, num_steps(len(inputs.examples["train"]), training_args))
     return compute_dtype, training_args
