@@ -47,8 +47,7 @@ class EncodedExamples:
     Attributes:
         dataset: Columns input_ids, labels and length.
         counts: num_rows (examples), num_tokens, num_trained_tokens (those with a label), longest (tokens of the
-            longest example), num_cut_prompts and num_cut_answers (examples truncated to the limits). run_config.json
-            holds them under these names, which therefore stay.
+            longest example), num_cut_prompts, num_cut_answers (examples truncated). run_config.json keeps the names.
     """
 
     dataset: datasets.Dataset

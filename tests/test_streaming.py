@@ -296,8 +296,10 @@ def test_unusable_rows_are_named_at_the_end(limits, train, write, log_lines):
     assert "eval_loss" in json.loads((out / "all_results.json").read_text("utf-8"))
 
 
-def test_settings_that_need_all_lengths_are_refused(limits, train, data_path):
-    for args, flags in (({"train_sampling_strategy": "group_by_length"}, {}), ({}, {"packing": False})):
+def test_settings_that_need_all_lengths_are_refused(limits, train, data_path, write):
+    few, grouped = write("few.jsonl", as_line(row(1))), {"train_sampling_strategy": "group_by_length"}
+    only_eval = {"train_data_path": str(few), "eval_data_path": str(data_path)}
+    for args, flags in ((grouped, {}), ({}, {"packing": False}), (grouped, only_eval)):
         with pytest.raises(UserError, match="group_by_length needs the lengths of all 40 examples"):
             train("out", args, **flags)
 

@@ -148,7 +148,7 @@ def resolve_training_args(inputs: RunInputs, args_file: TrainArgsFile) -> tuple[
     training_args = make_training_args(args_file, flags.seed, compute_dtype, has_eval, flags.packing)
     check_log_samples(flags.log_samples, has_eval, training_args)
     data = inputs.data.draw(training_args.seed)
-    check_streamable(data.examples["train"], args_file, training_args)
+    check_streamable(data.examples, args_file, training_args)
     try_training_args(args_file, training_args, num_steps(len(data.examples["train"]), training_args))
     return compute_dtype, training_args, data
 

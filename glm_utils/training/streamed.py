@@ -7,7 +7,7 @@ replaced by the next one that can, always by the same one, and counted.
 import contextlib
 import functools
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -29,20 +29,23 @@ MAX_NAMED = 20
 Encode = Callable[[Example], EncodedExample | None]  # None: the settings leave the example out
 
 
-def check_streamable(examples: Sequence[Example], args_file: TrainArgsFile, training_args: TrainingArguments) -> None:
-    """Refuse settings that would have to read all examples before the training.
+def check_streamable(
+    examples: Mapping[str, Sequence[Example]], args_file: TrainArgsFile, training_args: TrainingArguments
+) -> None:
+    """Refuse settings that would have to read all examples before the training. Of examples in memory, none is.
 
     Args:
-        examples: The training examples; if they are in memory, everything works.
+        examples: Those of training and evaluation, which the Trainer groups alike.
         args_file: The TrainingArguments file.
         training_args: Made from it.
 
     Raises:
         UserError: There is such a setting.
     """
-    if is_streamed(examples) and training_args.train_sampling_strategy == "group_by_length":
+    num_streamed = max((len(part) for part in examples.values() if is_streamed(part)), default=0)
+    if num_streamed and training_args.train_sampling_strategy == "group_by_length":
         raise UserError(
-            f"{args_file.at('train_sampling_strategy')} group_by_length needs the lengths of all {len(examples):,} "
+            f"{args_file.at('train_sampling_strategy')} group_by_length needs the lengths of all {num_streamed:,} "
             'examples, which are read only when they are needed. Set it to "random", or give --packing=true'
         )
 
