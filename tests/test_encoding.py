@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from glm_utils.cli import UserError
+from glm_utils.collators import Collator
 from glm_utils.data import Example
 from glm_utils.encoding import (
     IGNORED_LABEL,
-    Collator,
     EncodingLimits,
     encode_examples,
     show_example,

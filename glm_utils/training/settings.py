@@ -11,9 +11,9 @@ from transformers import TrainingArguments
 
 from glm_utils.checkpoint import Checkpoint, open_checkpoint
 from glm_utils.cli import UserError
+from glm_utils.collators import Collator, PackingCollator
 from glm_utils.data import Example
 from glm_utils.early_checks import project_path
-from glm_utils.encoding import Collator, PackingCollator
 from glm_utils.family import resolve_lora_targets
 from glm_utils.limits import EncodingLimits
 from glm_utils.run_record import sha256
