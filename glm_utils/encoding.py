@@ -43,14 +43,20 @@ class EncodedExamples:
     """Encoded examples and their counts.
 
     Attributes:
-        dataset: Columns input_ids, labels and length.
+        dataset: Columns input_ids, labels and length; the examples in their order, without those left out.
         counts: num_rows (examples), num_tokens, num_trained_tokens (those with a label), longest (tokens of the
-            longest example), num_cut_prompts and num_cut_answers (examples truncated to the limits). run_config.json
-            holds them under these names, which therefore stay.
+            longest example), num_cut_prompts and num_cut_answers (examples truncated to the limits), num_dropped
+            (examples left out). run_config.json holds them under these names, which therefore stay.
+        truncated_prompts: Places, in the sequence that was encoded, of the examples with a truncated prompt.
+        truncated_answers: The same of those with a truncated answer.
+        dropped: The same of those that were left out because their answer is too long.
     """
 
     dataset: datasets.Dataset
     counts: dict[str, int]
+    truncated_prompts: Sequence[int] = ()
+    truncated_answers: Sequence[int] = ()
+    dropped: Sequence[int] = ()
 
     def describe_counts(self) -> str:
         """Say the counts in words, for the log."""
@@ -58,7 +64,8 @@ class EncodedExamples:
         return (
             f"{counts['num_rows']:,} examples, {counts['num_tokens']:,} tokens "
             f"({counts['num_trained_tokens']:,} trained), {counts['longest']:,} in the longest example; truncated: "
-            f"{counts['num_cut_prompts']:,} prompts, {counts['num_cut_answers']:,} answers"
+            f"{counts['num_cut_prompts']:,} prompts, {counts['num_cut_answers']:,} answers; left out: "
+            f"{counts['num_dropped']:,} examples"
         )
 
 
@@ -74,31 +81,49 @@ def encode_examples(
         max_length: The model's context length in tokens; None: no limit.
 
     Raises:
-        UserError: An example that is longer than max_length, or a prompt whose template alone exceeds its limit.
+        UserError: An example that is longer than max_length, a prompt whose template alone exceeds its limit, or no
+            example that is not left out.
     """
-    all_ids, all_labels, truncations = [], [], []
-    for example in tqdm(examples, desc="tokens", unit="example", leave=False):
+    all_ids, all_labels = [], []
+    prompts: list[int] = []
+    answers: list[int] = []
+    for index, example in enumerate(tqdm(examples, desc="tokens", unit="example", leave=False)):
         encoded = encode_example(example, tokenizer, limits, max_length)
+        if encoded.answer_truncated:
+            answers.append(index)
+            if limits.truncated_answers == "drop":
+                continue
+        if encoded.prompt_truncated:
+            prompts.append(index)
         all_ids.append(encoded.input_ids)
         all_labels.append(encoded.labels)
-        truncations.append((encoded.prompt_truncated, encoded.answer_truncated))
+    dropped, answers = (answers, []) if limits.truncated_answers == "drop" else ([], answers)
+    if not all_ids:
+        raise UserError(
+            f"all answers, {len(dropped):,} from {examples[0].where} on, are longer than --max_output_length "
+            f"{limits.max_output_length}, and --truncated_answers drop leaves them out: nothing is left. Raise "
+            "--max_output_length, or give --truncated_answers cut"
+        )
     lengths = [len(ids) for ids in all_ids]
     counts = {
-        "num_rows": len(examples),
+        "num_rows": len(all_ids),
         "num_tokens": sum(lengths),
         "num_trained_tokens": int(sum((labels != IGNORED_LABEL).sum() for labels in all_labels)),
         "longest": max(lengths),
-        "num_cut_prompts": sum(prompt for prompt, _ in truncations),
-        "num_cut_answers": sum(answer for _, answer in truncations),
+        "num_cut_prompts": len(prompts),
+        "num_cut_answers": len(answers),
+        "num_dropped": len(dropped),
     }
     columns = {"input_ids": all_ids, "labels": all_labels, "length": lengths}
-    return EncodedExamples(datasets.Dataset.from_dict(columns), counts)
+    return EncodedExamples(datasets.Dataset.from_dict(columns), counts, prompts, answers, dropped)
 
 
 def encode_example(
     example: Example, tokenizer: PreTrainedTokenizer, limits: EncodingLimits, max_length: int | None = None
 ) -> EncodedExample:
     """Encode one example; see `encode_examples`.
+
+    An example that is to be left out is encoded too: the caller sees by answer_truncated that it is one.
 
     Raises:
         UserError: It is longer than max_length, or its prompt's template alone exceeds the limit.
@@ -163,7 +188,7 @@ def truncate_prompt(
 def truncate_answer(
     example: Example, tokenizer: PreTrainedTokenizer, limits: EncodingLimits
 ) -> tuple[list[int], bool]:
-    """Encode the answer, truncated to max_output_length; the end token stays.
+    """Encode the answer, truncated to max_output_length; the end token stays unless truncated_answers is cut.
 
     Returns:
         The ids, and whether the answer was truncated.
@@ -171,6 +196,8 @@ def truncate_answer(
     ids = tokenizer.encode_answer(example.answer)
     if len(ids) <= limits.max_output_length:
         return ids, False
+    if limits.truncated_answers == "cut":
+        return ids[: limits.max_output_length], True
     return [*ids[: limits.max_output_length - 1], ids[-1]], True
 
 

@@ -677,8 +677,9 @@ def test_flags_are_the_issues():
     parameters = inspect.signature(stage.train_qlora).parameters
     expected = "train_args_json model_name_or_path train_data_path eval_data_path prompt_column response_column "
     expected += "history_column sheet seed max_input_length "
-    expected += "max_output_length lora_rank lora_alpha lora_dropout resume_from_checkpoint prompt_text compute_dtype "
-    assert " ".join(parameters) == expected + "lora_targets packing log_samples dry_run evaluate_after"
+    expected += "max_output_length truncated_answers loss_on "
+    expected += "lora_rank lora_alpha lora_dropout resume_from_checkpoint prompt_text compute_dtype "
+    assert " ".join(parameters) == expected + "lora_targets packing log_samples dry_run output_json evaluate_after"
     defaults = {name: parameter.default for name, parameter in parameters.items()}
     assert defaults["model_name_or_path"] == FAMILIES[1].hub_ids[0] == "THUDM/chatglm2-6b"
     assert (defaults["max_input_length"], defaults["max_output_length"]) == (512, 1536)

@@ -1,5 +1,6 @@
 """What train_qlora.py checks and reads before torch is imported: flags, the JSON file, data."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,8 +10,10 @@ from loguru import logger
 from glm_utils.cli import UserError
 from glm_utils.data import Example, read_examples
 from glm_utils.data.forms import Columns
+from glm_utils.data.turns import AnsweredTurns
 from glm_utils.early_checks import check_model_dir, project_path
 from glm_utils.limits import EncodingLimits
+from glm_utils.report_file import check_report_path
 from glm_utils.training.argument_keys import SEEDS
 from glm_utils.training.training_args import TrainArgsFile, read_train_args
 
@@ -26,6 +29,7 @@ class RunInputs:
         limits: Limits of the prompt and the answer.
         data_paths: Data files under "train" and, optionally, "eval".
         examples: Their examples under the same keys.
+        loss_examples: What the loss covers, under the same keys: these examples, or one for each answered turn.
         args_file: The TrainingArguments file; None: the one shipped for the base's family.
     """
 
@@ -33,6 +37,7 @@ class RunInputs:
     limits: EncodingLimits
     data_paths: dict[str, Path]
     examples: dict[str, list[Example]]
+    loss_examples: dict[str, Sequence[Example]]
     args_file: TrainArgsFile | None
 
 
@@ -49,15 +54,21 @@ def read_inputs(arguments: dict) -> RunInputs:
     check_lora_settings(flags.lora_rank, flags.lora_alpha, flags.lora_dropout)
     if flags.seed is not None and flags.seed not in SEEDS:
         raise UserError(f"--seed {flags.seed}: expected {SEEDS}")
-    limits = EncodingLimits(flags.max_input_length, flags.max_output_length, flags.prompt_text)
+    limits = EncodingLimits(
+        flags.max_input_length, flags.max_output_length, flags.prompt_text, flags.truncated_answers
+    )
     check_model_dir(flags.model_name_or_path)
     args_file = read_train_args(project_path(flags.train_args_json)) if flags.train_args_json else None
     data_paths = find_data(flags.train_data_path, flags.eval_data_path)
+    check_report_path(flags.output_json, [*data_paths.values(), *([args_file.path] if args_file else [])])
     columns = Columns(flags.prompt_column, flags.response_column, flags.history_column, flags.sheet)
     examples = {name: read_examples(path, columns=columns) for name, path in data_paths.items()}
     if flags.evaluate_after and "eval" not in data_paths:
         raise UserError("--evaluate_after true: no evaluation data. Give --eval_data_path")
-    return RunInputs(arguments, limits, data_paths, examples, args_file)
+    loss_examples: dict[str, Sequence[Example]] = {
+        name: AnsweredTurns(part) if flags.loss_on == "all" else part for name, part in examples.items()
+    }
+    return RunInputs(arguments, limits, data_paths, examples, loss_examples, args_file)
 
 
 def check_lora_settings(rank: int, alpha: int, dropout: float) -> None:

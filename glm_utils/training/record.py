@@ -59,10 +59,9 @@ def make_record(settings: TrainingSettings, encoded: dict[str, EncodedExamples])
         settings: The run's settings.
         encoded: Its encoded examples, under "train" and, optionally, "eval".
     """
-    paths = {f"{name}_data_path": str(path) for name, path in settings.data_paths.items()}
     return TrainingRecord(
         stage=STAGE,
-        arguments={**settings.arguments, **paths},
+        arguments=settings.described_arguments,
         base={"name": settings.base.name, "family": settings.base.family.name},
         identity=settings.identity,
         training_args=settings.training_args.to_dict(),

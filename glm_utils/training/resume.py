@@ -16,7 +16,7 @@ from glm_utils.run_record import FORMAT_VERSION, RUN_CONFIG_NAME, git_commit, ve
 from glm_utils.training.checkpoints import list_checkpoints, remove_checkpoint, step_of
 from glm_utils.training.curves import CURVES
 from glm_utils.training.manifest import MANIFEST_NAME, checkpoint_fault, is_own
-from glm_utils.training.settings import TrainingSettings
+from glm_utils.training.settings import IDENTITY_DEFAULTS, TrainingSettings
 
 ADAPTER_NAMES = ("adapter_config.json", *ADAPTER_WEIGHT_NAMES)
 RESULT_NAMES = ("train_results.json", "eval_results.json", "all_results.json", "trainer_state.json", *CURVES.values())
@@ -133,7 +133,7 @@ def check_same_run(directory: Path, identity: dict) -> None:
     """
     adapter_config, recorded = read_adapter_config(directory).values, peek_json_object(directory / RUN_CONFIG_NAME)
     before = {name: adapter_config.get(key) for key, name in LORA_KEYS.items()}
-    before["lora_targets"] = adapter_config.get("target_modules")
+    before |= {**IDENTITY_DEFAULTS, "lora_targets": adapter_config.get("target_modules")}
     before |= recorded["identity"] if isinstance(recorded.get("identity"), dict) else {}
     for name, value in identity.items():
         old = before.get(name, value)

@@ -1,29 +1,52 @@
 """The parts of a run: encode the data, train and evaluate, write the adapter."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from loguru import logger
 
-from glm_utils.encoding import EncodedExamples, encode_examples, show_example
+from glm_utils.encoding import EncodedExamples, show_example
 from glm_utils.file_modes import give_usual_modes
 from glm_utils.files import atomic_files
+from glm_utils.report_file import write_report_file
 from glm_utils.training.curves import write_curves
+from glm_utils.training.data_page import data_page, print_page, report_document, truncation_warnings
+from glm_utils.training.data_report import example_lengths, report_data
+from glm_utils.training.preflight import batch_figures
 from glm_utils.training.record import TrainingRecord
 from glm_utils.training.settings import TrainingSettings
 from glm_utils.training.trainer import LoraTrainer
 
 
 def encode_data(settings: TrainingSettings) -> dict[str, EncodedExamples]:
-    """Encode all examples; log the counts, and the first example as tokens with its trained part in brackets."""
-    tokenizer, max_length = settings.base.tokenizer, settings.base.context_length
-    encoded = {
-        name: encode_examples(part, tokenizer, settings.limits, max_length) for name, part in settings.examples.items()
+    """Encode all examples; the first process reports on them, and shows the first one as tokens.
+
+    Raises:
+        UserError: An example cannot be encoded, none is left, or the report cannot be written.
+    """
+    encoded = settings.encoded
+    if settings.training_args.process_index != 0:
+        return encoded
+    first = show_example(encoded["train"].dataset[0], settings.base.tokenizer)
+    logger.info(f"first example, trained part in [[ ]]: {first}")
+    batches = batch_figures(example_lengths(encoded["train"]), settings)
+    reports = {
+        name: report_data(settings.loss_examples[name], part, batches if name == "train" else None)
+        for name, part in encoded.items()
     }
-    logger.info(f"first example, trained part in [[ ]]: {show_example(encoded['train'].dataset[0], tokenizer)}")
-    for name, part in encoded.items():
-        logger.info(f"{name}: {part.describe_counts()}")
-    return encoded
+    for name, report in reports.items():
+        logger.info(f"{name}: {encoded[name].describe_counts()}")
+        for warning in truncation_warnings(name, report, settings.limits):
+            logger.warning(warning)
+        print_page(data_page(name, report))
+    if output_json := settings.arguments["output_json"]:
+        write_report_file(report_document(settings, reports), output_json)
+        logger.info(f"report on the data written to {output_json}")
+    return {
+        name: replace(part, counts={**part.counts, "num_duplicates": reports[name].duplicates.count})
+        for name, part in encoded.items()
+    }
 
 
 def run_trainer(trainer: LoraTrainer, checkpoint: Path | None) -> dict:

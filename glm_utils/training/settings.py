@@ -1,6 +1,7 @@
 """Resolve and check the settings of a training run before its model is loaded: flags, JSON file, base, data."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from glm_utils.cli import UserError
 from glm_utils.collators import Collator, PackingCollator
 from glm_utils.data import Example
 from glm_utils.early_checks import project_path
+from glm_utils.encoding import EncodedExamples, encode_examples
 from glm_utils.family import resolve_lora_targets
 from glm_utils.limits import EncodingLimits
 from glm_utils.run_record import sha256
@@ -27,6 +29,8 @@ from glm_utils.training.training_args import TrainArgsFile, read_train_args
 IDENTITY_ARGUMENTS: tuple[str, ...] = ("lora_rank", "lora_alpha", "lora_dropout", "max_input_length")
 IDENTITY_ARGUMENTS += ("max_output_length", "prompt_text", "compute_dtype", "packing")
 IDENTITY_ARGUMENTS += ("prompt_column", "response_column", "history_column", "sheet")
+IDENTITY_ARGUMENTS += ("truncated_answers", "loss_on")
+IDENTITY_DEFAULTS = {"truncated_answers": "cut_and_end", "loss_on": "last"}  # of runs before these flags
 IDENTITY_TRAINING_ARGS = ("seed", "data_seed", "dataloader_drop_last", "train_sampling_strategy")
 
 
@@ -39,6 +43,7 @@ class TrainingSettings:
         base: The base model.
         data_paths: Data files under "train" and, optionally, "eval".
         examples: Their examples under the same keys.
+        loss_examples: What the loss covers, under the same keys: these examples, or one for each answered turn.
         limits: Limits of the prompt and the answer.
         lora_config: Settings of LoRA.
         compute_dtype: fp32, fp16 or bf16.
@@ -51,6 +56,7 @@ class TrainingSettings:
     base: Checkpoint
     data_paths: dict[str, Path]
     examples: dict[str, list[Example]]
+    loss_examples: dict[str, Sequence[Example]]
     limits: EncodingLimits
     lora_config: peft.LoraConfig
     compute_dtype: str
@@ -69,6 +75,11 @@ class TrainingSettings:
         return self.arguments["resume_from_checkpoint"] or self.training_args.resume_from_checkpoint
 
     @property
+    def described_arguments(self) -> dict:
+        """The flags, with the data files that were taken."""
+        return {**self.arguments, **{f"{name}_data_path": str(path) for name, path in self.data_paths.items()}}
+
+    @property
     def num_log_samples(self) -> int:
         """How many evaluation examples are answered in TensorBoard's text tab."""
         return self.arguments["log_samples"]
@@ -76,7 +87,18 @@ class TrainingSettings:
     @property
     def num_steps(self) -> int:
         """Optimizer steps of the run, those before a checkpoint included."""
-        return num_steps(len(self.examples["train"]), self.training_args)
+        if self.limits.truncated_answers == "drop":  # how many are left out is known when they are encoded
+            return num_steps(len(self.encoded["train"].dataset), self.training_args)
+        return num_steps(len(self.loss_examples["train"]), self.training_args)
+
+    @cached_property
+    def encoded(self) -> dict[str, EncodedExamples]:
+        """The examples that the loss covers, encoded once."""
+        tokenizer, max_length = self.base.tokenizer, self.base.context_length
+        return {
+            name: encode_examples(part, tokenizer, self.limits, max_length)
+            for name, part in self.loss_examples.items()
+        }
 
     @cached_property
     def collator(self) -> Collator | PackingCollator:
@@ -120,6 +142,7 @@ def resolve_settings(inputs: RunInputs) -> TrainingSettings:
         base=base,
         data_paths=inputs.data_paths,
         examples=inputs.examples,
+        loss_examples=inputs.loss_examples,
         limits=inputs.limits,
         lora_config=make_lora_config(flags.lora_rank, flags.lora_alpha, flags.lora_dropout, targets),
         compute_dtype=compute_dtype,
@@ -140,7 +163,7 @@ def resolve_training_args(inputs: RunInputs, args_file: TrainArgsFile) -> tuple[
     compute_dtype = resolve_compute_dtype(flags.compute_dtype, args_file)
     training_args = make_training_args(args_file, flags.seed, compute_dtype, has_eval, flags.packing)
     check_log_samples(flags.log_samples, has_eval, training_args)
-    try_training_args(args_file, training_args, num_steps(len(inputs.examples["train"]), training_args))
+    try_training_args(args_file, training_args, num_steps(len(inputs.loss_examples["train"]), training_args))
     return compute_dtype, training_args
 
 
