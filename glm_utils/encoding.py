@@ -7,6 +7,7 @@ text typed by users cannot become control tokens. Labels cover only the answer a
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import datasets
 import numpy as np
@@ -57,6 +58,11 @@ class EncodedExamples:
     truncated_prompts: Sequence[int] = ()
     truncated_answers: Sequence[int] = ()
     dropped: Sequence[int] = ()
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, int64 (N,)."""
+        return np.asarray(self.dataset["length"][:], dtype=np.int64)  # a column as such is read item by item
 
     def describe_counts(self) -> str:
         """Say the counts in words, for the log."""

@@ -108,28 +108,25 @@ def truncation_warnings(name: str, report: TrainingDataReport, limits: EncodingL
         report: What its examples are like.
         limits: The limits that they exceed.
     """
-    prompts, answers, dropped = report.truncated_prompts, report.truncated_answers, report.dropped
-    kept = {
-        "cut_and_end": "truncated, and the end token is trained behind the cut; --truncated_answers cut trains none",
-        "cut": "truncated, and no end token is trained",
+    treatment = {
+        "cut_and_end": "are truncated, with a trained end token behind the cut (--truncated_answers cut trains none)",
+        "cut": "are truncated, without an end token",
+        "drop": "are left out with their examples",
     }
-    found = []
-    if prompts.count:
-        found.append(
-            f"{name}: {prompts.count:,} prompts are longer than --max_input_length {limits.max_input_length} and lose "
-            f"their oldest turns, then the end of the question: {prompts}"
+    prompts, answers = (
+        f"--max_input_length {limits.max_input_length}",
+        f"--max_output_length {limits.max_output_length}",
+    )
+    lost = "lose their oldest turns, then the end of the question"
+    return [
+        f"{name}: {places.count:,} of {report.num_reported:,} {exceeding} and {what}: {places}"
+        for places, exceeding, what in (
+            (report.truncated_prompts, prompts, lost),
+            (report.truncated_answers, answers, treatment[limits.truncated_answers]),
+            (report.dropped, answers, treatment[limits.truncated_answers]),
         )
-    if answers.count:
-        found.append(
-            f"{name}: {answers.count:,} answers are longer than --max_output_length {limits.max_output_length} "
-            f"({kept.get(limits.truncated_answers)}): {answers}"
-        )
-    if dropped.count:
-        found.append(
-            f"{name}: {dropped.count:,} examples are left out (--truncated_answers drop), as their answers are longer "
-            f"than --max_output_length {limits.max_output_length}: {dropped}"
-        )
-    return found
+        if places.count
+    ]
 
 
 def report_document(settings: TrainingSettings, reports: dict[str, TrainingDataReport]) -> dict:

@@ -15,7 +15,7 @@ from glm_utils.encoding import EncodedExamples
 from glm_utils.training.scripts import script_shares
 
 MAX_PLACES = 10  # that a list of lines names
-MAX_BINS = 12
+MAX_BINS = 20
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def report_data(
         batches: What a batch holds, see `batch_figures` in preflight.py; None for evaluation data.
         num_examples: How many examples there are; None: no more than these.
     """
-    lengths = example_lengths(encoded)
+    lengths = encoded.lengths
     kept = np.delete(np.arange(len(examples)), np.asarray(encoded.dropped, dtype=np.int64))
     return TrainingDataReport(
         num_examples=num_examples or len(examples),
@@ -158,11 +158,6 @@ def report_data(
         batches=batches,
         scripts=script_shares(examples),
     )
-
-
-def example_lengths(encoded: EncodedExamples) -> np.ndarray:
-    """Return the tokens of each example, int64 (N,)."""
-    return np.asarray(encoded.dataset.with_format("numpy")["length"], dtype=np.int64)
 
 
 def find_places(examples: Sequence[Example], indices: Sequence[int]) -> Places:

@@ -39,7 +39,7 @@ def plan_run(settings: TrainingSettings, model: peft.PeftModel, encoded: Encoded
     advice = functools.partial(memory_advice, training_args)
     with memory_explained("the preflight", batch["input_ids"].numel(), advice):
         plan = make_plan(model, batch, settings.args_file.checkpointing)
-    report_run(model, plan, encoded.dataset["length"], training_args, settings.packing)
+    report_run(model, plan, encoded.lengths, training_args, settings.packing)
     if training_args.process_index == 0:
         check_disk_space(settings, model)
     return plan
@@ -67,7 +67,7 @@ def batch_tokens(
     return np.maximum.reduceat(ordered, starts) * np.diff(starts, append=len(lengths))
 
 
-def batch_figures(lengths: Sequence[int] | np.ndarray, settings: TrainingSettings) -> BatchFigures:
+def batch_figures(lengths: np.ndarray, settings: TrainingSettings) -> BatchFigures:
     """Say what the training batches hold, and what padding costs or would cost in their order.
 
     Args:
@@ -88,7 +88,7 @@ def batch_figures(lengths: Sequence[int] | np.ndarray, settings: TrainingSetting
 
 
 def report_run(
-    model: peft.PeftModel, plan: MemoryPlan, lengths: Sequence[int], training_args: TrainingArguments, packing: bool
+    model: peft.PeftModel, plan: MemoryPlan, lengths: np.ndarray, training_args: TrainingArguments, packing: bool
 ) -> None:
     """Log what the run needs; warn if its largest batch may not fit.
 

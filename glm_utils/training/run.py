@@ -12,7 +12,7 @@ from glm_utils.files import atomic_files
 from glm_utils.report_file import write_report_file
 from glm_utils.training.curves import write_curves
 from glm_utils.training.data_page import data_page, print_page, report_document, truncation_warnings
-from glm_utils.training.data_report import example_lengths, report_data
+from glm_utils.training.data_report import report_data
 from glm_utils.training.preflight import batch_figures
 from glm_utils.training.record import TrainingRecord
 from glm_utils.training.settings import TrainingSettings
@@ -30,7 +30,7 @@ def encode_data(settings: TrainingSettings) -> dict[str, EncodedExamples]:
         return encoded
     first = show_example(encoded["train"].dataset[0], settings.base.tokenizer)
     logger.info(f"first example, trained part in [[ ]]: {first}")
-    batches = batch_figures(example_lengths(encoded["train"]), settings)
+    batches = batch_figures(encoded["train"].lengths, settings)
     reports = {
         name: report_data(settings.loss_examples[name], part, batches if name == "train" else None)
         for name, part in encoded.items()
