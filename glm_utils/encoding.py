@@ -137,7 +137,8 @@ def encode_example(
     prompt_ids, prompt_truncated = truncate_prompt(example, tokenizer, limits)
     answer_ids, answer_truncated = truncate_answer(example, tokenizer, limits)
     length = len(prompt_ids) + len(answer_ids)
-    if max_length and length > max_length:
+    left_out = answer_truncated and limits.truncated_answers == "drop"
+    if max_length and length > max_length and not left_out:
         raise UserError(
             f"{example.where}: {length} tokens, the model takes {max_length}. Lower --max_input_length or "
             f"--max_output_length (now {limits.max_input_length} and {limits.max_output_length})"

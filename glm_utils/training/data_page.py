@@ -113,10 +113,8 @@ def truncation_warnings(name: str, report: TrainingDataReport, limits: EncodingL
         "cut": "are truncated, without an end token",
         "drop": "are left out with their examples",
     }
-    prompts, answers = (
-        f"--max_input_length {limits.max_input_length}",
-        f"--max_output_length {limits.max_output_length}",
-    )
+    prompts = f"prompts exceed --max_input_length {limits.max_input_length}"
+    answers = f"answers exceed --max_output_length {limits.max_output_length}"
     lost = "lose their oldest turns, then the end of the question"
     return [
         f"{name}: {places.count:,} of {report.num_reported:,} {exceeding} and {what}: {places}"

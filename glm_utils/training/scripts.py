@@ -1,14 +1,13 @@
 """Which scripts the characters of the data belong to, by their names in Unicode: what tells its languages apart."""
 
 import unicodedata
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from glm_utils.data import Example
 
-JOINED_TEXTS = 10_000  # whose characters are counted at once
+PART_CHARACTERS = 1_000_000  # about so many are counted at once
 MAX_CODES = 0x110000
 SCRIPTS = {  # by the first word of a letter's name in Unicode
     "CJK": "Chinese characters",
@@ -32,10 +31,8 @@ def script_shares(examples: Sequence[Example]) -> dict[str, float]:
     their own.
     """
     counts = np.zeros(MAX_CODES, np.int64)
-    texts = (text for example in examples for text in (example.query, example.answer))
-    while joined := "".join(islice(texts, JOINED_TEXTS)):
-        codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
-        part = np.bincount(codes)
+    for text in parts_of(text for example in examples for text in (example.query, example.answer)):
+        part = np.bincount(np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32))
         counts[: len(part)] += part
     by_script: dict[str, int] = {}
     for code in np.flatnonzero(counts).tolist():
@@ -43,6 +40,21 @@ def script_shares(examples: Sequence[Example]) -> dict[str, float]:
             by_script[name] = by_script.get(name, 0) + int(counts[code])
     total = sum(by_script.values())
     return {name: count / total for name, count in sorted(by_script.items(), key=lambda item: -item[1])}
+
+
+def parts_of(texts: Iterable[str]) -> Iterator[str]:
+    """Yield texts joined to parts of bounded length: counting is fast for many short ones, and small for long ones."""
+    held: list[str] = []
+    num_held = 0
+    for text in texts:
+        for start in range(0, len(text), PART_CHARACTERS):
+            held.append(text[start : start + PART_CHARACTERS])
+            num_held += len(held[-1])
+            if num_held >= PART_CHARACTERS:
+                yield "".join(held)
+                held, num_held = [], 0
+    if held:
+        yield "".join(held)
 
 
 def script_of(character: str) -> str | None:
