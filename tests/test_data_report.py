@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 import train_qlora as stage
+from glm_utils.checkpoint import open_checkpoint
 from glm_utils.cli import UserError
-from glm_utils.data import Example
+from glm_utils.data import Example, read_examples
 from glm_utils.encoding import EncodedExamples, encode_examples
+from glm_utils.family import PROJECT_DIR
 from glm_utils.limits import EncodingLimits
 from glm_utils.training import inputs, run, scripts
 from glm_utils.training.data_page import data_page, histogram_lines, print_page, truncation_warnings
@@ -25,7 +27,7 @@ from glm_utils.training.data_report import (
     length_histogram,
     report_data,
 )
-from glm_utils.training.preflight import batch_tokens
+from glm_utils.training.preflight import batch_figures, batch_tokens
 
 
 def example(query="q", answer="a", history=(), line=1):
@@ -127,7 +129,7 @@ def test_figures_with_examples_left_out():
 
 def test_a_sample_says_so():
     page = data_page("train", report_data([example()], encoded_as([10]), num_examples=10_000_000))
-    assert page.startswith("train (of the first 1 of 10,000,000 examples)\n")
+    assert page.startswith("train data (of the first 1 of 10,000,000 examples)\n")
     assert "of the first" not in data_page("train", report_data([example()], encoded_as([10])))
 
 
@@ -189,6 +191,17 @@ def test_prompts_and_answers_are_listed_apart(tokenizer, truncated_answers, word
 
 
 # ---- the stage
+
+
+@pytest.mark.parametrize("name", ["docs/training.md", "docs/training_zh.md"])
+def test_the_page_of_the_documentation(monkeypatch, name):
+    monkeypatch.chdir(PROJECT_DIR)
+    examples, tokenizer = read_examples("data/train.jsonl"), open_checkpoint("models/chatglm2-tiny").tokenizer
+    encoded = encode_examples(examples, tokenizer, EncodingLimits(512, 60))
+    args = SimpleNamespace(train_sampling_strategy="random", train_batch_size=32)
+    batches = batch_figures(encoded.lengths, SimpleNamespace(training_args=args, packing=True))
+    page = data_page("train", report_data(examples, encoded, batches))
+    assert f"```text\n{page}```\n" in (PROJECT_DIR / name).read_text("utf-8")
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from glm_utils.cli import UserError, run_cli
 from glm_utils.family import FAMILIES, PROJECT_DIR
 from glm_utils.load_model import load_adapter, load_base_model
 from glm_utils.training import preflight, run, settings
+from glm_utils.training.manifest import write_manifest
 from tests.conftest import write_quantized
 
 COLORS, CLOTHES = "白黑红蓝绿", ("上衣", "裤子", "裙子")
@@ -470,7 +471,8 @@ def test_a_checkpoint_of_before_a_flag_has_its_default(train, checkpoint):
     for name in settings.IDENTITY_DEFAULTS:
         del record["identity"][name], record["arguments"][name]
     path.write_text(json.dumps(record), "utf-8")
-    (checkpoint / "manifest.json").unlink()  # which an earlier version would have written for this record
+    (checkpoint / "manifest.json").unlink()
+    write_manifest(checkpoint)
     with pytest.raises(UserError, match='loss_on is "last" in the checkpoint and "all" now'):
         train(resume_from_checkpoint=str(checkpoint), loss_on="all")
     train(args={"max_steps": 2, "save_steps": 1}, resume_from_checkpoint=str(checkpoint))

@@ -48,8 +48,8 @@ def data_page(name: str, report: TrainingDataReport) -> str:
     ):
         if value:
             table.add_row(Text(title), Text(one_line(value)))
-    lines = [f"{name}{part}", *render(table, MAX_TABLE_CELLS).splitlines(), "", "tokens per example"]
-    return "\n".join(line.rstrip() for line in [*lines, *histogram_lines(report.histogram)])
+    lines = [f"{name} data{part}", *render(table, MAX_TABLE_CELLS).splitlines(), "", "tokens per example"]
+    return "\n".join(line.rstrip() for line in [*lines, *histogram_lines(report.histogram), ""])
 
 
 def duplicates_in_words(duplicates: Duplicates) -> str:
