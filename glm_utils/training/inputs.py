@@ -60,7 +60,8 @@ def read_inputs(arguments: dict) -> RunInputs:
     check_model_dir(flags.model_name_or_path)
     args_file = read_train_args(project_path(flags.train_args_json)) if flags.train_args_json else None
     data_paths = find_data(flags.train_data_path, flags.eval_data_path)
-    check_report_path(flags.output_json, [*data_paths.values(), *([args_file.path] if args_file else [])])
+    base_files = Path(flags.model_name_or_path).expanduser().glob("*")  # none if it is the name of a hub
+    check_report_path(flags.output_json, [*data_paths.values(), *([args_file.path] if args_file else []), *base_files])
     columns = Columns(flags.prompt_column, flags.response_column, flags.history_column, flags.sheet)
     examples = {name: read_examples(path, columns=columns) for name, path in data_paths.items()}
     if flags.evaluate_after and "eval" not in data_paths:
