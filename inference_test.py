@@ -15,8 +15,9 @@ from loguru import logger
 
 from glm_utils.cli import UserError, as_list, check_minimums, run_cli
 from glm_utils.early_checks import check_model_path
-from glm_utils.inference.report import check_report_path, write_report
+from glm_utils.inference.report import write_report
 from glm_utils.model_files.adapter_config import read_adapter_config
+from glm_utils.report_file import check_report_path
 
 if TYPE_CHECKING:
     from glm_utils.load_model import ModelSource

@@ -36,6 +36,8 @@ def train_qlora(
     seed: int | None = None,
     max_input_length: int = 512,
     max_output_length: int = 1536,
+    truncated_answers: Literal["cut_and_end", "cut", "drop"] = "cut_and_end",
+    loss_on: Literal["all", "last"] = "last",
     lora_rank: int = 4,
     lora_alpha: int = 32,
     lora_dropout: float = 0.05,
@@ -46,6 +48,7 @@ def train_qlora(
     packing: bool = True,
     log_samples: int = 0,
     dry_run: bool = False,
+    output_json: str | None = None,
     evaluate_after: bool = False,
 ) -> None:
     """Train a LoRA adapter on a 4-bit ChatGLM base model.
@@ -63,7 +66,11 @@ def train_qlora(
         sheet: Sheet of an XLSX file that holds several.
         seed: Seed of LoRA weights, data order and dropout. Default: the JSON file's, else 42.
         max_input_length: Longest prompt in tokens; a longer one loses its oldest turns, then the end of the question.
-        max_output_length: Longest answer in tokens; a longer one is truncated and keeps its end token.
+        max_output_length: Longest answer in tokens; truncated_answers says what becomes of a longer one.
+        truncated_answers: cut_and_end truncates and trains the end token behind the cut; cut truncates and trains no
+            end token, so that the model does not learn to stop in the middle; drop leaves the example out.
+        loss_on: last trains the last answer of a conversation; all trains each of its answers, as an example with the
+            turns before it. The evaluation data is measured in the same way.
         lora_rank: Rank of the LoRA matrices.
         lora_alpha: LoRA scale; the update is multiplied by lora_alpha / lora_rank.
         lora_dropout: Dropout before the LoRA matrices, from 0 to below 1.
@@ -74,7 +81,8 @@ def train_qlora(
         lora_targets: Modules that get LoRA: query_key_value, all-linear, or names joined by commas.
         packing: Pack the examples of a batch into one sequence instead of padding them; the gradients are the same.
         log_samples: Evaluation examples whose answers TensorBoard's text tab shows at each evaluation.
-        dry_run: Report trained weights, steps and memory, then stop before training.
+        dry_run: Report the data, trained weights, steps and memory, then stop before training.
+        output_json: File to which the report on the data is written too.
         evaluate_after: Judge the adapter on the evaluation data when it is written, as evaluate_adapter.py does; the
             report goes to a directory beside output_dir, named output_dir + "_evaluation".
     """
@@ -100,7 +108,7 @@ def train_qlora(
         model = make_lora_model(settings.base, settings.compute_dtype, settings.lora_config, settings.training_args)
         plan = plan_run(settings, model, encoded["train"])
         if dry_run:
-            logger.info("dry run: nothing was trained or written")
+            logger.info("dry run: nothing was trained or written" + (f" but {output_json}" if output_json else ""))
             leave_process_group()
             return
         record = make_record(settings, encoded)

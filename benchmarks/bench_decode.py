@@ -31,8 +31,9 @@ from glm_utils.family import PROJECT_DIR, Family
 from glm_utils.files import read_json_object
 from glm_utils.inference.measure import Generate, Workload, measure_model, stream_generate
 from glm_utils.inference.memory import copy_bandwidth, reset_peak_memory
-from glm_utils.inference.report import check_report_path, write_report
+from glm_utils.inference.report import write_report
 from glm_utils.inference.request import auto_dtype, prompt_ids
+from glm_utils.report_file import check_report_path
 
 PROMPT = "类型#裙*颜色#白色*风格#简约*图案#刺绣"
 LONG_CONTEXT = 2048  # prompt and new tokens together

@@ -33,7 +33,8 @@ from glm_utils.files import read_json_object
 from glm_utils.inference.batch import Answer, GenerationSettings, PendingAnswer, generate_pending
 from glm_utils.inference.measure import Workload, stream_generate, time_runs
 from glm_utils.inference.memory import peak_memory, reset_peak_memory
-from glm_utils.inference.report import check_report_path, summarize
+from glm_utils.inference.report import summarize
+from glm_utils.report_file import check_report_path
 
 SAMPLINGS = {"greedy": 0.0, "sampled": None}  # temperature; None: the family's
 MIN_VALUES = {"num_prompts": 1, "num_chats": 1, "batch_size": 1, "new_tokens": 2, "loop_number": 1}

@@ -23,8 +23,9 @@ from benchmarks.harness.results import FAILED, RESULTS_DIR, check_none_failed, d
 from glm_utils.checkpoint import open_checkpoint
 from glm_utils.cli import UserError, run_cli
 from glm_utils.family import PROJECT_DIR, Family
-from glm_utils.inference.report import check_report_path, write_report
+from glm_utils.inference.report import write_report
 from glm_utils.load_model import load_base_model
+from glm_utils.report_file import check_report_path
 
 PROMPT_TOKENS = 64
 

@@ -35,7 +35,7 @@ from benchmarks.harness.train_steps import (
 )
 from glm_utils.checkpoint import open_checkpoint
 from glm_utils.cli import UserError, run_cli
-from glm_utils.encoding import PackingCollator
+from glm_utils.collators import PackingCollator
 from glm_utils.family import PROJECT_DIR
 from glm_utils.files import read_json_object
 from glm_utils.load_model import load_base_model

@@ -1,17 +1,16 @@
-"""Turn examples into token ids and batches: prompt and answer, truncation, labels, padding and packing.
+"""Turn examples into token ids: prompt and answer, truncation, labels.
 
 glm_utils/data reads the files. The prompt comes from the tokenizer's one prompt builder, which `chat` uses too, and
 text typed by users cannot become control tokens. Labels cover only the answer and the end token.
 """
 
 import bisect
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import datasets
 import numpy as np
-import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizer
 
@@ -45,18 +44,25 @@ class EncodedExamples:
     """Encoded examples and their counts.
 
     Attributes:
-        dataset: Columns input_ids, labels and length.
+        dataset: Columns input_ids, labels and length; the examples in their order, without those left out.
         counts: num_rows (examples), num_tokens, num_trained_tokens (those with a label), longest (tokens of the
-            longest example), num_cut_prompts, num_cut_answers (examples truncated). run_config.json keeps the names.
+            longest example), num_cut_prompts and num_cut_answers (examples truncated to the limits), num_dropped
+            (examples left out). run_config.json holds them under these names, which therefore stay.
+        truncated_prompts: Places, in the sequence that was encoded, of the examples with a truncated prompt.
+        truncated_answers: The same of those with a truncated answer.
+        dropped: The same of those that were left out because their answer is too long.
     """
 
     dataset: datasets.Dataset
     counts: dict[str, int]
+    truncated_prompts: Sequence[int] = ()
+    truncated_answers: Sequence[int] = ()
+    dropped: Sequence[int] = ()
 
-    @property
-    def lengths(self) -> Sequence[int]:
-        """Tokens of each example; of streamed ones, of those that were checked."""
-        return self.dataset["length"]
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, int64 (N,); of streamed ones, of those that were checked."""
+        return np.asarray(self.dataset["length"][:], dtype=np.int64)  # a column as such is read item by item
 
     def describe_counts(self) -> str:
         """Say the counts in words, for the log."""
@@ -64,7 +70,8 @@ class EncodedExamples:
         return (
             f"{counts['num_rows']:,} examples, {counts['num_tokens']:,} tokens "
             f"({counts['num_trained_tokens']:,} trained), {counts['longest']:,} in the longest example; truncated: "
-            f"{counts['num_cut_prompts']:,} prompts, {counts['num_cut_answers']:,} answers"
+            f"{counts['num_cut_prompts']:,} prompts, {counts['num_cut_answers']:,} answers; left out: "
+            f"{counts['num_dropped']:,} examples"
         )
 
 
@@ -80,25 +87,41 @@ def encode_examples(
         max_length: The model's context length in tokens; None: no limit.
 
     Raises:
-        UserError: An example that is longer than max_length, or a prompt whose template alone exceeds its limit.
+        UserError: An example that is longer than max_length, a prompt whose template alone exceeds its limit, or no
+            example that is not left out.
     """
-    all_ids, all_labels, truncations = [], [], []
-    for example in tqdm(examples, desc="tokens", unit="example", leave=False):
+    all_ids, all_labels = [], []
+    prompts: list[int] = []
+    answers: list[int] = []
+    for index, example in enumerate(tqdm(examples, desc="tokens", unit="example", leave=False)):
         encoded = encode_example(example, tokenizer, limits, max_length)
+        if encoded.answer_truncated:
+            answers.append(index)
+            if limits.truncated_answers == "drop":
+                continue
+        if encoded.prompt_truncated:
+            prompts.append(index)
         all_ids.append(encoded.input_ids)
         all_labels.append(encoded.labels)
-        truncations.append((encoded.prompt_truncated, encoded.answer_truncated))
+    dropped, answers = (answers, []) if limits.truncated_answers == "drop" else ([], answers)
+    if not all_ids:
+        raise UserError(
+            f"all answers, {len(dropped):,} from {examples[0].where} on, are longer than --max_output_length "
+            f"{limits.max_output_length}, and --truncated_answers drop leaves them out: nothing is left. Raise "
+            "--max_output_length, or give --truncated_answers cut"
+        )
     lengths = [len(ids) for ids in all_ids]
     counts = {
-        "num_rows": len(examples),
+        "num_rows": len(all_ids),
         "num_tokens": sum(lengths),
         "num_trained_tokens": int(sum((labels != IGNORED_LABEL).sum() for labels in all_labels)),
         "longest": max(lengths),
-        "num_cut_prompts": sum(prompt for prompt, _ in truncations),
-        "num_cut_answers": sum(answer for _, answer in truncations),
+        "num_cut_prompts": len(prompts),
+        "num_cut_answers": len(answers),
+        "num_dropped": len(dropped),
     }
     columns = {"input_ids": all_ids, "labels": all_labels, "length": lengths}
-    return EncodedExamples(datasets.Dataset.from_dict(columns), counts)
+    return EncodedExamples(datasets.Dataset.from_dict(columns), counts, prompts, answers, dropped)
 
 
 def encode_example(
@@ -106,13 +129,16 @@ def encode_example(
 ) -> EncodedExample:
     """Encode one example; see `encode_examples`.
 
+    An example that is to be left out is encoded too: the caller sees by answer_truncated that it is one.
+
     Raises:
         UserError: It is longer than max_length, or its prompt's template alone exceeds the limit.
     """
     prompt_ids, prompt_truncated = truncate_prompt(example, tokenizer, limits)
     answer_ids, answer_truncated = truncate_answer(example, tokenizer, limits)
     length = len(prompt_ids) + len(answer_ids)
-    if max_length and length > max_length:
+    left_out = answer_truncated and limits.truncated_answers == "drop"
+    if max_length and length > max_length and not left_out:
         raise UserError(
             f"{example.where}: {length} tokens, the model takes {max_length}. Lower --max_input_length or "
             f"--max_output_length (now {limits.max_input_length} and {limits.max_output_length})"
@@ -169,7 +195,7 @@ def truncate_prompt(
 def truncate_answer(
     example: Example, tokenizer: PreTrainedTokenizer, limits: EncodingLimits
 ) -> tuple[list[int], bool]:
-    """Encode the answer, truncated to max_output_length; the end token stays.
+    """Encode the answer, truncated to max_output_length; the end token stays unless truncated_answers is cut.
 
     Returns:
         The ids, and whether the answer was truncated.
@@ -177,70 +203,9 @@ def truncate_answer(
     ids = tokenizer.encode_answer(example.answer)
     if len(ids) <= limits.max_output_length:
         return ids, False
+    if limits.truncated_answers == "cut":
+        return ids[: limits.max_output_length], True
     return [*ids[: limits.max_output_length - 1], ids[-1]], True
-
-
-def loss_positions(labels: torch.Tensor) -> torch.Tensor:
-    """Return the flat positions in labels (B, S) whose next token is trained.
-
-    They are found here, on the CPU, so that no forward pass has to wait for the GPU to count them.
-    """
-    counts = torch.nn.functional.pad(labels[:, 1:] != IGNORED_LABEL, (0, 1))
-    return counts.flatten().nonzero().flatten()
-
-
-@dataclass(frozen=True)
-class Collator:
-    """Pad encoded examples to one length.
-
-    Attributes:
-        padding_side: right or left.
-    """
-
-    pad_token_id: int
-    padding_side: str
-
-    def __call__(self, features: Sequence[dict]) -> dict[str, torch.Tensor]:
-        """Return input_ids, attention_mask (1 = keep) and labels, int64 (B, S), and loss_positions, int64 (M,)."""
-        width = max(len(feature["input_ids"]) for feature in features)
-        batch = {
-            "input_ids": torch.full((len(features), width), self.pad_token_id),
-            "attention_mask": torch.zeros((len(features), width), dtype=torch.long),
-            "labels": torch.full((len(features), width), IGNORED_LABEL),
-        }
-        for index, feature in enumerate(features):
-            length = len(feature["input_ids"])
-            columns = slice(0, length) if self.padding_side == "right" else slice(width - length, width)
-            batch["input_ids"][index, columns] = torch.as_tensor(feature["input_ids"], dtype=torch.long)
-            batch["attention_mask"][index, columns] = 1
-            batch["labels"][index, columns] = torch.as_tensor(feature["labels"], dtype=torch.long)
-        return {**batch, "loss_positions": loss_positions(batch["labels"])}
-
-
-@dataclass(frozen=True)
-class PackingCollator:
-    """Pack the encoded examples of a batch end to end into one sequence, without padding.
-
-    A batch holds the same examples as with padding. No token predicts the first token of the next example.
-    """
-
-    def __call__(self, features: Sequence[dict]) -> dict[str, torch.Tensor | int]:
-        """Return a batch.
-
-        It has input_ids and labels, int64 (1, T), loss_positions, int64 (M,), and the boundaries of the examples under
-        the names of transformers' FlashAttentionKwargs.
-        """
-        lengths = [len(feature["input_ids"]) for feature in features]
-        ids = itertools.chain.from_iterable(feature["input_ids"] for feature in features)
-        labels = torch.tensor([[*itertools.chain.from_iterable(feature["labels"] for feature in features)]])
-        labels[0, [0, *itertools.accumulate(lengths[:-1])]] = IGNORED_LABEL
-        return {
-            "input_ids": torch.tensor([[*ids]]),
-            "labels": labels,
-            "loss_positions": loss_positions(labels),
-            "cu_seq_lens_q": torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
-            "max_length_q": max(lengths),
-        }
 
 
 def show_example(example: dict, tokenizer: PreTrainedTokenizer) -> str:

@@ -1,8 +1,11 @@
 """How long a prompt and an answer may be: limits that training and evaluation share."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from glm_utils.cli import UserError
+
+TruncatedAnswers = Literal["cut_and_end", "cut", "drop"]
 
 
 @dataclass(frozen=True)
@@ -13,11 +16,15 @@ class EncodingLimits:
         max_input_length: Longest prompt, in tokens, special tokens included.
         max_output_length: Longest answer, in tokens, end token included.
         prompt_text: Text put before every question.
+        truncated_answers: What becomes of a longer answer. cut_and_end: it is truncated, and its end token is trained
+            behind the cut; cut: it is truncated and has no end token, so that no model learns to stop in the middle
+            of an answer; drop: its example is left out.
     """
 
     max_input_length: int
     max_output_length: int
     prompt_text: str = ""
+    truncated_answers: TruncatedAnswers = "cut_and_end"
 
     def __post_init__(self) -> None:
         for name in ("max_input_length", "max_output_length"):

@@ -19,11 +19,11 @@ from rich.cells import cell_len
 
 import chat_demo
 import merge_lora_and_quantize as merge_stage
-from glm_utils import load_model
+from glm_utils import load_model, tables
 from glm_utils.checkpoint import open_checkpoint
 from glm_utils.cli import UserError, run_cli
 from glm_utils.family import PROJECT_DIR
-from glm_utils.inference import tables, terminal
+from glm_utils.inference import terminal
 from glm_utils.inference.chat import ChatSession, ChatSettings, chat_settings
 from glm_utils.load_model import load_base_model
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from glm_utils.cli import UserError
+from glm_utils.collators import Collator
 from glm_utils.data import Example
 from glm_utils.encoding import (
     IGNORED_LABEL,
-    Collator,
     EncodingLimits,
     encode_examples,
     show_example,
@@ -128,7 +128,41 @@ def test_counts(tokenizer):
         "longest": num_prompt + limit,
         "num_cut_prompts": 0,
         "num_cut_answers": 1,
+        "num_dropped": 0,
     }
+    assert (list(encoded.truncated_prompts), list(encoded.truncated_answers), list(encoded.dropped)) == ([], [1], [])
+    assert encoded.lengths.tolist() == [num_prompt + limit] * 2
+
+
+def test_a_cut_answer_trains_no_end_token(tokenizer):
+    complete = tokenizer.encode_answer(ANSWER)
+    for limit in (2, len(complete) - 1):
+        encoded = encode_examples([example()], tokenizer, EncodingLimits(512, limit, "", "cut"))
+        sample = encoded.dataset[0]
+        assert sample["input_ids"] == tokenizer.encode_prompt(QUERY) + complete[:limit]
+        assert [label for label in sample["labels"] if label != IGNORED_LABEL] == complete[:limit]
+        assert tokenizer.eos_token_id not in sample["labels"]
+        assert list(encoded.truncated_answers) == [0]
+    whole = encode_examples([example()], tokenizer, EncodingLimits(512, len(complete), "", "cut")).dataset[0]
+    assert whole["labels"][-1] == tokenizer.eos_token_id
+
+
+def test_examples_with_long_answers_are_left_out(tokenizer):
+    """Also one that would be refused, and one whose prompt is truncated too: what is not there has no faults."""
+    limit = len(tokenizer.encode_answer(ANSWER))
+    rows = [example(answer=ANSWER * 3), example(), example(QUERY * 9, ANSWER * 2), example(QUERY * 2)]
+    num_prompt = len(tokenizer.encode_prompt(QUERY))
+    encoded = encode_examples(rows, tokenizer, EncodingLimits(num_prompt, limit, "", "drop"), num_prompt + limit)
+    kept = encode_examples([rows[1], rows[3]], tokenizer, EncodingLimits(num_prompt, limit))
+    assert list(encoded.dataset) == list(kept.dataset)
+    assert encoded.counts == {**kept.counts, "num_dropped": 2}
+    assert (list(encoded.truncated_prompts), list(encoded.truncated_answers), list(encoded.dropped)) == (
+        [3],
+        [],
+        [0, 2],
+    )
+    with pytest.raises(UserError, match=r"^all answers, 1 from data.jsonl:1 on, are longer .* drop leaves them out"):
+        encode_examples(rows[:1], tokenizer, EncodingLimits(512, limit, "", "drop"))
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

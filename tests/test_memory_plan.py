@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 import train_qlora as stage
 from glm_utils.checkpoint import open_checkpoint
 from glm_utils.cli import UserError
-from glm_utils.encoding import PackingCollator
+from glm_utils.collators import PackingCollator
 from glm_utils.load_model import load_base_model
 from glm_utils.training.memory_plan import count_saved_bytes, make_plan
 from glm_utils.training.preflight import batch_tokens, memory_advice

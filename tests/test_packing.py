@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional
 
 from glm_utils.checkpoint import open_checkpoint
-from glm_utils.encoding import IGNORED_LABEL, PackingCollator, loss_positions
+from glm_utils.collators import PackingCollator, loss_positions
+from glm_utils.encoding import IGNORED_LABEL
 from glm_utils.load_model import load_base_model
 
 LENGTHS = ((9, 4), (6, 3), (20, 13), (7, 2), (4, 2))  # tokens of an example, and of its prompt

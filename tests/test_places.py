@@ -36,10 +36,11 @@ from glm_utils.files import (
 )
 from glm_utils.inference.answer_file import check_output_path, lock_answers, write_output
 from glm_utils.inference.partial_answers import PartialAnswers
-from glm_utils.inference.report import check_report_path, write_report
+from glm_utils.inference.report import write_report
 from glm_utils.merging.shards import ShardWriter, TensorSpec
 from glm_utils.output_dir import atomic_directory, check_replaceable, lock_directory
 from glm_utils.output_lock import lock_output
+from glm_utils.report_file import check_report_path
 
 STAGE = "some_stage"
 RECORD = f'{{"stage": "{STAGE}"}}'

@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM
 from glm_utils.adapter import read_adapter
 from glm_utils.checkpoint import open_checkpoint
 from glm_utils.cli import UserError
+from glm_utils.collators import Collator, PackingCollator
 from glm_utils.data import Example
 from glm_utils.device import resolve_device
-from glm_utils.encoding import IGNORED_LABEL, Collator, EncodingLimits, PackingCollator, encode_examples
+from glm_utils.encoding import IGNORED_LABEL, EncodingLimits, encode_examples
 from glm_utils.export import EXPORTS
 from glm_utils.load_model import load_base_model
 from glm_utils.merging.job import make_job

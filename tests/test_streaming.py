@@ -270,7 +270,7 @@ def test_the_same_bits_as_in_memory(train, monkeypatch, log_lines, family_name):
     counts = json.loads((streamed / "run_config.json").read_text("utf-8"))["data"]["train"]
     assert (counts["num_rows"], counts["num_checked"]) == (40, 10)
     assert "40 examples, of which the first 10 have" in (streamed / "README.md").read_text("utf-8")
-    before = 10 + 1 + 4  # reads: what is checked, what is shown, and a batch whose memory is measured
+    before = 10 + 1 + 10 + 4  # what is checked, shown and reported, and a batch whose memory is measured
     first, read[:] = read[before:], []
     (streamed / "adapter_config.json").unlink()
     checkpoint = streamed / "checkpoint-4"
@@ -302,6 +302,22 @@ def test_settings_that_need_all_lengths_are_refused(limits, train, data_path, wr
     for args, flags in ((grouped, {}), ({}, {"packing": False}), (grouped, only_eval)):
         with pytest.raises(UserError, match="group_by_length needs the lengths of all 40 examples"):
             train("out", args, **flags)
+
+
+def test_all_turns_of_what_is_not_read_are_refused(limits, train):
+    with pytest.raises(UserError, match="--loss_on all needs the turns of all 40 examples"):
+        train("out", {}, loss_on="all")
+
+
+def test_long_answers_are_left_out_when_they_are_read(limits, train, write, log_lines):
+    """One that is not among the first is replaced, and named at the end; the report is on the first."""
+    rows = [row(number) for number in range(40)]
+    rows[25]["summary"] *= 30
+    path = write("long.jsonl", "".join(map(as_line, rows)))
+    args = {"per_device_train_batch_size": 8, "num_train_epochs": 1, "max_steps": -1, "save_strategy": "no"}
+    train("out", args, train_data_path=str(path), truncated_answers="drop", max_output_length=60)
+    (warning,) = [line for line in log_lines if "could not be used" in line]
+    assert f"{path}:26: left out by --truncated_answers drop" in warning
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

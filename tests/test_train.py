@@ -22,6 +22,7 @@ from glm_utils.evaluation import at_end
 from glm_utils.family import FAMILIES, PROJECT_DIR
 from glm_utils.load_model import load_adapter, load_base_model
 from glm_utils.training import inputs, preflight, resume, run, settings
+from glm_utils.training.manifest import write_manifest
 from tests.conftest import write_quantized
 
 COLORS, CLOTHES = "白黑红蓝绿", ("上衣", "裤子", "裙子")
@@ -452,6 +453,8 @@ def test_ways_to_name_the_checkpoint(train, checkpoint, monkeypatch, form):
         ({}, {"seed": 1}, "seed is 42 in the checkpoint and 1 now"),
         ({}, {"prompt_text": "a"}, "prompt_text is"),
         ({}, {"max_input_length": 100}, "max_input_length is 512 in the checkpoint and 100 now"),
+        ({}, {"truncated_answers": "cut"}, 'truncated_answers is "cut_and_end" in the checkpoint and "cut" now'),
+        ({}, {"loss_on": "all"}, 'loss_on is "last" in the checkpoint and "all" now'),
         ({"per_device_train_batch_size": 1}, {}, "rows_per_step is 4 in the checkpoint and 2 now"),
         ({"dataloader_drop_last": True}, {}, "dataloader_drop_last is false in the checkpoint and true now"),
     ],
@@ -461,6 +464,40 @@ def test_resume_into_another_run_is_refused(train, checkpoint, no_training, args
         train(args=args, resume_from_checkpoint=str(checkpoint), **flags)
     assert str(error_info.value).startswith(str(checkpoint))
     assert message in str(error_info.value)
+
+
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+def test_a_checkpoint_of_before_a_flag_has_its_default(train, checkpoint):
+    path = checkpoint / "run_config.json"
+    record = json.loads(path.read_text("utf-8"))
+    for name in settings.IDENTITY_DEFAULTS:
+        del record["identity"][name]
+        record["arguments"].pop(name, None)
+    path.write_text(json.dumps(record), "utf-8")
+    (checkpoint / "manifest.json").unlink()
+    write_manifest(checkpoint)
+    with pytest.raises(UserError, match='loss_on is "last" in the checkpoint and "all" now'):
+        train(resume_from_checkpoint=str(checkpoint), loss_on="all")
+    train(args={"max_steps": 2, "save_steps": 1}, resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+def test_a_run_with_examples_left_out_is_finished_when_the_others_are_trained(train, write, log_lines, monkeypatch):
+    """Steps are counted without them: a run that is done is not done again, and one that is not goes on."""
+    rows = [{**row, "summary": row["summary"] * (9 if number % 2 else 1)} for number, row in enumerate(EXAMPLES)]
+    flags = {"truncated_answers": "drop", "max_output_length": 40, "resume_from_checkpoint": "auto"}
+    flags["train_data_path"] = str(write("long.json", rows))
+    args = {"max_steps": -1, "num_train_epochs": 2, "save_steps": 1}
+    out = train(args=args, **flags)
+    record = json.loads((out / "run_config.json").read_text("utf-8"))["data"]["train"]
+    assert (record["num_rows"], record["num_dropped"]) == (8, 7)
+    assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 4
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train", lambda *args, **kwargs: pytest.fail("training started"))
+        train(args=args, **flags)
+    assert any("finished already, 4 steps are done" in line for line in log_lines)
+    train(args={**args, "num_train_epochs": 3}, **flags)
+    assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 6
 
 
 @pytest.mark.parametrize("family_name", ["chatglm2-6b"])
@@ -680,8 +717,9 @@ def test_flags_are_the_issues():
     expected = "train_args_json model_name_or_path train_data_path eval_data_path eval_ratio prompt_column "
     expected += "response_column "
     expected += "history_column sheet seed max_input_length "
-    expected += "max_output_length lora_rank lora_alpha lora_dropout resume_from_checkpoint prompt_text compute_dtype "
-    assert " ".join(parameters) == expected + "lora_targets packing log_samples dry_run evaluate_after"
+    expected += "max_output_length truncated_answers loss_on "
+    expected += "lora_rank lora_alpha lora_dropout resume_from_checkpoint prompt_text compute_dtype "
+    assert " ".join(parameters) == expected + "lora_targets packing log_samples dry_run output_json evaluate_after"
     defaults = {name: parameter.default for name, parameter in parameters.items()}
     assert defaults["model_name_or_path"] == FAMILIES[1].hub_ids[0] == "THUDM/chatglm2-6b"
     assert (defaults["max_input_length"], defaults["max_output_length"]) == (512, 1536)

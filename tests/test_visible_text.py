@@ -8,8 +8,9 @@ import unicodedata
 import pytest
 from loguru import logger
 
+from glm_utils import tables
 from glm_utils.cli import UserError, run_cli
-from glm_utils.inference import report, tables, terminal
+from glm_utils.inference import report, terminal
 from glm_utils.inference.chat import ChatSettings
 from glm_utils.logs import setup_logging
 from glm_utils.visible_text import UNSAFE, html_text, json_line, markdown_text, one_line, visible

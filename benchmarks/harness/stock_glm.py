@@ -23,7 +23,7 @@ from benchmarks.harness.random_models import quantize_to_nf4, random_model
 from benchmarks.harness.train_steps import DEVICE, WARM_UP_STEPS, encode_file, profiled, synchronize
 from glm_utils.checkpoint import load_classes, open_checkpoint
 from glm_utils.cli import UserError
-from glm_utils.encoding import Collator
+from glm_utils.collators import Collator
 from glm_utils.export.glm_names import native_config
 from glm_utils.family import detect_family
 from glm_utils.inference.measure import Generate, Workload

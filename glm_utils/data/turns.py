@@ -1,9 +1,11 @@
 """The turns of an example, as a history of pairs or as a list of messages."""
 
-from typing import NamedTuple
+from array import array
+from collections.abc import Sequence
+from typing import NamedTuple, overload
 
 from glm_utils.cli import UserError
-from glm_utils.data.example import CellFault
+from glm_utils.data.example import CellFault, Example
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 ROLE_KEYS, TEXT_KEYS = ("role", "from"), ("content", "value")
@@ -122,3 +124,41 @@ def parse_messages(messages: object, key: str, where: str, answers: str) -> Turn
         )
     turns = list(zip(texts[::2], texts[1::2], strict=True))
     return Turns(*turns[-1], tuple(turns[:-1])).after_system(system)
+
+
+class AnsweredTurns(Sequence[Example]):
+    """One example per answered turn of other examples: the turn's answer, behind what was said before it.
+
+    An example is made when it is asked for. A turn with an empty answer is none, but stays in the history of later
+    ones.
+
+    Args:
+        examples: Complete conversations.
+    """
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = examples
+        self._places, self._turns = array("q"), array("q")
+        for place, example in enumerate(examples):
+            answers = [*(answer for _, answer in example.history), example.answer]
+            turns = [turn for turn, answer in enumerate(answers) if answer.strip()]
+            self._places.extend([place] * len(turns))
+            self._turns.extend(turns)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        example, turn = self.examples[self._places[index]], self._turns[index]
+        if not example.history:
+            return example
+        query, answer = [*example.history, (example.query, example.answer)][turn]
+        return Example(query, answer, example.history[:turn], f"{example.where}, turn {turn + 1}")

@@ -8,8 +8,9 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizer
 
+from glm_utils.collators import Collator
 from glm_utils.data import Example
-from glm_utils.encoding import IGNORED_LABEL, Collator, encode_examples
+from glm_utils.encoding import IGNORED_LABEL, encode_examples
 from glm_utils.limits import EncodingLimits
 
 MAX_LOGITS = 2**26  # of a batch, before they are widened to fp32 example by example

@@ -4,12 +4,9 @@ import itertools
 import statistics
 from pathlib import Path
 
-from glm_utils.cli import UserError
-from glm_utils.disk import hidden_sibling
-from glm_utils.files import atomic_files, check_output_file, write_json
-from glm_utils.inference.tables import markdown_table
-from glm_utils.output_lock import lock_output
+from glm_utils.report_file import write_report_file
 from glm_utils.run_record import git_commit, versions
+from glm_utils.tables import markdown_table
 from glm_utils.visible_text import json_line
 
 TABLE_ROWS = (  # title, key of a model's figures, factor from the key's unit to the title's, decimals
@@ -95,22 +92,6 @@ def models_table(models: list[dict]) -> str:
     return markdown_table(["", *(figures["label"] for figures in models)], lines)
 
 
-def check_report_path(output_json: str | Path | None) -> None:
-    """Refuse a result file that could not be written, before anything is measured.
-
-    Raises:
-        UserError: output_json is a directory, or lies in one that is missing or read-only.
-    """
-    if output_json is None:
-        return
-    path = check_output_file(Path(output_json).expanduser(), "--output_json")
-    if not path.parent.is_dir():
-        raise UserError(
-            f"--output_json {output_json}: there is no directory {path.parent}. Give a file in a directory that can "
-            "be written to"
-        )
-
-
 def write_report(result: dict, output_json: str | Path | None) -> str:
     """Write the result to a file; return what a script prints: the table and, as the last line, the JSON object.
 
@@ -124,10 +105,5 @@ def write_report(result: dict, output_json: str | Path | None) -> str:
     result = {**result, "versions": versions(), "commit": git_commit()}
     text = f"{models_table(result['models'])}\n\n{json_line(result)}"
     if output_json:
-        path = check_output_file(Path(output_json).expanduser(), "--output_json")
-        with (
-            lock_output(hidden_sibling(path, "lock"), f"--output_json {path}", remove=True),
-            atomic_files(path.parent, last=path.name, name="--output_json") as temporary_dir,
-        ):
-            write_json(temporary_dir / path.name, result)
+        write_report_file(result, output_json)
     return text

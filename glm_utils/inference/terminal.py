@@ -13,7 +13,7 @@ from typing import TextIO
 
 from glm_utils.cli import UserError
 from glm_utils.inference.chat import AnswerCounts, ChatSession
-from glm_utils.inference.tables import side_by_side
+from glm_utils.tables import side_by_side
 from glm_utils.visible_text import visible
 
 with contextlib.suppress(ImportError):  # Windows has its own line editing

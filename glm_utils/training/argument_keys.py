@@ -214,7 +214,7 @@ FLAGS = (  # of train_qlora.py, which people write into the file; tests/test_tra
     *("train_args_json", "model_name_or_path", "train_data_path", "eval_data_path", "eval_ratio"),
     *("max_input_length", "prompt_column", "response_column", "history_column", "sheet"),
     *("max_output_length", "lora_rank", "lora_alpha", "lora_dropout", "prompt_text", "compute_dtype", "lora_targets"),
-    *("packing", "log_samples", "dry_run", "evaluate_after"),
+    *("truncated_answers", "loss_on", "packing", "log_samples", "dry_run", "output_json", "evaluate_after"),
 )
 JSON_ONLY = dict.fromkeys(  # what people give as a flag, with what they should do
     [key for key in ARGUMENTS if key not in ("seed", "resume_from_checkpoint")],

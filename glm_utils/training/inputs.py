@@ -1,15 +1,18 @@
 """What train_qlora.py checks and reads before torch is imported: flags, the JSON file, data."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 from loguru import logger
 
 from glm_utils.cli import UserError
+from glm_utils.data.find_files import find_files, find_parts
 from glm_utils.data.forms import Columns
 from glm_utils.data.training_data import TrainingData, read_training_data
 from glm_utils.early_checks import check_model_dir, project_path
 from glm_utils.limits import EncodingLimits
+from glm_utils.report_file import check_report_path
 from glm_utils.training.argument_keys import SEEDS
 from glm_utils.training.training_args import TrainArgsFile, read_train_args
 
@@ -46,11 +49,18 @@ def read_inputs(arguments: dict) -> RunInputs:
     check_lora_settings(flags.lora_rank, flags.lora_alpha, flags.lora_dropout)
     if flags.seed is not None and flags.seed not in SEEDS:
         raise UserError(f"--seed {flags.seed}: expected {SEEDS}")
-    limits = EncodingLimits(flags.max_input_length, flags.max_output_length, flags.prompt_text)
+    limits = EncodingLimits(
+        flags.max_input_length, flags.max_output_length, flags.prompt_text, flags.truncated_answers
+    )
     check_model_dir(flags.model_name_or_path)
     args_file = read_train_args(project_path(flags.train_args_json)) if flags.train_args_json else None
     columns = Columns(flags.prompt_column, flags.response_column, flags.history_column, flags.sheet)
     train_data_path, eval_data_path = find_data(flags.train_data_path, flags.eval_data_path, flags.eval_ratio)
+    if flags.output_json is not None:
+        read = [args_file.path] if args_file else []
+        read += Path(flags.model_name_or_path).expanduser().glob("*")  # none if it is the name of a hub
+        read += [path for part in find_parts(train_data_path) for path in part.paths]
+        check_report_path(flags.output_json, [*read, *(find_files(eval_data_path) if eval_data_path else [])])
     data = read_training_data(train_data_path, eval_data_path, flags.eval_ratio, columns)
     if flags.evaluate_after and not data.has_eval:
         raise UserError("--evaluate_after true: no evaluation data. Give --eval_data_path or --eval_ratio")

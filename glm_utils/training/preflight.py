@@ -13,6 +13,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from glm_utils.device import out_of_memory_explained
 from glm_utils.encoding import EncodedExamples
+from glm_utils.training.data_report import BatchFigures
 from glm_utils.training.disk_space import check_disk_space
 from glm_utils.training.memory_plan import MemoryPlan, make_plan
 from glm_utils.training.settings import TrainingSettings, examples_per_step, num_steps
@@ -44,7 +45,9 @@ def plan_run(settings: TrainingSettings, model: peft.PeftModel, encoded: Encoded
     return plan
 
 
-def batch_tokens(lengths: Sequence[int], batch_size: int, packing: bool, group_size: int | None = None) -> np.ndarray:
+def batch_tokens(
+    lengths: Sequence[int] | np.ndarray, batch_size: int, packing: bool, group_size: int | None = None
+) -> np.ndarray:
     """Return the number of tokens in each batch of one shuffled epoch, padding included.
 
     Args:
@@ -58,8 +61,30 @@ def batch_tokens(lengths: Sequence[int], batch_size: int, packing: bool, group_s
         order = get_length_grouped_indices(list(lengths), group_size, generator=generator)
     else:
         order = torch.randperm(len(lengths), generator=generator).numpy()
-    batches = np.split(np.asarray(lengths)[order], range(batch_size, len(lengths), batch_size))
-    return np.array([batch.sum() if packing else batch.max() * len(batch) for batch in batches])
+    ordered, starts = np.asarray(lengths)[order], np.arange(0, len(lengths), batch_size)
+    if packing:
+        return np.add.reduceat(ordered, starts)
+    return np.maximum.reduceat(ordered, starts) * np.diff(starts, append=len(lengths))
+
+
+def batch_figures(lengths: np.ndarray, settings: TrainingSettings) -> BatchFigures:
+    """Say what the training batches hold, and what padding costs or would cost in their order.
+
+    Args:
+        lengths: Tokens per training example.
+        settings: The run's settings.
+    """
+    args = settings.training_args
+    grouped = args.train_sampling_strategy == "group_by_length"
+    group_size = examples_per_step(args) if grouped else None
+    padded = batch_tokens(lengths, args.train_batch_size, packing=False, group_size=group_size)
+    num_tokens = int(np.sum(lengths))
+    return BatchFigures(
+        num_examples=min(args.train_batch_size, len(lengths)),
+        packing=settings.packing,
+        num_tokens=num_tokens / len(padded),
+        padding_share=1 - num_tokens / int(padded.sum()),
+    )
 
 
 def report_run(

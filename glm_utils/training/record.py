@@ -3,7 +3,6 @@
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from glm_utils.data.find_files import show_paths
 from glm_utils.encoding import EncodedExamples
 from glm_utils.files import write_json
 from glm_utils.model_card import adapter_card
@@ -62,11 +61,9 @@ def make_record(settings: TrainingSettings, encoded: dict[str, EncodedExamples])
         settings: The run's settings.
         encoded: Its encoded examples, under "train" and, optionally, "eval".
     """
-    named = [name for name in settings.data.files if name == "train" or not settings.data.held_out]
-    paths = {f"{name}_data_path": show_paths(settings.data.paths(name)) for name in named}
     return TrainingRecord(
         stage=STAGE,
-        arguments={**settings.arguments, **paths},
+        arguments=settings.described_arguments,
         base={"name": settings.base.name, "family": settings.base.family.name},
         identity=settings.identity,
         training_args=settings.training_args.to_dict(),

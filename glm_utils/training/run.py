@@ -1,33 +1,60 @@
 """The parts of a run: encode the data, train and evaluate, write the adapter."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from loguru import logger
 
-from glm_utils.data.indexed import is_streamed
-from glm_utils.encoding import EncodedExamples, encode_examples, show_example
+from glm_utils.data.indexed import read_first
+from glm_utils.encoding import EncodedExamples, show_example
 from glm_utils.file_modes import give_usual_modes
 from glm_utils.files import atomic_files
+from glm_utils.report_file import write_report_file
 from glm_utils.training.curves import write_curves
+from glm_utils.training.data_page import data_page, print_page, report_document, truncation_warnings
+from glm_utils.training.data_report import BatchFigures, TrainingDataReport, report_data
+from glm_utils.training.preflight import batch_figures
 from glm_utils.training.record import TrainingRecord
 from glm_utils.training.settings import TrainingSettings
-from glm_utils.training.streamed import encode_streamed, worker_errors_unwrapped
+from glm_utils.training.streamed import StreamedExamples, worker_errors_unwrapped
 from glm_utils.training.trainer import LoraTrainer
 
 
 def encode_data(settings: TrainingSettings) -> dict[str, EncodedExamples]:
-    """Encode all examples; log the counts, and the first example as tokens with its trained part in brackets."""
-    tokenizer, max_length = settings.base.tokenizer, settings.base.context_length
-    encoded = {
-        name: (encode_streamed if is_streamed(part) else encode_examples)(part, tokenizer, settings.limits, max_length)
-        for name, part in settings.examples.items()
+    """Encode all examples; the first process reports on them, and shows the first one as tokens.
+
+    Raises:
+        UserError: An example cannot be encoded, none is left, or the report cannot be written.
+    """
+    encoded = settings.encoded
+    if settings.training_args.process_index != 0:
+        return encoded
+    first = show_example(encoded["train"].dataset[0], settings.base.tokenizer)
+    logger.info(f"first example, trained part in [[ ]]: {first}")
+    batches = batch_figures(encoded["train"].lengths, settings)
+    reports = {name: report_part(settings, name, batches if name == "train" else None) for name in encoded}
+    for name, report in reports.items():
+        logger.info(f"{name}: {encoded[name].describe_counts()}")
+        for warning in truncation_warnings(name, report, settings.limits):
+            logger.warning(warning)
+        print_page(data_page(name, report))
+    settings.data.log_token_shares(encoded["train"].lengths.tolist())
+    if output_json := settings.arguments["output_json"]:
+        write_report_file(report_document(settings, reports), output_json)
+        logger.info(f"report on the data written to {output_json}")
+    return {
+        name: replace(part, counts={**part.counts, "num_duplicates": reports[name].duplicates.count})
+        for name, part in encoded.items()
     }
-    logger.info(f"first example, trained part in [[ ]]: {show_example(encoded['train'].dataset[0], tokenizer)}")
-    for name, part in encoded.items():
-        logger.info(f"{name}: {part.describe_counts()}")
-    settings.data.log_token_shares(encoded["train"].lengths)
-    return encoded
+
+
+def report_part(settings: TrainingSettings, name: str, batches: BatchFigures | None) -> TrainingDataReport:
+    """Report on the examples of one part of the data; of streamed ones, on the first."""
+    examples, part = settings.loss_examples[name], settings.encoded[name]
+    if isinstance(part, StreamedExamples):
+        return report_data(read_first(examples), part.first, batches, num_examples=len(examples))
+    return report_data(examples, part, batches)
 
 
 @worker_errors_unwrapped()

@@ -20,7 +20,7 @@ class LengthGroups(LengthGroupedSampler):
     """
 
     def __init__(self, trainer: Trainer):
-        super().__init__(examples_per_step(trainer.args), lengths=list(trainer.train_dataset["length"]))
+        super().__init__(examples_per_step(trainer.args), lengths=list(trainer.train_dataset["length"][:]))
         self.trainer = trainer
 
     def __iter__(self) -> Iterator[int]:

@@ -6,16 +6,21 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import peft
 from transformers import TrainingArguments
 
 from glm_utils.checkpoint import Checkpoint, open_checkpoint
 from glm_utils.cli import UserError
+from glm_utils.collators import Collator, PackingCollator
 from glm_utils.data import Example
-from glm_utils.data.training_data import DrawnData
+from glm_utils.data.drawn import DrawnData
+from glm_utils.data.find_files import show_paths
+from glm_utils.data.indexed import is_streamed
+from glm_utils.data.turns import AnsweredTurns
 from glm_utils.early_checks import project_path
-from glm_utils.encoding import Collator, PackingCollator
+from glm_utils.encoding import EncodedExamples, encode_examples
 from glm_utils.family import resolve_lora_targets
 from glm_utils.limits import EncodingLimits
 from glm_utils.run_record import sha256_of_files
@@ -24,13 +29,18 @@ from glm_utils.training.inputs import RunInputs
 from glm_utils.training.lora_model import make_lora_config
 from glm_utils.training.precision import resolve_compute_dtype
 from glm_utils.training.sample_answers import check_log_samples
-from glm_utils.training.streamed import check_streamable
+from glm_utils.training.streamed import check_streamable, encode_streamed
 from glm_utils.training.training_args import TrainArgsFile, read_train_args
 
 IDENTITY_ARGUMENTS: tuple[str, ...] = ("lora_rank", "lora_alpha", "lora_dropout", "max_input_length")
 IDENTITY_ARGUMENTS += ("max_output_length", "prompt_text", "compute_dtype", "packing")
 IDENTITY_ARGUMENTS += ("prompt_column", "response_column", "history_column", "sheet")
-IDENTITY_DEFAULTS = {"eval_ratio": None, "train_mixture": None}  # of runs that did not record them yet
+IDENTITY_ARGUMENTS += ("truncated_answers", "loss_on")
+IDENTITY_DEFAULTS = {  # of runs that did not record them yet
+    **dict.fromkeys(("eval_ratio", "train_mixture")),
+    "truncated_answers": "cut_and_end",
+    "loss_on": "last",
+}
 IDENTITY_TRAINING_ARGS = ("seed", "data_seed", "dataloader_drop_last", "train_sampling_strategy")
 
 
@@ -42,6 +52,7 @@ class TrainingSettings:
         arguments: The script's flags by name, with compute_dtype resolved.
         base: The base model.
         data: Examples and the files that they are from, under "train" and, optionally, "eval".
+        loss_examples: What the loss covers, under the same keys: these examples, or one for each answered turn.
         limits: Limits of the prompt and the answer.
         lora_config: Settings of LoRA.
         compute_dtype: fp32, fp16 or bf16.
@@ -53,6 +64,7 @@ class TrainingSettings:
     arguments: dict
     base: Checkpoint
     data: DrawnData
+    loss_examples: Mapping[str, Sequence[Example]]
     limits: EncodingLimits
     lora_config: peft.LoraConfig
     compute_dtype: str
@@ -76,6 +88,12 @@ class TrainingSettings:
         return self.arguments["resume_from_checkpoint"] or self.training_args.resume_from_checkpoint
 
     @property
+    def described_arguments(self) -> dict:
+        """The flags, with the data files that were taken."""
+        named = [name for name in self.data.files if name == "train" or not self.data.held_out]
+        return {**self.arguments, **{f"{name}_data_path": show_paths(self.data.paths(name)) for name in named}}
+
+    @property
     def num_log_samples(self) -> int:
         """How many evaluation examples are answered in TensorBoard's text tab."""
         return self.arguments["log_samples"]
@@ -83,7 +101,18 @@ class TrainingSettings:
     @property
     def num_steps(self) -> int:
         """Optimizer steps of the run, those before a checkpoint included."""
-        return num_steps(len(self.examples["train"]), self.training_args)
+        if self.limits.truncated_answers == "drop":  # how many are left out is known when they are encoded
+            return num_steps(len(self.encoded["train"].dataset), self.training_args)
+        return num_steps(len(self.loss_examples["train"]), self.training_args)
+
+    @cached_property
+    def encoded(self) -> dict[str, EncodedExamples]:
+        """The examples that the loss covers, encoded once."""
+        tokenizer, max_length = self.base.tokenizer, self.base.context_length
+        return {
+            name: (encode_streamed if is_streamed(part) else encode_examples)(part, tokenizer, self.limits, max_length)
+            for name, part in self.loss_examples.items()
+        }
 
     @cached_property
     def collator(self) -> Collator | PackingCollator:
@@ -117,27 +146,37 @@ def resolve_settings(inputs: RunInputs) -> TrainingSettings:
             hardware.
     """
     flags = SimpleNamespace(**inputs.arguments)
-    resolved = resolve_training_args(inputs, inputs.args_file) if inputs.args_file else None
+    early = resolve_training_args(inputs, inputs.args_file) if inputs.args_file else None
     base = open_checkpoint(flags.model_name_or_path)
     base.require_unquantized("QLoRA quantizes by itself")
     targets = resolve_lora_targets(base.family, flags.lora_targets)
     args_file = inputs.args_file or read_train_args(project_path(base.family.train_args_json))
-    compute_dtype, training_args, data = resolved or resolve_training_args(inputs, args_file)
+    resolved = early or resolve_training_args(inputs, args_file)
     return TrainingSettings(
-        arguments={**inputs.arguments, "compute_dtype": compute_dtype},
+        arguments={**inputs.arguments, "compute_dtype": resolved.compute_dtype},
         base=base,
-        data=data,
+        data=resolved.data,
+        loss_examples=resolved.loss_examples,
         limits=inputs.limits,
         lora_config=make_lora_config(flags.lora_rank, flags.lora_alpha, flags.lora_dropout, targets),
-        compute_dtype=compute_dtype,
+        compute_dtype=resolved.compute_dtype,
         packing=flags.packing,
         args_file=args_file,
-        training_args=training_args,
+        training_args=resolved.training_args,
     )
 
 
-def resolve_training_args(inputs: RunInputs, args_file: TrainArgsFile) -> tuple[str, TrainingArguments, DrawnData]:
-    """Make the TrainingArguments of a run and try them; return the number format and, drawn by their seed, the data.
+class Resolved(NamedTuple):
+    """What follows from a TrainingArguments file: number format, arguments and, drawn by their seed, the data."""
+
+    compute_dtype: str
+    training_args: TrainingArguments
+    data: DrawnData
+    loss_examples: Mapping[str, Sequence[Example]]
+
+
+def resolve_training_args(inputs: RunInputs, args_file: TrainArgsFile) -> Resolved:
+    """Make the TrainingArguments of a run, try them, and draw its data.
 
     Raises:
         UserError: Settings that contradict each other or the hardware, or that a library does not take.
@@ -148,9 +187,12 @@ def resolve_training_args(inputs: RunInputs, args_file: TrainArgsFile) -> tuple[
     training_args = make_training_args(args_file, flags.seed, compute_dtype, has_eval, flags.packing)
     check_log_samples(flags.log_samples, has_eval, training_args)
     data = inputs.data.draw(training_args.seed)
-    check_streamable(data.examples, args_file, training_args)
-    try_training_args(args_file, training_args, num_steps(len(data.examples["train"]), training_args))
-    return compute_dtype, training_args, data
+    check_streamable(data.examples, args_file, training_args, flags.loss_on)
+    loss_examples: Mapping[str, Sequence[Example]] = {
+        name: AnsweredTurns(part) if flags.loss_on == "all" else part for name, part in data.examples.items()
+    }
+    try_training_args(args_file, training_args, num_steps(len(loss_examples["train"]), training_args))
+    return Resolved(compute_dtype, training_args, data, loss_examples)
 
 
 def examples_per_step(training_args: TrainingArguments) -> int:

@@ -8,7 +8,8 @@ import contextlib
 import functools
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 
 import numpy as np
@@ -30,7 +31,10 @@ Encode = Callable[[Example], EncodedExample | None]  # None: the settings leave 
 
 
 def check_streamable(
-    examples: Mapping[str, Sequence[Example]], args_file: TrainArgsFile, training_args: TrainingArguments
+    examples: Mapping[str, Sequence[Example]],
+    args_file: TrainArgsFile,
+    training_args: TrainingArguments,
+    loss_on: str = "last",
 ) -> None:
     """Refuse settings that would have to read all examples before the training. Of examples in memory, none is.
 
@@ -38,6 +42,7 @@ def check_streamable(
         examples: Those of training and evaluation, which the Trainer groups alike.
         args_file: The TrainingArguments file.
         training_args: Made from it.
+        loss_on: The flag; "all" needs to know how many turns each example has.
 
     Raises:
         UserError: There is such a setting.
@@ -47,6 +52,12 @@ def check_streamable(
         raise UserError(
             f"{args_file.at('train_sampling_strategy')} group_by_length needs the lengths of all {num_streamed:,} "
             'examples, which are read only when they are needed. Set it to "random", or give --packing=true'
+        )
+
+    if num_streamed and loss_on == "all":
+        raise UserError(
+            f"--loss_on all needs the turns of all {num_streamed:,} examples, which are read only when they are "
+            "needed. Train on parts of fewer than a million rows, or give --loss_on last"
         )
 
 
@@ -95,7 +106,7 @@ class StreamedDataset(torch.utils.data.Dataset):
         except UnusableRow as error:
             return error.message
         try:
-            return self.encode(example) or f"{example.where}: left out, as the settings say"
+            return self.encode(example) or f"{example.where}: left out by --truncated_answers drop"
         except UserError as error:
             return error.message
 
@@ -105,15 +116,15 @@ class StreamedExamples(EncodedExamples):
     """Examples that are encoded when they are asked for; counts and lengths are those of the first ones.
 
     Attributes:
-        first_lengths: Tokens of each of the first examples.
+        first: What the first examples became.
     """
 
-    first_lengths: Sequence[int] = ()
+    first: EncodedExamples = field(kw_only=True)
 
-    @property
-    def lengths(self) -> Sequence[int]:
-        """Tokens of each of the first examples."""
-        return self.first_lengths
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each of the first examples, int64 (N,)."""
+        return self.first.lengths
 
     def describe_counts(self) -> str:
         """Say the counts in words, for the log."""
@@ -129,10 +140,18 @@ def encode_streamed(
     Raises:
         UserError: One of the first examples cannot be used.
     """
-    encode = functools.partial(encode_example, tokenizer=tokenizer, limits=limits, max_length=max_length)
+    encode = functools.partial(encode_kept, tokenizer=tokenizer, limits=limits, max_length=max_length)
     first = encode_examples(read_first(examples), tokenizer, limits, max_length)
     counts = {**first.counts, "num_rows": len(examples), "num_checked": first.counts["num_rows"]}
-    return StreamedExamples(StreamedDataset(examples, encode), counts, list(first.lengths))
+    return StreamedExamples(StreamedDataset(examples, encode), counts, first=first)
+
+
+def encode_kept(
+    example: Example, tokenizer: PreTrainedTokenizer, limits: EncodingLimits, max_length: int | None
+) -> EncodedExample | None:
+    """Encode one example; None: its answer is too long, and such examples are left out. See `encode_example`."""
+    encoded = encode_example(example, tokenizer, limits, max_length)
+    return None if encoded.answer_truncated and limits.truncated_answers == "drop" else encoded
 
 
 class UnusableReport(TrainerCallback):
