@@ -69,6 +69,11 @@ def to_glm(
     with atomic_directory(output_dir, overwrite, STAGE) as directory:
         if lora_path:
             write_native_adapter(native, config.num_layers, directory)
+            if job.base.tokenizer.prompt_text:
+                glm.write_chat_template(job, directory)
+                logger.info(
+                    "give the engine chat_template.jinja of the adapter: it writes prompt_text, the base's not"
+                )
         else:
             glm.verify(job, directory, glm.write(job, directory))
         record = {"stage": STAGE, "arguments": arguments, "versions": versions(), "commit": git_commit()}

@@ -9,8 +9,9 @@ from loguru import logger
 from glm_utils.cli import UserError
 from glm_utils.data import Example, read_examples
 from glm_utils.data.forms import Columns
-from glm_utils.early_checks import check_model_dir, project_path
+from glm_utils.early_checks import check_model_dir, local_model_dir, project_path
 from glm_utils.limits import EncodingLimits
+from glm_utils.prompt_text import check_only_one, check_prompt_text
 from glm_utils.training.argument_keys import SEEDS
 from glm_utils.training.training_args import TrainArgsFile, read_train_args
 
@@ -49,8 +50,11 @@ def read_inputs(arguments: dict) -> RunInputs:
     check_lora_settings(flags.lora_rank, flags.lora_alpha, flags.lora_dropout)
     if flags.seed is not None and flags.seed not in SEEDS:
         raise UserError(f"--seed {flags.seed}: expected {SEEDS}")
-    limits = EncodingLimits(flags.max_input_length, flags.max_output_length, flags.prompt_text)
+    limits = EncodingLimits(flags.max_input_length, flags.max_output_length)
+    check_prompt_text(flags.prompt_text)
     check_model_dir(flags.model_name_or_path)
+    if base_dir := local_model_dir(flags.model_name_or_path):
+        check_only_one(flags.prompt_text, base_dir)
     args_file = read_train_args(project_path(flags.train_args_json)) if flags.train_args_json else None
     data_paths = find_data(flags.train_data_path, flags.eval_data_path)
     columns = Columns(flags.prompt_column, flags.response_column, flags.history_column, flags.sheet)

@@ -16,6 +16,7 @@ from glm_utils.early_checks import project_path
 from glm_utils.encoding import Collator, PackingCollator
 from glm_utils.family import resolve_lora_targets
 from glm_utils.limits import EncodingLimits
+from glm_utils.prompt_text import check_only_one
 from glm_utils.run_record import sha256
 from glm_utils.training.build_args import make_training_args, try_training_args
 from glm_utils.training.inputs import RunInputs
@@ -35,7 +36,7 @@ class TrainingSettings:
     """The settings of a run, resolved and checked.
 
     Attributes:
-        arguments: The script's flags by name, with compute_dtype resolved.
+        arguments: The script's flags by name, with compute_dtype and prompt_text resolved.
         base: The base model.
         data_paths: Data files under "train" and, optionally, "eval".
         examples: Their examples under the same keys.
@@ -112,11 +113,13 @@ def resolve_settings(inputs: RunInputs) -> TrainingSettings:
     resolved = resolve_training_args(inputs, inputs.args_file) if inputs.args_file else None
     base = open_checkpoint(flags.model_name_or_path)
     base.require_unquantized("QLoRA quantizes by itself")
+    check_only_one(flags.prompt_text, base.directory)
+    base = base.with_prompt_text(flags.prompt_text or None, "--prompt_text")
     targets = resolve_lora_targets(base.family, flags.lora_targets)
     args_file = inputs.args_file or read_train_args(project_path(base.family.train_args_json))
     compute_dtype, training_args = resolved or resolve_training_args(inputs, args_file)
     return TrainingSettings(
-        arguments={**inputs.arguments, "compute_dtype": compute_dtype},
+        arguments={**inputs.arguments, "compute_dtype": compute_dtype, "prompt_text": base.tokenizer.prompt_text},
         base=base,
         data_paths=inputs.data_paths,
         examples=inputs.examples,
