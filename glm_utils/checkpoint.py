@@ -138,8 +138,8 @@ class Checkpoint:
             return self
         if own:
             raise UserError(
-                f"{self.directory} puts {shown(own)} before every question (prompt_text of its tokenizer_config.json), "
-                f"{source} says {shown(text)}: expected one text. Give the base that the training ran on"
+                f"{self.directory}: prompt_text of tokenizer_config.json is {shown(own)}, but {source} says "
+                f"{shown(text)}, and one text stands before every question. Give the base that the training ran on"
             )
         return replace(self, prompt_text=text)
 

@@ -1,7 +1,7 @@
 """The text that a training put before every question: where it is recorded, and that there is only one. No torch.
 
-tokenizer_config.json of an adapter or a merged model holds it, and the tokenizer puts it before every question. Adapters
-of before that have it in run_config.json alone.
+tokenizer_config.json of an adapter or a merged model holds it, and the tokenizer puts it before every question. Older
+adapters have it in run_config.json alone.
 """
 
 from pathlib import Path
@@ -85,7 +85,7 @@ def agree_on(recorded: dict[str, str], given: str | None) -> str:
     if len(texts) > 1 or (given and texts and given not in texts):
         found = " and ".join(f"{shown(text)} for {name}" for text, name in texts.items())
         raise UserError(
-            f"{f'--{KEY} {shown(given)}: ' if given else ''}the training put {found} before every question. Both models "
-            f'must get one text: leave --{KEY} out, or give --{KEY} "" for none'
+            f"{f'--{KEY} {shown(given)}: ' if given else ''}the training put {found} before every question. Both "
+            f'models must get one text: leave --{KEY} out, or give --{KEY} "" for none'
         )
     return next(iter(texts), "") if given is None else given

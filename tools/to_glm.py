@@ -71,9 +71,7 @@ def to_glm(
             write_native_adapter(native, config.num_layers, directory)
             if job.base.tokenizer.prompt_text:
                 glm.write_chat_template(job, directory)
-                logger.info(
-                    "give the engine chat_template.jinja of the adapter: it writes prompt_text, the base's not"
-                )
+                logger.info("give the engine the adapter's chat_template.jinja: the base's has no prompt_text")
         else:
             glm.verify(job, directory, glm.write(job, directory))
         record = {"stage": STAGE, "arguments": arguments, "versions": versions(), "commit": git_commit()}

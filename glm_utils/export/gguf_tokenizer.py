@@ -87,14 +87,12 @@ def check_prompt_text(tokenizer: PreTrainedTokenizer) -> None:
     """
     sp, num_pieces = tokenizer.sp, tokenizer.sp.get_piece_size()
     control = [sp.id_to_piece(index) for index in range(num_pieces) if sp.is_control(index) or sp.is_unknown(index)]
-    control += [
-        CONTROL_NAMES.get(token, token) for token, index in tokenizer.get_vocab().items() if index >= num_pieces
-    ]
-    for name in control:
+    control += tokenizer.convert_ids_to_tokens(range(num_pieces, tokenizer.vocab_size))
+    for name in (CONTROL_NAMES.get(token, token) for token in control):
         if name in tokenizer.prompt_text:
             raise UserError(
-                f"prompt_text {shown(tokenizer.prompt_text)} holds {name}, which llama.cpp takes for a control token; in "
-                "training it was text. Use --export_format chatglm or glm"
+                f"prompt_text {shown(tokenizer.prompt_text)} holds {name}, a control token for llama.cpp; in training "
+                "it was text. Use --export_format chatglm or glm"
             )
 
 

@@ -1,4 +1,4 @@
-"""Put the prompt_text of a training into chat templates, as a literal of their language: Jinja, Go, Ollama's Modelfile.
+"""Put the prompt_text of a training into chat templates, as a literal of Jinja or Go.
 
 Engines differ in the escapes that they know, so few are used. Braces never stand beside each other or beside % and #:
 some engines look for `{{` and `-%}` in the whole template, also inside literals.
