@@ -7,7 +7,9 @@ some engines look for `{{` and `-%}` in the whole template, also inside literals
 import json
 
 QUESTION = "问："  # what stands before a question in every template
-JINJA_ESCAPES = {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\r": "\\r", "\t": "\\t", "{": "{' ~ '", "}": "' ~ '}"}
+JINJA_ESCAPES = str.maketrans(
+    {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\r": "\\r", "\t": "\\t", "{": "{' ~ '", "}": "' ~ '}"}
+)
 
 
 def jinja_with_text(template: str, prompt_text: str) -> str:
@@ -17,7 +19,7 @@ def jinja_with_text(template: str, prompt_text: str) -> str:
         template: The template, in which QUESTION ends a literal in single quotes.
         prompt_text: The text; empty: the template stays as it is.
     """
-    return template.replace(f"{QUESTION}'", f"{QUESTION}{prompt_text.translate(str.maketrans(JINJA_ESCAPES))}'")
+    return template.replace(f"{QUESTION}'", f"{QUESTION}{prompt_text.translate(JINJA_ESCAPES)}'")
 
 
 def go_with_text(template: str, prompt_text: str) -> str:

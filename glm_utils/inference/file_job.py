@@ -36,6 +36,7 @@ def identify(source: ModelSource, data_path: Path, columns: Columns, settings: G
         "model": source.checkpoint.fingerprint,
         "adapter_sha256": next((sha256(path) for path in paths if path.is_file()), None),
         "weights": source.weight_format,
+        "prompt_text": source.checkpoint.tokenizer.prompt_text or None,
         **dataclasses.asdict(settings),
     }
 

@@ -10,11 +10,14 @@ from glm_utils.cli import UserError
 from glm_utils.data import Example, read_examples
 from glm_utils.data.forms import Columns
 from glm_utils.early_checks import check_model_dir, local_model_dir, project_path
+from glm_utils.family import Family
 from glm_utils.limits import EncodingLimits
 from glm_utils.prompt_text import check_only_one, check_prompt_text
 from glm_utils.training.argument_keys import SEEDS
+from glm_utils.training.shipped_args import check_args_family
 from glm_utils.training.training_args import TrainArgsFile, read_train_args
 
+DEFAULT_BASE = "THUDM/chatglm2-6b"
 SAMPLE_TRAIN_PATH, SAMPLE_EVAL_PATH = "data/train.jsonl", "data/dev.jsonl"
 
 
@@ -28,6 +31,7 @@ class RunInputs:
         data_paths: Data files under "train" and, optionally, "eval".
         examples: Their examples under the same keys.
         args_file: The TrainingArguments file; None: the one shipped for the base's family.
+        family: The base's; None: the base is yet to be downloaded.
     """
 
     arguments: dict
@@ -35,6 +39,7 @@ class RunInputs:
     data_paths: dict[str, Path]
     examples: dict[str, list[Example]]
     args_file: TrainArgsFile | None
+    family: Family | None
 
 
 def read_inputs(arguments: dict) -> RunInputs:
@@ -52,16 +57,20 @@ def read_inputs(arguments: dict) -> RunInputs:
         raise UserError(f"--seed {flags.seed}: expected {SEEDS}")
     limits = EncodingLimits(flags.max_input_length, flags.max_output_length)
     check_prompt_text(flags.prompt_text)
-    check_model_dir(flags.model_name_or_path)
+    family = check_model_dir(flags.model_name_or_path)
     if base_dir := local_model_dir(flags.model_name_or_path):
         check_only_one(flags.prompt_text, base_dir)
     args_file = read_train_args(project_path(flags.train_args_json)) if flags.train_args_json else None
+    if args_file and family:
+        check_args_family(args_file, family, flags.model_name_or_path)
+    if flags.model_name_or_path == DEFAULT_BASE:
+        logger.info(f"base model: {DEFAULT_BASE}, the default of --model_name_or_path")
     data_paths = find_data(flags.train_data_path, flags.eval_data_path)
     columns = Columns(flags.prompt_column, flags.response_column, flags.history_column, flags.sheet)
     examples = {name: read_examples(path, columns=columns) for name, path in data_paths.items()}
     if flags.evaluate_after and "eval" not in data_paths:
         raise UserError("--evaluate_after true: no evaluation data. Give --eval_data_path")
-    return RunInputs(arguments, limits, data_paths, examples, args_file)
+    return RunInputs(arguments, limits, data_paths, examples, args_file, family)
 
 
 def check_lora_settings(rank: int, alpha: int, dropout: float) -> None:

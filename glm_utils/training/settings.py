@@ -12,7 +12,6 @@ from transformers import TrainingArguments
 from glm_utils.checkpoint import Checkpoint, open_checkpoint
 from glm_utils.cli import UserError
 from glm_utils.data import Example
-from glm_utils.early_checks import project_path
 from glm_utils.encoding import Collator, PackingCollator
 from glm_utils.family import resolve_lora_targets
 from glm_utils.limits import EncodingLimits
@@ -23,7 +22,8 @@ from glm_utils.training.inputs import RunInputs
 from glm_utils.training.lora_model import make_lora_config
 from glm_utils.training.precision import resolve_compute_dtype
 from glm_utils.training.sample_answers import check_log_samples
-from glm_utils.training.training_args import TrainArgsFile, read_train_args
+from glm_utils.training.shipped_args import check_args_family, shipped_args
+from glm_utils.training.training_args import TrainArgsFile
 
 IDENTITY_ARGUMENTS: tuple[str, ...] = ("lora_rank", "lora_alpha", "lora_dropout", "max_input_length")
 IDENTITY_ARGUMENTS += ("max_output_length", "prompt_text", "compute_dtype", "packing")
@@ -116,7 +116,9 @@ def resolve_settings(inputs: RunInputs) -> TrainingSettings:
     check_only_one(flags.prompt_text, base.directory)
     base = base.with_prompt_text(flags.prompt_text or None, "--prompt_text")
     targets = resolve_lora_targets(base.family, flags.lora_targets)
-    args_file = inputs.args_file or read_train_args(project_path(base.family.train_args_json))
+    args_file = inputs.args_file or shipped_args(base.family)
+    if inputs.family is None:  # a hub id that told nothing before it was downloaded
+        check_args_family(args_file, base.family, base.name)
     compute_dtype, training_args = resolved or resolve_training_args(inputs, args_file)
     return TrainingSettings(
         arguments={**inputs.arguments, "compute_dtype": compute_dtype, "prompt_text": base.tokenizer.prompt_text},
