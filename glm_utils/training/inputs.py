@@ -57,20 +57,31 @@ def read_inputs(arguments: dict) -> RunInputs:
         raise UserError(f"--seed {flags.seed}: expected {SEEDS}")
     limits = EncodingLimits(flags.max_input_length, flags.max_output_length)
     check_prompt_text(flags.prompt_text)
-    family = check_model_dir(flags.model_name_or_path)
-    if base_dir := local_model_dir(flags.model_name_or_path):
-        check_only_one(flags.prompt_text, base_dir)
     args_file = read_train_args(project_path(flags.train_args_json)) if flags.train_args_json else None
-    if args_file and family:
-        check_args_family(args_file, family, flags.model_name_or_path)
-    if flags.model_name_or_path == DEFAULT_BASE:
-        logger.info(f"base model: {DEFAULT_BASE}, the default of --model_name_or_path")
+    family = check_base(flags.model_name_or_path, flags.prompt_text, args_file)
     data_paths = find_data(flags.train_data_path, flags.eval_data_path)
     columns = Columns(flags.prompt_column, flags.response_column, flags.history_column, flags.sheet)
     examples = {name: read_examples(path, columns=columns) for name, path in data_paths.items()}
     if flags.evaluate_after and "eval" not in data_paths:
         raise UserError("--evaluate_after true: no evaluation data. Give --eval_data_path")
     return RunInputs(arguments, limits, data_paths, examples, args_file, family)
+
+
+def check_base(name_or_path: str, prompt_text: str, args_file: TrainArgsFile | None) -> Family | None:
+    """Check that the base is there, and what other flags say of it; return its family, None if only a download tells.
+
+    Raises:
+        UserError: It is not there, has a prompt_text of its own beside the flag's, or the JSON file ships for another
+            family.
+    """
+    family = check_model_dir(name_or_path)
+    if directory := local_model_dir(name_or_path):
+        check_only_one(prompt_text, directory)
+    if args_file and family:
+        check_args_family(args_file, family, name_or_path)
+    if name_or_path == DEFAULT_BASE:
+        logger.info(f"base model: {DEFAULT_BASE}, the default of --model_name_or_path")
+    return family
 
 
 def check_lora_settings(rank: int, alpha: int, dropout: float) -> None:
