@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,7 +45,7 @@ QUERY, HISTORY = "类型#裙*颜色#白色", [("你好", "你好！"), ("类型#
 ROWS = [
     {"query": QUERY, "response": "白色的裙子。", "history": HISTORY},
     {"query": QUERY, "response": "白色的裙子。"},
-    {"query": HISTORY[0][0], "response": HISTORY[0][1]},
+    {"query": "颜色#红", "response": "红色。"},
 ]
 MERGE = {"qbits": 0, "device": "cpu"}
 # what has a meaning in Jinja, Go, a Modelfile or JSON, in front, at the end and beside each other
@@ -107,9 +108,12 @@ def merged(trained, tmp_path_factory):
 
 @pytest.fixture
 def read_ids(monkeypatch, trained):
-    """Count the sequences, of those that models of the family read during the test, that hold given ids."""
+    """Count the sequences, of those that models of the family read during the test, that hold given ids.
+
+    The last id may be missing: a batch reads it with the first step.
+    """
     found = []
-    model_class = load_classes(trained.family).model
+    model_class = sys.modules[load_classes(trained.family).model.__module__].ChatGLMModel
     forward = model_class.forward
 
     def spy(self, *args, **kwargs):
@@ -117,6 +121,7 @@ def read_ids(monkeypatch, trained):
         return forward(self, *args, **kwargs)
 
     def count(ids):
+        ids = ids[:-1]
         return sum(any(row[n : n + len(ids)] == ids for n in range(len(row) - len(ids) + 1)) for row in found)
 
     monkeypatch.setattr(model_class, "forward", spy)
