@@ -1,6 +1,7 @@
 """chat_demo.py: the session (pieces, history, counts), what it loads and refuses, and the terminal on a pty."""
 
 import codecs
+import io
 import json
 import os
 import pty
@@ -312,6 +313,27 @@ def test_piped_lines_broken_bytes_and_the_end():
     assert re.search(r"\(taken back: \ufffd+ broken\)", errors)
     assert "(a new conversation)\nthere is no earlier question" in errors
     assert "retry  answer the last question again" in errors
+
+
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+@pytest.mark.parametrize("conversation", [False, True])
+def test_a_piped_line_is_a_conversation_of_its_own(tiny_dir, conversation, monkeypatch, capsys):
+    histories = {}
+    ask = ChatSession.ask
+    monkeypatch.setattr(
+        ChatSession, "ask", lambda self, query: histories.update({query: list(self.history)}) or ask(self, query)
+    )
+    monkeypatch.setattr(sys, "stdin", io.StringIO("一\n\n二\nretry\nundo\n三"))
+    chat_demo.chat_demo(
+        model_path=str(tiny_dir), temperature=0, max_length=99, conversation=conversation, device="cpu"
+    )
+    output = capsys.readouterr()
+    assert len(output.out.splitlines()) == 4
+    turns = {query: [question for question, _ in history] for query, history in histories.items()}
+    before = ["一"] if conversation else []
+    assert turns == {"一": [], "二": before, "三": before}
+    assert ("each line is a conversation of its own; --conversation" in output.err) is not conversation
+    assert "(taken back: 二)" in output.err
 
 
 # Ctrl-C reaches a process whose controlling terminal the pty is, unless SIGINT is ignored, as it is in what a shell
