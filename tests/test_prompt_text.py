@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jinja2
+import peft
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -183,6 +184,30 @@ def test_evaluation_reads_it_but_for_general_questions(trained, read_ids, tmp_pa
     assert all(read_ids(prompt) == 4 for prompt in trained.prompts)  # loss and answer, without and with the adapter
     plain = open_checkpoint(TINY_DIRS[trained.family.name]).tokenizer
     assert all(read_ids(plain.encode_prompt(question.example.query)) == 4 for question in job.choose_probe(2))
+
+
+README_FILES = ["README.md", "README_zh.md", "docs/inference.md", "docs/inference_zh.md"]
+
+
+def test_the_snippet_of_the_docs_loads_the_adapter(trained, read_ids, capsys):
+    found = [
+        re.findall(r"```python\n(.*?)```", (PROJECT_DIR / name).read_text("utf-8"), re.DOTALL) for name in README_FILES
+    ]
+    snippets = {part for parts in found for part in parts if "load_chat_model" in part}
+    assert [sum("load_chat_model" in part for part in parts) for parts in found] == [1, 1, 1, 1]
+    (snippet,) = snippets  # the same in all of them
+    assert len(snippet.strip().splitlines()) <= 6
+    code = snippet.replace("saved_files/chatGLM2_6B_QLoRA_t32", str(trained.adapter)).replace(
+        "类型#裙*颜色#白色", QUERY
+    )
+    assert str(trained.adapter) in code
+    names = {}
+    exec(code, names)
+    assert isinstance(names["model"], peft.PeftModel)
+    assert any(type(module).__name__ == "Linear4bit" for module in names["model"].modules())
+    assert names["history"] == [(QUERY, names["response"])]
+    assert read_ids(trained.prompts[1]) == 1
+    assert capsys.readouterr().out.strip() == names["response"].strip()
 
 
 # ---- merged and exported
