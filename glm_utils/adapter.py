@@ -21,7 +21,7 @@ from glm_utils.model_files.links import check_inside
 from glm_utils.model_files.model_json import read_model_json, shown
 from glm_utils.model_files.module_names import is_module_name, summarize
 from glm_utils.model_files.tensor_files import list_bin, list_tensors, load_bin
-from glm_utils.prompt_text import adapter_prompt_text
+from glm_utils.prompt_text import adapter_prompt_text, log_prompt_text
 from glm_utils.run_record import RUN_CONFIG_NAME
 
 LORA_KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
@@ -179,8 +179,7 @@ def find_base(adapter: Adapter) -> Checkpoint:
         logger.warning(
             f"{adapter.directory} has no run_config.json: assuming that its base is {base.directory}, unchanged"
         )
-    if text:
-        logger.info(f"before every question stands the prompt_text of the training: {shown(text)}")
+    log_prompt_text(text)
     return base.with_prompt_text(text, str(adapter.directory))
 
 

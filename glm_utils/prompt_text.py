@@ -6,6 +6,8 @@ adapters have it in run_config.json alone.
 
 from pathlib import Path
 
+from loguru import logger
+
 from glm_utils.cli import UserError
 from glm_utils.model_files.links import check_inside
 from glm_utils.model_files.model_json import read_model_json, shown
@@ -51,6 +53,12 @@ def adapter_prompt_text(adapter_dir: Path, run_config: dict) -> str | None:
     """
     recorded = recorded_prompt_text(adapter_dir)
     return run_config.get("arguments", {}).get(KEY) if recorded is None else recorded
+
+
+def log_prompt_text(text: str | None) -> None:
+    """Say that a text stands before every question, unless there is none."""
+    if text:
+        logger.info(f"before every question stands the {KEY} of the training: {shown(text)}")
 
 
 def check_only_one(text: str, base_dir: Path) -> None:

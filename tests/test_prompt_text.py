@@ -391,7 +391,7 @@ def test_a_second_text_in_training_is_refused_before_torch(base_copy, trained, t
     read_inputs(flags)
 
 
-def test_training_on_a_merged_base_keeps_its_text(trained, merged, tmp_path):
+def test_training_on_a_merged_base_keeps_its_text(trained, merged, tmp_path, log_lines):
     flags = {**trained.flags, "model_name_or_path": str(merged), "train_data_path": str(trained.data)}
     args = json.loads(Path(flags["train_args_json"]).read_text("utf-8"))
     args_path = tmp_path / "args.json"
@@ -399,6 +399,7 @@ def test_training_on_a_merged_base_keeps_its_text(trained, merged, tmp_path):
     train_qlora.train_qlora(**{**flags, "train_args_json": str(args_path)})
     record = json.loads((tmp_path / "again/run_config.json").read_text("utf-8"))
     assert record["arguments"]["prompt_text"] == record["identity"]["prompt_text"] == TEXT
+    assert any(line.startswith("INFO before every question stands the prompt_text") for line in log_lines)
     assert opened_text(tmp_path / "again") == TEXT  # once
 
 

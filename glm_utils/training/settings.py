@@ -15,7 +15,7 @@ from glm_utils.data import Example
 from glm_utils.encoding import Collator, PackingCollator
 from glm_utils.family import resolve_lora_targets
 from glm_utils.limits import EncodingLimits
-from glm_utils.prompt_text import check_only_one
+from glm_utils.prompt_text import check_only_one, log_prompt_text
 from glm_utils.run_record import sha256
 from glm_utils.training.build_args import make_training_args, try_training_args
 from glm_utils.training.inputs import RunInputs
@@ -115,6 +115,7 @@ def resolve_settings(inputs: RunInputs) -> TrainingSettings:
     base.require_unquantized("QLoRA quantizes by itself")
     check_only_one(flags.prompt_text, base.directory)
     base = base.with_prompt_text(flags.prompt_text or None, "--prompt_text")
+    log_prompt_text(base.tokenizer.prompt_text)
     targets = resolve_lora_targets(base.family, flags.lora_targets)
     args_file = inputs.args_file or shipped_args(base.family)
     if inputs.family is None:  # a hub id that told nothing before it was downloaded
