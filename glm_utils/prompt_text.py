@@ -87,10 +87,11 @@ def agree_on(recorded: dict[str, str], given: str | None) -> str:
         given: --prompt_text; empty: none at all; None: what is recorded.
 
     Raises:
-        UserError: Different texts are recorded, or a text is given and another one is recorded.
+        UserError: Different texts are recorded, or a text is given and another one is recorded, unless none is asked
+            for.
     """
     texts = {text: name for text, name in recorded.items() if text}
-    if len(texts) > 1 or (given and texts and given not in texts):
+    if given != "" and len({*texts, given or next(iter(texts), "")}) > 1:
         found = " and ".join(f"{shown(text)} for {name}" for text, name in texts.items())
         raise UserError(
             f"{f'--{KEY} {shown(given)}: ' if given else ''}the training put {found} before every question. Both "

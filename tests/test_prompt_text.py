@@ -34,7 +34,7 @@ from glm_utils.export.fast_tokenizer import PREFIX_TEXT, chat_template
 from glm_utils.export.template_text import go_with_text, jinja_with_text
 from glm_utils.family import FAMILIES, PROJECT_DIR
 from glm_utils.load_model import find_model, load_base_model
-from glm_utils.prompt_text import recorded_prompt_text
+from glm_utils.prompt_text import agree_on, recorded_prompt_text
 from glm_utils.training import run
 from glm_utils.training.inputs import read_inputs
 from tests.conftest import FAMILY_BY_NAME
@@ -418,6 +418,31 @@ def test_an_adapter_and_a_base_with_different_texts(adapter_copy, trained, tmp_p
     change(adapter_copy / "tokenizer_config.json", prompt_text=...)
     (adapter_copy / "run_config.json").unlink()
     assert opened_text(adapter_copy) == "甲"  # nothing is known of the adapter
+
+
+@pytest.mark.parametrize(
+    ("recorded", "given", "expected"),
+    [
+        ({"": "base", "甲": "merged"}, None, "甲"),
+        ({"": "base", "甲": "merged"}, "甲", "甲"),
+        ({"": "base"}, None, ""),
+        ({"": "base"}, "乙", "乙"),
+        ({"甲": "one", "乙": "other"}, "", ""),
+        ({"甲": "one", "乙": "other"}, None, "the training put '甲' for one and '乙' for other before every question"),
+        ({"甲": "one", "乙": "other"}, "甲", "--prompt_text '甲': the training put '甲' for one and '乙' for other"),
+        (
+            {"": "base", "甲": "merged"},
+            "乙",
+            "--prompt_text '乙': the training put '甲' for merged before every question",
+        ),
+    ],
+)
+def test_two_models_get_one_text(recorded, given, expected):
+    if len(expected) < 2:
+        assert agree_on(recorded, given) == expected
+        return
+    with pytest.raises(UserError, match=f'^{expected}.* leave --prompt_text out, or give --prompt_text "" for none'):
+        agree_on(recorded, given)
 
 
 def test_a_copied_template_is_named(trained, adapter_copy, tmp_path, monkeypatch, log_lines):
