@@ -7,18 +7,9 @@ Ctrl-C stops an answer; help lists the commands. Answers go to stdout, everythin
 """
 
 import sys
-from typing import TYPE_CHECKING
-
-from loguru import logger
 
 from glm_utils.cli import UserError, run_cli
 from glm_utils.early_checks import check_device_name, check_model_choice, check_sampling, check_seed
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizer
-
-MIN_TOKENS = 256  # keys and values of so many tokens must fit beside the weights
 
 
 def chat_demo(
@@ -31,6 +22,7 @@ def chat_demo(
     max_length: int | None = None,
     seed: int | None = None,
     prompt: str | None = None,
+    conversation: bool = False,
     compare: bool = False,
     device: str = "auto",
 ) -> None:
@@ -45,6 +37,8 @@ def chat_demo(
         max_length: Prompt and answer together, in tokens. Default: the model's own.
         seed: Seed for sampling. Default: a different one each time.
         prompt: Answer this and exit.
+        conversation: Keep the history between piped lines. Otherwise each is a conversation of its own, as a file of
+            prompts means it; at a terminal the history is always kept.
         compare: Answer twice, without and with the adapter of lora_path, side by side.
         device: Where to run: auto (a GPU when there is one), cpu or cuda:N.
     """
@@ -57,6 +51,7 @@ def chat_demo(
 
     import torch
 
+    from glm_utils.chat_model import load_chat_model
     from glm_utils.inference.chat import ChatSession, chat_settings
     from glm_utils.inference.terminal import converse, print_answers, tolerate_any_text
 
@@ -70,37 +65,7 @@ def chat_demo(
     if prompt is not None:
         print_answers(prompt, sessions)
     else:
-        converse(sessions)
-
-
-def load_chat_model(
-    model_path: str | None, lora_path: str | None, load_in_4bit: bool, device: str, merge_adapter: bool
-) -> "tuple[PreTrainedModel | PeftModel, PreTrainedTokenizer]":
-    """Load a model, in fp16 on a GPU and in fp32 on the CPU, and its tokenizer.
-
-    Args:
-        model_path: Directory or hub id of a base or merged model; None with lora_path.
-        lora_path: Directory of an adapter; None with model_path.
-        load_in_4bit: Quantize the layers to NF4 while loading.
-        device: auto, cpu or cuda:N.
-        merge_adapter: False keeps the adapter separate, so that it can be disabled.
-
-    Raises:
-        UserError: Neither path is given or both are, or the model cannot be opened, is already quantized although
-            load_in_4bit is set, or does not fit into free memory.
-    """
-    import torch
-
-    from glm_utils.device import resolve_device
-    from glm_utils.load_model import ModelSource, find_model
-
-    place = resolve_device(device)
-    checkpoint, adapter = find_model(model_path, lora_path)
-    dtype = torch.float16 if place.type == "cuda" else torch.float32
-    source = ModelSource(str(checkpoint.directory), checkpoint, adapter, load_in_4bit, dtype, place)
-    source.check_fits(1, MIN_TOKENS, "an int4 model or --load_in_4bit")
-    logger.info(f"loading {checkpoint.directory}{f' with {adapter.directory}' if adapter else ''} on {place}")
-    return source.load(merge_adapter), checkpoint.tokenizer
+        converse(sessions, keep_history=conversation or sys.stdin.isatty())
 
 
 if __name__ == "__main__":

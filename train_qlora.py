@@ -16,7 +16,7 @@ from loguru import logger
 from glm_utils.cli import run_cli
 from glm_utils.signals import note_if_interrupted, release_signals
 from glm_utils.training.argument_keys import JSON_ONLY
-from glm_utils.training.inputs import read_inputs
+from glm_utils.training.inputs import DEFAULT_BASE, read_inputs
 
 if TYPE_CHECKING:
     from glm_utils.training.settings import TrainingSettings
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def train_qlora(
     *,
     train_args_json: str | None = None,
-    model_name_or_path: str = "THUDM/chatglm2-6b",
+    model_name_or_path: str = DEFAULT_BASE,
     train_data_path: str | None = None,
     eval_data_path: str | None = None,
     eval_ratio: float | None = None,

@@ -21,6 +21,7 @@ from glm_utils.model_files.links import check_inside
 from glm_utils.model_files.model_json import read_model_json, shown
 from glm_utils.model_files.module_names import is_module_name, summarize
 from glm_utils.model_files.tensor_files import list_bin, list_tensors, load_bin
+from glm_utils.prompt_text import adapter_prompt_text, log_prompt_text
 from glm_utils.run_record import RUN_CONFIG_NAME
 
 LORA_KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
@@ -150,9 +151,13 @@ def read_training_record(adapter_dir: Path) -> dict:
 def find_base(adapter: Adapter) -> Checkpoint:
     """Open the base model that an adapter names, and check that the adapter was trained on it.
 
+    Its tokenizer puts before every question what the training put there.
+
     Raises:
-        UserError: The base cannot be found, is broken or quantized, or is another revision.
+        UserError: The base cannot be found, is broken or quantized, or is another revision, or both record a
+            prompt_text.
     """
+    text = adapter_prompt_text(adapter.directory, adapter.run_config)
     try:
         base = open_checkpoint(adapter.base_name)
     except UserError as error:
@@ -174,7 +179,8 @@ def find_base(adapter: Adapter) -> Checkpoint:
         logger.warning(
             f"{adapter.directory} has no run_config.json: assuming that its base is {base.directory}, unchanged"
         )
-    return base
+    log_prompt_text(text)
+    return base.with_prompt_text(text, str(adapter.directory))
 
 
 def read_pairs(adapter_dir: Path, config: AdapterConfig) -> dict[str, LoraPair]:

@@ -7,7 +7,7 @@ and the classes come from this project through transformers' own loader.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -21,9 +21,10 @@ from glm_utils.family import Family, detect_family
 from glm_utils.model_files.checkpoint_files import check_checkpoint_files, fingerprint, stored_tensors
 from glm_utils.model_files.config_checks import check_config
 from glm_utils.model_files.generation_checks import check_streamable, read_generation_settings
-from glm_utils.model_files.model_json import read_config
+from glm_utils.model_files.model_json import read_config, shown
 from glm_utils.model_files.tokenizer_checks import check_fits_model, check_tokenizer_files
 from glm_utils.model_files.weight_checks import check_stored_weights
+from glm_utils.prompt_text import recorded_prompt_text
 from glm_utils.remote_code import remote_code
 
 HUB_PATTERNS = ["*.json", "*.model", "*.safetensors", "pytorch_model*.bin"]  # never *.py
@@ -49,6 +50,7 @@ class Checkpoint:
         config: The settings in config.json that the model knows, checked.
         family: The model's family.
         classes: The family's configuration, model and tokenizer class.
+        prompt_text: What its tokenizer puts before every question, if not what tokenizer_config.json says; None: that.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Checkpoint:
     config: dict
     family: Family
     classes: Classes
+    prompt_text: str | None = None
 
     @property
     def config_path(self) -> Path:
@@ -110,14 +113,35 @@ class Checkpoint:
         Raises:
             UserError: Its files cannot be read, or are another model's.
         """
+        given = {} if self.prompt_text is None else {"prompt_text": self.prompt_text}
         try:
-            tokenizer = self.classes.tokenizer.from_pretrained(self.directory)
+            tokenizer = self.classes.tokenizer.from_pretrained(self.directory, **given)
             tokenizer.decode(tokenizer.encode_prompt("a"))
         except Exception as error:  # what transformers raises for its settings depends on the setting
             fault = " ".join(str(error).split())
             raise UserError(f"{self.vocabulary_path} or tokenizer_config.json: {fault}") from error
         check_fits_model(tokenizer, self.model_config, self.directory)
         return tokenizer
+
+    def with_prompt_text(self, text: str | None, source: str) -> "Checkpoint":
+        """Return the checkpoint with the text that was put before every question in a training on it.
+
+        Args:
+            text: The text, which may be empty; None: nothing is known of it.
+            source: What records the text, for messages.
+
+        Raises:
+            UserError: The checkpoint itself records another text.
+        """
+        own = recorded_prompt_text(self.directory) or ""
+        if text is None or text == own:
+            return self
+        if own:
+            raise UserError(
+                f"{self.directory}: prompt_text of tokenizer_config.json is {shown(own)}, but {source} says "
+                f"{shown(text)}, and one text stands before every question. Give the base that the training ran on"
+            )
+        return replace(self, prompt_text=text)
 
     def check(self) -> None:
         """Compare config.json, generation settings, tokenizer settings and stored weights; no weight is read.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from glm_utils.cli import UserError
-from glm_utils.family import FAMILIES, PROJECT_DIR, detect_family
+from glm_utils.family import FAMILIES, PROJECT_DIR, Family, detect_family
 from glm_utils.model_files.adapter_config import read_adapter_config
 from glm_utils.model_files.directory_kind import advice, directory_kind
 from glm_utils.model_files.model_json import read_config
@@ -46,8 +46,11 @@ def local_model_dir(name_or_path: str | Path) -> Path | None:
     raise UserError(f"{name}: no such directory, and not a hub id either. Known hub ids: {', '.join(known)}")
 
 
-def check_model_dir(name_or_path: str | Path) -> None:
+def check_model_dir(name_or_path: str | Path) -> Family | None:
     """Check that a directory, unless it is a hub id, holds the config.json of a known family.
+
+    Returns:
+        The family; None: a hub id that is not a published one, so that only its config.json will tell.
 
     Raises:
         UserError: Neither a directory nor a hub id, no config.json, or one of an unknown family.
@@ -56,7 +59,8 @@ def check_model_dir(name_or_path: str | Path) -> None:
     if directory:
         if directory_kind(directory) not in ("model", "adapter", "unknown"):
             raise UserError(f"{name_or_path}: not a model that this project loads. {advice(directory)}")
-        detect_family(read_config(directory), directory / "config.json")
+        return detect_family(read_config(directory), directory / "config.json")
+    return next((family for family in FAMILIES if str(name_or_path) in family.hub_ids), None)
 
 
 def check_model_path(model_path: str) -> None:

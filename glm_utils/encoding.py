@@ -164,7 +164,7 @@ def truncate_prompt(
     Raises:
         UserError: Not even an empty question fits.
     """
-    query, history = limits.prompt_text + example.query, list(example.history)
+    query, history = example.query, list(example.history)
     ids = tokenizer.encode_prompt(query, history)
     if len(ids) <= limits.max_input_length:
         return ids, False
@@ -185,7 +185,8 @@ def truncate_prompt(
         if num_kept == 0:
             num_least = len(tokenizer.encode_prompt("", history))
             raise UserError(
-                f"{example.where}: the prompt's template alone takes {num_least} tokens, "
+                f"{example.where}: the prompt's template {'with prompt_text' if tokenizer.prompt_text else 'alone'} "
+                f"takes {num_least} tokens, "
                 f"--max_input_length allows {limits.max_input_length}. Raise it"
             )
         ids = tokenizer.encode_prompt(query[: num_kept - 1], history)

@@ -15,7 +15,6 @@ class EncodingLimits:
     Attributes:
         max_input_length: Longest prompt, in tokens, special tokens included.
         max_output_length: Longest answer, in tokens, end token included.
-        prompt_text: Text put before every question.
         truncated_answers: What becomes of a longer answer. cut_and_end: it is truncated, and its end token is trained
             behind the cut; cut: it is truncated and has no end token, so that no model learns to stop in the middle
             of an answer; drop: its example is left out.
@@ -23,12 +22,9 @@ class EncodingLimits:
 
     max_input_length: int
     max_output_length: int
-    prompt_text: str = ""
     truncated_answers: TruncatedAnswers = "cut_and_end"
 
     def __post_init__(self) -> None:
         for name in ("max_input_length", "max_output_length"):
             if getattr(self, name) < 2:
                 raise UserError(f"--{name}={getattr(self, name)}: at least 2 tokens are needed")
-        if any("\ud800" <= character <= "\udfff" for character in self.prompt_text):
-            raise UserError(f"--prompt_text {self.prompt_text!r}: broken UTF-8. Write it in the terminal's encoding")

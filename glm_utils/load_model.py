@@ -22,6 +22,7 @@ from glm_utils.loading_bar import bar_of_long_loads
 from glm_utils.model_files.generation_checks import make_generation_config
 from glm_utils.model_files.weight_checks import check_weights
 from glm_utils.nf4_layers import keep_4bit_layout, layers_in_4bit
+from glm_utils.prompt_text import log_prompt_text, recorded_prompt_text
 
 if TYPE_CHECKING:
     import peft
@@ -134,7 +135,9 @@ def find_model(model_path: str | None, lora_path: str | None) -> tuple[Checkpoin
     """
     check_model_choice(model_path, lora_path)
     if model_path:
-        return open_checkpoint(model_path), None
+        checkpoint = open_checkpoint(model_path)
+        log_prompt_text(recorded_prompt_text(checkpoint.directory))
+        return checkpoint, None
     adapter = read_adapter(Path(str(lora_path)).expanduser())
     return find_base(adapter), adapter
 

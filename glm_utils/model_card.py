@@ -55,7 +55,8 @@ def adapter_card(record: dict, results: dict, settings: dict) -> str:
     text = f"""# LoRA adapter for {markdown_text(base)}
 
 A LoRA adapter for {record["base"]["family"]}, trained by `train_qlora.py` on the base in 4-bit NF4 with double
-quantization. Load it on the base with `peft.PeftModel.from_pretrained(base, adapter_directory)`.
+quantization. Load it with `load_chat_model(lora_path=adapter_directory, load_in_4bit=True)` of `glm_utils.chat_model`,
+or on the base with `peft.PeftModel.from_pretrained(base, adapter_directory)`.
 
 ## Data
 

@@ -1,6 +1,7 @@
 """chat_demo.py: the session (pieces, history, counts), what it loads and refuses, and the terminal on a pty."""
 
 import codecs
+import io
 import json
 import os
 import pty
@@ -19,7 +20,8 @@ from rich.cells import cell_len
 
 import chat_demo
 import merge_lora_and_quantize as merge_stage
-from glm_utils import load_model, tables
+from glm_utils import chat_model, load_model, tables
+from glm_utils.chat_model import load_chat_model
 from glm_utils.checkpoint import open_checkpoint
 from glm_utils.cli import UserError, run_cli
 from glm_utils.family import PROJECT_DIR
@@ -53,7 +55,7 @@ def adapter_dir(tiny_dir, tmp_path):
 @pytest.fixture
 def session(tiny_dir):
     """A greedy session with a tiny model."""
-    return ChatSession(*chat_demo.load_chat_model(str(tiny_dir), None, False, "cpu", merge_adapter=True), GREEDY)
+    return ChatSession(*load_chat_model(str(tiny_dir), None, False, "cpu", merge_adapter=True), GREEDY)
 
 
 class ScriptedModel:
@@ -183,10 +185,10 @@ def ask(model, tokenizer, **settings):
 
 
 def test_adapter_switched_off_is_the_base(tiny_dir, adapter_dir):
-    base_answer = ask(*chat_demo.load_chat_model(str(tiny_dir), None, False, "cpu", merge_adapter=True))
-    merged_model, tokenizer = chat_demo.load_chat_model(None, str(adapter_dir), False, "cpu", merge_adapter=True)
+    base_answer = ask(*load_chat_model(str(tiny_dir), None, False, "cpu", merge_adapter=True))
+    merged_model, tokenizer = load_chat_model(None, str(adapter_dir), False, "cpu", merge_adapter=True)
     assert not isinstance(merged_model, peft.PeftModel)
-    model, _ = chat_demo.load_chat_model(None, str(adapter_dir), False, "cpu", merge_adapter=False)
+    model, _ = load_chat_model(None, str(adapter_dir), False, "cpu", merge_adapter=False)
     assert isinstance(model, peft.PeftModel)
     adapted_answer = ask(model, tokenizer)
     assert adapted_answer == ask(merged_model, tokenizer)
@@ -198,7 +200,7 @@ def test_adapter_switched_off_is_the_base(tiny_dir, adapter_dir):
 
 
 def test_adapter_on_a_4bit_base(adapter_dir):
-    model, tokenizer = chat_demo.load_chat_model(None, str(adapter_dir), True, "cpu", merge_adapter=True)
+    model, tokenizer = load_chat_model(None, str(adapter_dir), True, "cpu", merge_adapter=True)
     assert isinstance(model, peft.PeftModel)
     session = ChatSession(model, tokenizer, chat_settings(model, 200, 0, None))
     answer = "".join(session.ask(QUERY))
@@ -212,11 +214,11 @@ def test_merged_directory(adapter_dir, tmp_path, monkeypatch, qbits):
     out = tmp_path / "merged"
     flags = {"lora_path": str(adapter_dir), "output_path": str(out), "qbits": qbits, "device": "cpu"}
     merge_stage.merge_lora_and_quantize(**flags)
-    model, tokenizer = chat_demo.load_chat_model(str(out), None, False, "cpu", merge_adapter=True)
+    model, tokenizer = load_chat_model(str(out), None, False, "cpu", merge_adapter=True)
     assert ask(model, tokenizer) == model.chat(tokenizer, QUERY, [], do_sample=False, max_length=200)[0]
     if qbits:
         with pytest.raises(UserError, match=f"quantized already .quantization_bit {qbits}.* leave it out"):
-            chat_demo.load_chat_model(str(out), None, True, "cpu", merge_adapter=True)
+            load_chat_model(str(out), None, True, "cpu", merge_adapter=True)
 
 
 def test_paths_that_name_no_model(tiny_dir, adapter_dir, tmp_path):
@@ -228,11 +230,11 @@ def test_paths_that_name_no_model(tiny_dir, adapter_dir, tmp_path):
         (str(tmp_path / "absent"), None, "no such directory, and not a hub id either"),
     ):
         with pytest.raises(UserError, match=message):
-            chat_demo.load_chat_model(model_path, lora_path, False, "cpu", merge_adapter=True)
+            load_chat_model(model_path, lora_path, False, "cpu", merge_adapter=True)
     config_path = adapter_dir / "adapter_config.json"
     config_path.write_text(config_path.read_text().replace(str(tiny_dir), str(tmp_path / "gone")))
     with pytest.raises(UserError, match="the base model of .* cannot be opened"):
-        chat_demo.load_chat_model(None, str(adapter_dir), False, "cpu", merge_adapter=True)
+        load_chat_model(None, str(adapter_dir), False, "cpu", merge_adapter=True)
 
 
 # ---- the command
@@ -242,7 +244,7 @@ def test_paths_that_name_no_model(tiny_dir, adapter_dir, tmp_path):
 def test_one_prompt(tiny_dir, capsys):
     run_cli(chat_demo.chat_demo, ["--model_path", str(tiny_dir), "--prompt", QUERY, "--temperature=0"])
     output = capsys.readouterr()
-    model, tokenizer = chat_demo.load_chat_model(str(tiny_dir), None, False, "cpu", merge_adapter=True)
+    model, tokenizer = load_chat_model(str(tiny_dir), None, False, "cpu", merge_adapter=True)
     assert output.out == model.chat(tokenizer, QUERY, [], do_sample=False)[0] + "\n"
     assert re.search(r"\n\d+ tokens, [\d.]+ tokens/s, the first after [\d.]+ s\n$", output.err)
 
@@ -295,7 +297,14 @@ def test_commands_keep_compared_sessions_in_step(session, capsys):
 
 
 def test_piped_lines_broken_bytes_and_the_end():
-    command = [sys.executable, "chat_demo.py", "--model_path", "models/chatglm2-tiny", "--temperature=0"]
+    command = [
+        sys.executable,
+        "chat_demo.py",
+        "--model_path",
+        "models/chatglm2-tiny",
+        "--temperature=0",
+        "--conversation",
+    ]
     text = "你好\n\n \n".encode() + b"\xe4\xbd\xff broken\nundo\nretry\nclear\nretry\nhelp\n stop\nthe last line"
     done = subprocess.run(command, input=text, capture_output=True, cwd=PROJECT_DIR, timeout=120)
     errors = done.stderr.decode()
@@ -304,6 +313,27 @@ def test_piped_lines_broken_bytes_and_the_end():
     assert re.search(r"\(taken back: \ufffd+ broken\)", errors)
     assert "(a new conversation)\nthere is no earlier question" in errors
     assert "retry  answer the last question again" in errors
+
+
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+@pytest.mark.parametrize("conversation", [False, True])
+def test_a_piped_line_is_a_conversation_of_its_own(tiny_dir, conversation, monkeypatch, capsys):
+    histories = {}
+    ask = ChatSession.ask
+    monkeypatch.setattr(
+        ChatSession, "ask", lambda self, query: histories.update({query: list(self.history)}) or ask(self, query)
+    )
+    monkeypatch.setattr(sys, "stdin", io.StringIO("一\n\n二\nretry\nundo\n三"))
+    chat_demo.chat_demo(
+        model_path=str(tiny_dir), temperature=0, max_length=99, conversation=conversation, device="cpu"
+    )
+    output = capsys.readouterr()
+    assert len(output.out.splitlines()) == 4
+    turns = {query: [question for question, _ in history] for query, history in histories.items()}
+    before = ["一"] if conversation else []
+    assert turns == {"一": [], "二": before, "三": before}
+    assert ("each line is a conversation of its own; --conversation" in output.err) is not conversation
+    assert "(taken back: 二)" in output.err
 
 
 # Ctrl-C reaches a process whose controlling terminal the pty is, unless SIGINT is ignored, as it is in what a shell
@@ -464,7 +494,7 @@ def test_out_of_memory_ends_an_answer_and_not_the_program(capsys):
     ],
 )
 def test_bad_settings_are_refused_before_loading(flags, message, monkeypatch, capsys):
-    monkeypatch.setattr(chat_demo, "load_chat_model", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(chat_model, "load_chat_model", lambda *args, **kwargs: pytest.fail("a model was loaded"))
     with pytest.raises(SystemExit):
         run_cli(chat_demo.chat_demo, ["--model_path=models/chatglm2-tiny", *flags])
     assert message in capsys.readouterr().err

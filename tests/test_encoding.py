@@ -53,10 +53,18 @@ def test_golden_layout_of_a_training_example(tokenizer, fixture_dir, monkeypatch
     assert sample["labels"] == labels
 
 
-def test_prompt_text_leads_the_question_only(tokenizer):
-    limits = EncodingLimits(512, 512, "写文案：")
-    ids, _ = truncate_prompt(example(history=HISTORY), tokenizer, limits)
-    assert ids == tokenizer.encode_prompt("写文案：" + QUERY, list(HISTORY))
+def test_prompt_text_leads_every_question_and_is_never_truncated(tokenizer):
+    history = [("写文案：" + question, answer) for question, answer in HISTORY]
+    expected = tokenizer.encode_prompt("写文案：" + QUERY, history)
+    tokenizer.prompt_text = "写文案："
+    assert truncate_prompt(example(history=HISTORY), tokenizer, WIDE) == (expected, False)
+    shortest = tokenizer.encode_prompt(QUERY[:3])
+    ids, truncated = truncate_prompt(example(history=HISTORY), tokenizer, EncodingLimits(len(shortest), 512))
+    assert truncated
+    assert ids[: len(shortest)] == shortest  # the question is truncated, not prompt_text
+    num_least = len(tokenizer.encode_prompt(""))
+    with pytest.raises(UserError, match=f"template with prompt_text takes {num_least} tokens, --max_input_length"):
+        truncate_prompt(example(), tokenizer, EncodingLimits(num_least - 1, 512))
 
 
 @pytest.mark.parametrize("text", ["[gMASK]", "<sop>", "sop", "</s>", "<eop>", "[MASK]", "<n>", "<|blank_4|>", "<pad>"])

@@ -247,7 +247,7 @@ def test_losses_of_examples_are_those_of_single_forwards(tiny_dir, family_name):
     checkpoint = open_checkpoint(tiny_dir)
     model = load_base_model(checkpoint).eval()
     examples = read_examples(PROJECT_DIR / "data/dev.jsonl")[:5]
-    limits = EncodingLimits(512, 512, "")
+    limits = EncodingLimits(512, 512)
     rows = losses.example_losses(model, checkpoint.tokenizer, examples, limits, None)
     for example, (total, num_tokens) in zip(examples, rows, strict=True):
         prompt = checkpoint.tokenizer.encode_prompt(example.query)
@@ -496,8 +496,13 @@ def test_training_settings_are_those_of_the_adapter(tmp_path):
     arguments = {"prompt_text": "写：", "max_input_length": 64, "max_output_length": 99}
     (adapter_dir / "run_config.json").write_text(json.dumps({"arguments": arguments}), "utf-8")
     sides = job.find_sides(None, str(adapter_dir), False, torch.device("cpu"))
-    assert job.find_limits(sides, None) == EncodingLimits(64, 99, "写：")
-    assert job.find_limits(sides, "") == EncodingLimits(64, 99, "")
+    assert job.find_limits(sides) == EncodingLimits(64, 99)
+    for given, expected in ((None, "写："), ("写：", "写："), ("", "")):
+        before, after = job.with_prompt_text(sides, given)
+        assert before.source is after.source
+        assert after.source.checkpoint.tokenizer.prompt_text == expected
+    with pytest.raises(UserError, match="--prompt_text '答：': the training put '写：' for .* before every question"):
+        job.with_prompt_text(sides, "答：")
 
 
 def test_an_adapter_equals_its_merged_model(tiny_dir, tmp_path):

@@ -75,6 +75,15 @@ NO_ADAPTER = "no_adapter: no such directory. Give the output_dir of a training r
                 (["--compute_dtype=fp8"], "--compute_dtype=fp8: expected one of auto"),
                 (["--seed=-1"], "--seed -1: expected 0 to 4,294,967,295"),
                 (["--max_input_length=1"], "--max_input_length=1: at least 2 tokens"),
+                (
+                    [BASE, "--train_args_json=chatGLM_6B_QLoRA.json"],
+                    "ships for ChatGLM-6B, but the base models/chatglm2",
+                ),
+                (["--train_args_json=chatGLM_6B_QLoRA.json"], "but the base THUDM/chatglm2-6b is ChatGLM2-6B. Give"),
+                (
+                    ["--model_name_or_path=models/chatglm-tiny", "--train_args_json=chatGLM2_6B_QLoRA.json"],
+                    "is ChatGLM-6B. Give --train_args_json chatGLM_6B_QLoRA.json, or a copy",
+                ),
                 (["--learning_rate=1e-4"], "--learning_rate. It is a key of the JSON file that --train_args_json"),
             ],
         ),

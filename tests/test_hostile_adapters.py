@@ -74,7 +74,7 @@ def use(adapter_dir):
     base = find_base(adapter)
     adapter.check_fit(SHAPES, str(base.directory))
     assert nf4_dtype(adapter.run_config) in (torch.float32, torch.bfloat16)
-    find_limits([SimpleNamespace(source=SimpleNamespace(adapter=adapter))], None)
+    find_limits([SimpleNamespace(source=SimpleNamespace(adapter=adapter))])
     json.dumps(adapter.run_config, ensure_ascii=False).encode()  # a merge copies it into its own record
     return adapter
 

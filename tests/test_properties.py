@@ -163,7 +163,7 @@ def check_prompts(family_name, query, history, answer):
     assert fed_ids(model, tokenizer, query, history, stream=True) == prompt_ids
     assert fed_ids(model, tokenizer, query, history, stream=False) == prompt_ids
     example = Example(query, answer, tuple(history), "here:1")
-    encoded = encode_examples([example], tokenizer, EncodingLimits(4096, 4096, "")).dataset[0]
+    encoded = encode_examples([example], tokenizer, EncodingLimits(4096, 4096)).dataset[0]
     assert encoded["input_ids"] == prompt_ids + tokenizer.encode_answer(answer)
     assert encoded["labels"] == [IGNORED_LABEL] * len(prompt_ids) + tokenizer.encode_answer(answer)
 

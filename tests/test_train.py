@@ -1,5 +1,6 @@
 """train_qlora.py from end to end on the golden models: output, resume, and every refusal before training."""
 
+import dataclasses
 import inspect
 import json
 import os
@@ -22,7 +23,10 @@ from glm_utils.evaluation import at_end
 from glm_utils.family import FAMILIES, PROJECT_DIR
 from glm_utils.load_model import load_adapter, load_base_model
 from glm_utils.training import inputs, preflight, resume, run, settings
+from glm_utils.training.inputs import read_inputs
 from glm_utils.training.manifest import write_manifest
+from glm_utils.training.shipped_args import shipped_args
+from glm_utils.training.training_args import read_train_args
 from tests.conftest import write_quantized
 
 COLORS, CLOTHES = "白黑红蓝绿", ("上衣", "裤子", "裙子")
@@ -199,6 +203,34 @@ def test_all_linear_with_both_dtypes(train, family, compute_dtype):
 def test_fp16_compute_on_a_cpu_warns_and_works(train, log_lines):
     train(args={"max_steps": 1, "save_strategy": "no"}, compute_dtype="fp16")
     assert any("slower than bf16 or fp32 on a CPU" in line for line in log_lines)
+
+
+def test_the_other_familys_json(train, no_training, write, family, model_dir, train_path, log_lines):
+    other = next(known for known in FAMILIES if known is not family)
+    copy = json.loads((PROJECT_DIR / other.train_args_json).read_text())
+    flags = {"train_data_path": str(train_path), "model_name_or_path": str(model_dir)}
+    path = write(other.train_args_json, {**copy, "output_dir": "mine", "eval_strategy": "no"})
+    arguments = {name: flag.default for name, flag in inspect.signature(stage.train_qlora).parameters.items()} | flags
+    with pytest.raises(UserError, match=f"{other.train_args_json}: ships for {other.title}, but the base"):
+        read_inputs({**arguments, "train_args_json": str(path)})
+    # of a hub id that is none of the published ones, the family is known when config.json has come
+    found = dataclasses.replace(read_inputs(arguments), family=None, args_file=read_train_args(path))
+    with pytest.raises(UserError, match=f"ships for {other.title}, but the base {model_dir} is {family.title}"):
+        settings.resolve_settings(found)
+    own = write("mine.json", {**copy, "eval_strategy": "no"})
+    read_inputs({**arguments, "train_args_json": str(own)})  # a copy is the user's; its output_dir is named
+    assert any(f"output_dir is {copy['output_dir']}, named after {other.title}" in line for line in log_lines)
+
+
+def test_what_was_left_out_is_named(model_dir, train_path, family, log_lines, monkeypatch):
+    monkeypatch.setattr(inputs, "check_model_dir", lambda name: None)
+    inputs.check_base("THUDM/chatglm2-6b", "", None)
+    assert any("base model: THUDM/chatglm2-6b, the default of --model_name_or_path" in line for line in log_lines)
+    file = shipped_args(family)
+    assert file.path.name == family.train_args_json
+    assert any(
+        f"no --train_args_json: taking {file.path}, which ships for {family.title}" in line for line in log_lines
+    )
 
 
 def test_prompt_text_reaches_the_ids_and_the_record(train, log_lines):

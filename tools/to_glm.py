@@ -69,6 +69,9 @@ def to_glm(
     with atomic_directory(output_dir, overwrite, STAGE) as directory:
         if lora_path:
             write_native_adapter(native, config.num_layers, directory)
+            if job.base.tokenizer.prompt_text:
+                glm.write_chat_template(job, directory)
+                logger.info("give the engine the adapter's chat_template.jinja: the base's has no prompt_text")
         else:
             glm.verify(job, directory, glm.write(job, directory))
         record = {"stage": STAGE, "arguments": arguments, "versions": versions(), "commit": git_commit()}

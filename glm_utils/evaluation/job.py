@@ -5,7 +5,7 @@ Nothing here reads a weight of a base model.
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,10 +23,11 @@ from glm_utils.inference.request import auto_dtype, short_name
 from glm_utils.limits import EncodingLimits
 from glm_utils.load_model import ModelSource, find_model
 from glm_utils.output_dir import find_place
+from glm_utils.prompt_text import agree_on
 from glm_utils.run_record import RUN_CONFIG_NAME, read_run_config
 
 STAGE = "evaluate_adapter"
-DEFAULT_LIMITS = {"max_input_length": 512, "max_output_length": 1536, "prompt_text": ""}  # those of train_qlora.py
+DEFAULT_LIMITS = {"max_input_length": 512, "max_output_length": 1536}  # those of train_qlora.py
 REMEDY = "an int4 model, --load_in_4bit, or a smaller --batch_size"
 
 
@@ -55,7 +56,7 @@ class EvaluationJob:
         examples: What is judged, in the order of the files; an answer is empty where the data has none.
         vocabulary: Attribute values of the data; None: its prompts do not list attributes.
         probe: General questions.
-        limits: Longest prompt and answer, text in front of each question of the data.
+        limits: Longest prompt and answer.
         generation: How answers are generated.
         batch_size: Answers at once; None: what fits.
         output_dir: Where the report goes.
@@ -121,18 +122,31 @@ def find_sides(
     return before, after
 
 
-def find_limits(sides: Sequence[Side], prompt_text: str | None) -> EncodingLimits:
-    """Return the limits of a training, recorded beside the adapter; its defaults for models without an adapter.
+def with_prompt_text(sides: tuple[Side, Side], prompt_text: str | None) -> tuple[Side, Side]:
+    """Return the two sides so that both put the same text before every question of the data.
 
     Args:
         sides: The models.
-        prompt_text: Text in front of every question; None: that of the training.
+        prompt_text: The text; None: that of the training, which the adapter or a merged model records.
+
+    Raises:
+        UserError: See `agree_on`.
     """
+    recorded = {side.source.checkpoint.tokenizer.prompt_text: side.label for side in sides}
+    text = agree_on(recorded, prompt_text)
+    sources = {id(side.source): side.source for side in sides}
+    for key, source in sources.items():
+        sources[key] = replace(source, checkpoint=replace(source.checkpoint, prompt_text=text))
+    before, after = (replace(side, source=sources[id(side.source)]) for side in sides)
+    return before, after
+
+
+def find_limits(sides: Sequence[Side]) -> EncodingLimits:
+    """Return the limits of a training, recorded beside the adapter; its defaults for models without an adapter."""
     adapters = [side.source.adapter for side in sides if side.source.adapter]
     recorded = adapters[0].run_config.get("arguments", {}) if adapters else {}
     found = {key: value for key, value in recorded.items() if key in DEFAULT_LIMITS and value is not None}
-    values = DEFAULT_LIMITS | found
-    return EncodingLimits(**(values if prompt_text is None else {**values, "prompt_text": prompt_text}))
+    return EncodingLimits(**DEFAULT_LIMITS | found)
 
 
 def choose_examples(examples: Sequence[Example], num_samples: int, seed: int) -> Sequence[Example]:
@@ -211,10 +225,11 @@ def make_job(
         arguments: The flags, for run_config.json.
 
     Raises:
-        UserError: Packages are missing, a directory that cannot be written to, or models
-            that do not fit into the free memory.
+        UserError: Packages are missing, a directory that cannot be written to, texts before the questions that differ,
+            or models that do not fit into the free memory.
     """
     check_packages()
+    sides = with_prompt_text(sides, prompt_text)
     check_output_dir(output_dir, sides)
     job = EvaluationJob(
         before=sides[0],
@@ -222,7 +237,7 @@ def make_job(
         examples=choose_examples(examples, num_samples, generation.seed),
         vocabulary=read_vocabulary([example.query for example in examples]),
         probe=choose_probe(probe),
-        limits=find_limits(sides, prompt_text),
+        limits=find_limits(sides),
         generation=generation,
         batch_size=batch_size,
         output_dir=output_dir,

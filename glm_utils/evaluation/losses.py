@@ -31,7 +31,7 @@ def example_losses(
         model: The model, in evaluation mode.
         tokenizer: Its tokenizer.
         examples: Examples with reference answers.
-        limits: Longest prompt and answer, text in front of each question: as in training.
+        limits: Longest prompt and answer, as in training.
         max_length: Longest sequence of the model, in tokens; None: no limit.
 
     Returns:

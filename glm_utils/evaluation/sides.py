@@ -3,7 +3,7 @@
 import contextlib
 import gc
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from glm_utils.encoding import truncate_prompt
 from glm_utils.evaluation.job import REMEDY, EvaluationJob, Side
 from glm_utils.evaluation.losses import example_losses
 from glm_utils.inference.batch import Answer, generate_answers
-from glm_utils.limits import EncodingLimits
 
 
 @dataclass(frozen=True)
@@ -65,22 +64,25 @@ def run_side(job: EvaluationJob, side: Side, model: PreTrainedModel | PeftModel)
         side: The model's side.
         model: The model, its adapter switched as the side says.
     """
-    tokenizer, max_length = side.source.checkpoint.tokenizer, side.source.checkpoint.context_length
+    checkpoint, limits = side.source.checkpoint, job.limits
+    tokenizer = checkpoint.tokenizer
+    general = replace(checkpoint, prompt_text="").tokenizer  # a text that asks for advertising copy asks for no facts
     probe = [question.example for question in job.probe]
-    probe_limits = EncodingLimits(job.limits.max_input_length, job.limits.max_output_length)
 
-    def rate(examples: Sequence[Example], limits: EncodingLimits) -> np.ndarray:
-        return example_losses(model, tokenizer, examples, limits, max_length) if examples else np.zeros((0, 2))
+    def rate(examples: Sequence[Example], reader: PreTrainedTokenizer) -> np.ndarray:
+        if not examples:
+            return np.zeros((0, 2))
+        return example_losses(model, reader, examples, limits, checkpoint.context_length)
 
-    def answer(examples: Sequence[Example], limits: EncodingLimits, name: str) -> list[Answer]:
-        prompts = [truncate_prompt(example, tokenizer, limits)[0] for example in examples]
-        return collect_answers(job, model, tokenizer, prompts, f"{side.label}: {name}")
+    def answer(examples: Sequence[Example], reader: PreTrainedTokenizer, name: str) -> list[Answer]:
+        prompts = [truncate_prompt(example, reader, limits)[0] for example in examples]
+        return collect_answers(job, model, reader, prompts, f"{side.label}: {name}")
 
     return SideResult(
-        losses=rate([example for example in job.examples if example.answer], job.limits),
-        probe_losses=rate(probe, probe_limits),
-        answers=answer(job.examples, job.limits, "answers"),
-        probe_answers=answer(probe, probe_limits, "general questions"),
+        losses=rate([example for example in job.examples if example.answer], tokenizer),
+        probe_losses=rate(probe, general),
+        answers=answer(job.examples, tokenizer, "answers"),
+        probe_answers=answer(probe, general, "general questions"),
     )
 
 

@@ -6,6 +6,8 @@ Implements `ExportFormat` of glm_utils/export/__init__.py.
 import shutil
 from pathlib import Path
 
+from loguru import logger
+
 from glm_utils.checkpoint import MODEL_CLASS, TOKENIZER_CLASS
 from glm_utils.files import read_json_object, write_json
 from glm_utils.merging.merge import MergeJob
@@ -76,11 +78,22 @@ def generation_config(job: MergeJob) -> dict:
 
 
 def write_tokenizer(job: MergeJob, directory: Path) -> None:
-    """Copy the tokenizer files of the base; auto_map then names the remote script in this directory."""
+    """Copy the tokenizer files of the base; auto_map then names the remote script in this directory.
+
+    What the training put before every question is recorded; a chat template that somebody gave the base knows nothing
+    of it.
+    """
     config_path = job.base.directory / "tokenizer_config.json"
     config = read_json_object(config_path) if config_path.is_file() else {}
     config["tokenizer_class"] = TOKENIZER_CLASS.rpartition(".")[2]
     config["auto_map"] = {"AutoTokenizer": [TOKENIZER_CLASS, None]}
+    if prompt_text := job.base.tokenizer.prompt_text:
+        config["prompt_text"] = prompt_text
+        if "chat_template" in config or (job.base.directory / "chat_template.jinja").is_file():
+            logger.warning(
+                f"the chat template of {job.base.directory} is copied as it is: apply_chat_template will not put "
+                "prompt_text before the questions, encode_prompt and chat do"
+            )
     write_json(directory / "tokenizer_config.json", config)
     for name in (job.base.family.tokenizer_file, "chat_template.jinja"):
         if (job.base.directory / name).is_file():

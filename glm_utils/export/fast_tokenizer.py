@@ -16,6 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizer
 
 from glm_utils.cli import UserError
+from glm_utils.export.template_text import jinja_with_text
 
 Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
 SPACE = "▁"
@@ -43,6 +44,15 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {{- '\\n\\n答：' if add_generation_prompt else '' -}}
 """
+
+
+def chat_template(prompt_text: str) -> str:
+    """Return the Jinja template that writes what the tokenizer's `build_prompt` writes.
+
+    Args:
+        prompt_text: What stands before every question.
+    """
+    return jinja_with_text(CHAT_TEMPLATE, prompt_text)
 
 
 def fast_tokenizer(vocab_path: Path, tokenizer: PreTrainedTokenizer) -> Tokenizer:

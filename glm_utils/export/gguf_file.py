@@ -20,7 +20,13 @@ from transformers import PretrainedConfig
 
 from glm_utils.cli import UserError
 from glm_utils.export import chatglm
-from glm_utils.export.gguf_tokenizer import add_sampling, add_vocabulary, check_vocabulary, modelfile
+from glm_utils.export.gguf_tokenizer import (
+    add_sampling,
+    add_vocabulary,
+    check_prompt_text,
+    check_vocabulary,
+    modelfile,
+)
 from glm_utils.merging.layer_streaming import empty_model
 from glm_utils.merging.merge import MergeJob
 
@@ -78,7 +84,7 @@ def check(job: MergeJob) -> int:
     architecture_name(job)
     check_config(job)
     chatglm.check(job)
-    job.base.tokenizer  # noqa: B018  # loading it refuses a file that is not a sentencepiece model
+    check_prompt_text(job.base.tokenizer)  # loading it refuses a file that is not a sentencepiece model
     check_vocabulary(job.base.vocabulary_path)
     block_size, _ = gguf.GGML_QUANT_SIZES[layer_type(job)]
     for key, spec in job.reader.specs.items():
@@ -138,8 +144,8 @@ def write(job: MergeJob, directory: Path) -> dict[str, int]:
     add_vocabulary(writer, job.base.vocabulary_path, job.base.tokenizer, config.vocab_size)
     add_sampling(writer)
     checksums = write_tensors(writer, job)
-    text = modelfile(WEIGHTS_NAME, config.seq_length)
-    (directory / "Modelfile").write_text(text, encoding="utf-8")
+    text = modelfile(WEIGHTS_NAME, config.seq_length, job.base.tokenizer.prompt_text)
+    (directory / "Modelfile").write_text(text, encoding="utf-8", newline="")
     return checksums
 
 

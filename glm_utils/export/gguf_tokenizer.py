@@ -14,6 +14,8 @@ from sentencepiece import sentencepiece_model_pb2
 from transformers import PreTrainedTokenizer
 
 from glm_utils.cli import UserError
+from glm_utils.export.template_text import go_with_text, jinja_with_text
+from glm_utils.model_files.model_json import shown
 
 try:
     import gguf
@@ -77,6 +79,23 @@ def check_vocabulary(path: Path) -> None:
             )
 
 
+def check_prompt_text(tokenizer: PreTrainedTokenizer) -> None:
+    """Check that llama.cpp reads the text before every question as text.
+
+    Raises:
+        UserError: It holds the name of a control token, which is text in training and a token in llama.cpp.
+    """
+    sp, num_pieces = tokenizer.sp, tokenizer.sp.get_piece_size()
+    control = [sp.id_to_piece(index) for index in range(num_pieces) if sp.is_control(index) or sp.is_unknown(index)]
+    control += tokenizer.convert_ids_to_tokens(range(num_pieces, tokenizer.vocab_size))
+    for name in (CONTROL_NAMES.get(token, token) for token in control):
+        if name in tokenizer.prompt_text:
+            raise UserError(
+                f"prompt_text {shown(tokenizer.prompt_text)} holds {name}, a control token for llama.cpp; in training "
+                "it was text. Use --export_format chatglm or glm"
+            )
+
+
 def add_vocabulary(writer: gguf.GGUFWriter, path: Path, tokenizer: PreTrainedTokenizer, num_rows: int) -> None:
     """Write one token for each row of the embedding: sentencepiece's, then the control tokens, then padding.
 
@@ -104,7 +123,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, path: Path, tokenizer: PreTrainedTok
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(True)
-    writer.add_chat_template(JINJA_TEMPLATE)
+    writer.add_chat_template(jinja_with_text(JINJA_TEMPLATE, tokenizer.prompt_text))
 
 
 def add_sampling(writer: gguf.GGUFWriter) -> None:
@@ -115,7 +134,7 @@ def add_sampling(writer: gguf.GGUFWriter) -> None:
     writer.add_sampling_top_p(TOP_P)
 
 
-def modelfile(weights_name: str, max_length: int) -> str:
+def modelfile(weights_name: str, max_length: int, prompt_text: str = "") -> str:
     """Return the text of an Ollama Modelfile.
 
     Source: Ollama's Modelfile reference. Its sampler applies top_k, top_p, temperature, whatever the order here.
@@ -123,9 +142,10 @@ def modelfile(weights_name: str, max_length: int) -> str:
     Args:
         weights_name: Name of the GGUF file in the same directory.
         max_length: Longest sequence of the model, in tokens.
+        prompt_text: What stands before every question.
     """
     return f'''FROM ./{weights_name}
-TEMPLATE """{GO_TEMPLATE}"""
+TEMPLATE """{go_with_text(GO_TEMPLATE, prompt_text)}"""
 PARAMETER stop "</s>"
 PARAMETER stop "[Round "
 PARAMETER temperature {TEMPERATURE}

@@ -10,7 +10,7 @@ import torch
 
 from glm_utils.cli import UserError
 from glm_utils.export.chatglm import OTHER_FILE_BYTES, generation_config
-from glm_utils.export.fast_tokenizer import CHAT_TEMPLATE, fast_tokenizer
+from glm_utils.export.fast_tokenizer import chat_template, fast_tokenizer
 from glm_utils.export.glm_names import check_native, native_class, native_config, native_tensors
 from glm_utils.files import write_json
 from glm_utils.merging.merge import MergeJob
@@ -72,11 +72,17 @@ def write(job: MergeJob, directory: Path) -> Reference:
     reference = write_weights(job, directory, partial(native_tensors, config=config), torch.float32)
     fast_tokenizer(job.base.vocabulary_path, job.base.tokenizer).save(str(directory / "tokenizer.json"))
     write_json(directory / "tokenizer_config.json", {**TOKENIZER_CONFIG, "model_max_length": config.seq_length})
-    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    write_chat_template(job, directory)
     token_ids = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
     write_json(directory / "generation_config.json", {**generation_config(job), **token_ids})
     write_json(directory / "config.json", native_config(config, native_class(job)))
     return reference
+
+
+def write_chat_template(job: MergeJob, directory: Path) -> None:
+    """Write the chat template as a file, where transformers and engines look for it."""
+    template = chat_template(job.base.tokenizer.prompt_text)
+    (directory / "chat_template.jinja").write_text(template, encoding="utf-8", newline="")
 
 
 def verify(job: MergeJob, directory: Path, reference: Reference) -> None:

@@ -37,6 +37,7 @@ def identify(source: ModelSource, data_paths: Sequence[Path], columns: Columns, 
         "model": source.checkpoint.fingerprint,
         "adapter_sha256": next((sha256(path) for path in paths if path.is_file()), None),
         "weights": source.weight_format,
+        "prompt_text": source.checkpoint.tokenizer.prompt_text or None,
         **dataclasses.asdict(settings),
     }
 

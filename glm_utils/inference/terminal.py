@@ -28,19 +28,24 @@ COMMANDS = {
 }
 
 
-def converse(sessions: dict[str, ChatSession]) -> None:
+def converse(sessions: dict[str, ChatSession], keep_history: bool = True) -> None:
     """Read lines until the input ends or "stop": commands, and questions that every session answers.
 
     Args:
         sessions: The sessions by title; a single session needs no title.
+        keep_history: Whether a question follows the turns before it, or begins a conversation.
     """
     tolerate_any_text(sys.stdin)
     print_note(f"{', '.join(COMMANDS)} are commands; Ctrl-C stops an answer")
+    if not keep_history:
+        print_note("each line is a conversation of its own; --conversation makes one of all lines")
     while (line := read_line()) not in (None, "stop"):
         try:
             if line in COMMANDS:
                 run_command(line, sessions)
             elif line.strip():
+                if not keep_history:
+                    forget_all(sessions)
                 print_answers(line, sessions)
         except (UserError, KeyboardInterrupt) as error:
             print_note(str(error))
@@ -78,8 +83,7 @@ def run_command(command: str, sessions: dict[str, ChatSession]) -> None:
             print_note(f"{name:<6} {text}")
         print_note("With a space in front, such a word is a question.")
     elif command == "clear":
-        for session in sessions.values():
-            session.clear()
+        forget_all(sessions)
         print_note("(a new conversation)")
     else:
         query = [session.undo() for session in sessions.values()][0][0]
@@ -87,6 +91,12 @@ def run_command(command: str, sessions: dict[str, ChatSession]) -> None:
             print_answers(query, sessions)
         else:
             print_note(f"(taken back: {query})")
+
+
+def forget_all(sessions: dict[str, ChatSession]) -> None:
+    """Begin a new conversation in all sessions."""
+    for session in sessions.values():
+        session.clear()
 
 
 def print_answers(query: str, sessions: dict[str, ChatSession]) -> None:

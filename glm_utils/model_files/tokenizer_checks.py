@@ -17,6 +17,7 @@ SETTINGS: dict[str, tuple[Any, Range | None]] = {
     "do_lower_case": (bool | None, None),
     "remove_space": (bool | None, None),
     "num_image_tokens": (int, COUNT),
+    "prompt_text": (str, None),
     "model_max_length": (float | None, None),
     "padding_side": (Literal["left", "right"] | None, None),
     "truncation_side": (Literal["left", "right"] | None, None),

@@ -10,12 +10,16 @@ from glm_utils.cli import UserError
 from glm_utils.data.find_files import find_files, find_parts
 from glm_utils.data.forms import Columns
 from glm_utils.data.training_data import TrainingData, read_training_data
-from glm_utils.early_checks import check_model_dir, project_path
+from glm_utils.early_checks import check_model_dir, local_model_dir, project_path
+from glm_utils.family import Family
 from glm_utils.limits import EncodingLimits
+from glm_utils.prompt_text import check_only_one, check_prompt_text
 from glm_utils.report_file import check_report_path
 from glm_utils.training.argument_keys import SEEDS
+from glm_utils.training.shipped_args import check_args_family
 from glm_utils.training.training_args import TrainArgsFile, read_train_args
 
+DEFAULT_BASE = "THUDM/chatglm2-6b"
 SAMPLE_TRAIN_PATH, SAMPLE_EVAL_PATH = "data/train.jsonl", "data/dev.jsonl"
 
 
@@ -28,12 +32,14 @@ class RunInputs:
         limits: Limits of the prompt and the answer.
         data: Data files and their examples, before the seed chooses among them.
         args_file: The TrainingArguments file; None: the one shipped for the base's family.
+        family: The base's; None: the base is yet to be downloaded.
     """
 
     arguments: dict
     limits: EncodingLimits
     data: TrainingData
     args_file: TrainArgsFile | None
+    family: Family | None
 
 
 def read_inputs(arguments: dict) -> RunInputs:
@@ -49,11 +55,10 @@ def read_inputs(arguments: dict) -> RunInputs:
     check_lora_settings(flags.lora_rank, flags.lora_alpha, flags.lora_dropout)
     if flags.seed is not None and flags.seed not in SEEDS:
         raise UserError(f"--seed {flags.seed}: expected {SEEDS}")
-    limits = EncodingLimits(
-        flags.max_input_length, flags.max_output_length, flags.prompt_text, flags.truncated_answers
-    )
-    check_model_dir(flags.model_name_or_path)
+    limits = EncodingLimits(flags.max_input_length, flags.max_output_length, flags.truncated_answers)
+    check_prompt_text(flags.prompt_text)
     args_file = read_train_args(project_path(flags.train_args_json)) if flags.train_args_json else None
+    family = check_base(flags.model_name_or_path, flags.prompt_text, args_file)
     columns = Columns(flags.prompt_column, flags.response_column, flags.history_column, flags.sheet)
     train_data_path, eval_data_path = find_data(flags.train_data_path, flags.eval_data_path, flags.eval_ratio)
     if flags.output_json is not None:
@@ -64,7 +69,24 @@ def read_inputs(arguments: dict) -> RunInputs:
     data = read_training_data(train_data_path, eval_data_path, flags.eval_ratio, columns)
     if flags.evaluate_after and not data.has_eval:
         raise UserError("--evaluate_after true: no evaluation data. Give --eval_data_path or --eval_ratio")
-    return RunInputs(arguments, limits, data, args_file)
+    return RunInputs(arguments, limits, data, args_file, family)
+
+
+def check_base(name_or_path: str, prompt_text: str, args_file: TrainArgsFile | None) -> Family | None:
+    """Check that the base is there, and what other flags say of it; return its family, None if only a download tells.
+
+    Raises:
+        UserError: It is not there, has a prompt_text of its own beside the flag's, or the JSON file ships for another
+            family.
+    """
+    family = check_model_dir(name_or_path)
+    if directory := local_model_dir(name_or_path):
+        check_only_one(prompt_text, directory)
+    if args_file and family:
+        check_args_family(args_file, family, name_or_path)
+    if name_or_path == DEFAULT_BASE:
+        logger.info(f"base model: {DEFAULT_BASE}, the default of --model_name_or_path")
+    return family
 
 
 def check_lora_settings(rank: int, alpha: int, dropout: float) -> None:

@@ -19,18 +19,19 @@ from glm_utils.data.drawn import DrawnData
 from glm_utils.data.find_files import show_paths
 from glm_utils.data.indexed import is_streamed
 from glm_utils.data.turns import AnsweredTurns
-from glm_utils.early_checks import project_path
 from glm_utils.encoding import EncodedExamples, encode_examples
 from glm_utils.family import resolve_lora_targets
 from glm_utils.limits import EncodingLimits
+from glm_utils.prompt_text import check_only_one, log_prompt_text
 from glm_utils.run_record import sha256_of_files
 from glm_utils.training.build_args import make_training_args, try_training_args
 from glm_utils.training.inputs import RunInputs
 from glm_utils.training.lora_model import make_lora_config
 from glm_utils.training.precision import resolve_compute_dtype
 from glm_utils.training.sample_answers import check_log_samples
+from glm_utils.training.shipped_args import check_args_family, shipped_args
 from glm_utils.training.streamed import check_streamable, encode_streamed
-from glm_utils.training.training_args import TrainArgsFile, read_train_args
+from glm_utils.training.training_args import TrainArgsFile
 
 IDENTITY_ARGUMENTS: tuple[str, ...] = ("lora_rank", "lora_alpha", "lora_dropout", "max_input_length")
 IDENTITY_ARGUMENTS += ("max_output_length", "prompt_text", "compute_dtype", "packing")
@@ -49,7 +50,7 @@ class TrainingSettings:
     """The settings of a run, resolved and checked.
 
     Attributes:
-        arguments: The script's flags by name, with compute_dtype resolved.
+        arguments: The script's flags by name, with compute_dtype and prompt_text resolved.
         base: The base model.
         data: Examples and the files that they are from, under "train" and, optionally, "eval".
         loss_examples: What the loss covers, under the same keys: these examples, or one for each answered turn.
@@ -149,11 +150,17 @@ def resolve_settings(inputs: RunInputs) -> TrainingSettings:
     early = resolve_training_args(inputs, inputs.args_file) if inputs.args_file else None
     base = open_checkpoint(flags.model_name_or_path)
     base.require_unquantized("QLoRA quantizes by itself")
+    check_only_one(flags.prompt_text, base.directory)
+    base = base.with_prompt_text(flags.prompt_text or None, "--prompt_text")
+    log_prompt_text(base.tokenizer.prompt_text)
     targets = resolve_lora_targets(base.family, flags.lora_targets)
-    args_file = inputs.args_file or read_train_args(project_path(base.family.train_args_json))
+    args_file = inputs.args_file or shipped_args(base.family)
+    if inputs.family is None:  # a hub id that told nothing before it was downloaded
+        check_args_family(args_file, base.family, base.name)
     resolved = early or resolve_training_args(inputs, args_file)
+    decided = {"compute_dtype": resolved.compute_dtype, "prompt_text": base.tokenizer.prompt_text}
     return TrainingSettings(
-        arguments={**inputs.arguments, "compute_dtype": resolved.compute_dtype},
+        arguments={**inputs.arguments, **decided},
         base=base,
         data=resolved.data,
         loss_examples=resolved.loss_examples,

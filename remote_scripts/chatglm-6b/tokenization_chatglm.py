@@ -28,7 +28,7 @@ NAMED_TOKENS = {"bos_token": "<sop>", "eos_token": "<eop>", "unk_token": "<unk>"
 SYMBOL_ENDS = re.compile("[>\N{SMALL GREATER-THAN SIGN}\N{FULLWIDTH GREATER-THAN SIGN}]")
 
 
-# region shared by both families: reading the vocabulary
+# region shared by both families: reading the vocabulary and the settings
 def load_sentencepiece(path: str | None, name: str, where: str) -> tuple[bytes, sentencepiece.SentencePieceProcessor]:
     """Load a sentencepiece file.
 
@@ -62,6 +62,17 @@ def join_surrogates(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
+def check_prompt_text(prompt_text: str) -> str:
+    """Return the text that goes before every question, unless it is none.
+
+    Raises:
+        ValueError: it is not a text.
+    """
+    if not isinstance(prompt_text, str):
+        raise ValueError(f"prompt_text is {prompt_text!r}, expected a text, as training wrote it.")
+    return prompt_text
+
+
 # endregion
 
 
@@ -72,7 +83,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     model_input_names = ["input_ids", "attention_mask", "position_ids"]
     padding_side = "left"
 
-    def __init__(self, vocab_file=None, num_image_tokens=0, do_lower_case=False, remove_space=False, **kwargs):
+    def __init__(
+        self, vocab_file=None, num_image_tokens=0, do_lower_case=False, remove_space=False, prompt_text="", **kwargs
+    ):
         """Load the vocabulary. The arguments are the fields of tokenizer_config.json.
 
         Args:
@@ -81,6 +94,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
                 checkpoints have 0.
             do_lower_case: must be False, no released checkpoint uses it.
             remove_space: must be False, likewise.
+            prompt_text: what training put before every question; `encode_prompt` does so too. Published
+                checkpoints have none.
             **kwargs: bos_token and the other names of NAMED_TOKENS; the rest goes to PreTrainedTokenizer.
 
         Raises:
@@ -90,6 +105,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             raise ValueError("do_lower_case and remove_space must be false in tokenizer_config.json for ChatGLM-6B.")
         self._vocab_bytes, self.sp = load_sentencepiece(vocab_file, VOCAB_NAME, kwargs.get("name_or_path", ""))
         self.num_image_tokens = num_image_tokens
+        self.prompt_text = check_prompt_text(prompt_text)
         self._pieces = [f"<image_{i}>" for i in range(num_image_tokens)]
         self._pieces += [self.sp.id_to_piece(i) for i in range(self.sp.get_piece_size())]
         self._ids = {piece: i for i, piece in enumerate(self._pieces)}
@@ -107,6 +123,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         kwargs.pop("auto_map", None)  # of the directory read from; saving writes its own
         kwargs.setdefault("clean_up_tokenization_spaces", True)
         flags = {"do_lower_case": False, "remove_space": False, "num_image_tokens": num_image_tokens}
+        flags["prompt_text"] = prompt_text
         super().__init__(**named, **flags, **kwargs)
         self.end_token, self.gmask_token = unsplit["end_token"], unsplit["gmask_token"]
         self.end_token_id, self.gmask_token_id = self._ids[self.end_token], self._ids[self.gmask_token]
@@ -178,13 +195,15 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def build_prompt(self, query: str, history: list[tuple[str, str]] | None = None) -> str:
         """Write a conversation as the model was trained to read it; without a history that is the query alone.
 
+        `prompt_text` leads every question, those of the history too: a turn keeps its tokens when it becomes history.
+
         Args:
             query: the question to be answered.
             history: earlier questions and answers, oldest first.
         """
+        turns = [(self.prompt_text + ask, answer) for ask, answer in [*(history or []), (query, "")]]
         if not history:
-            return query
-        turns = [*history, (query, "")]
+            return turns[0][0]
         return "\n".join(f"[Round {n}]\n问：{ask}\n答：{answer}" for n, (ask, answer) in enumerate(turns))
 
     def encode_prompt(self, query: str, history: list[tuple[str, str]] | None = None) -> list[int]:

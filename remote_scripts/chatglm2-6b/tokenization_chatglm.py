@@ -14,7 +14,7 @@ VOCAB_NAME = "tokenizer.model"
 EXTRA_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")  # ids follow the sentencepiece vocabulary
 
 
-# region shared by both families: reading the vocabulary
+# region shared by both families: reading the vocabulary and the settings
 def load_sentencepiece(path: str | None, name: str, where: str) -> tuple[bytes, sentencepiece.SentencePieceProcessor]:
     """Load a sentencepiece file.
 
@@ -48,6 +48,17 @@ def join_surrogates(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
+def check_prompt_text(prompt_text: str) -> str:
+    """Return the text that goes before every question, unless it is none.
+
+    Raises:
+        ValueError: it is not a text.
+    """
+    if not isinstance(prompt_text, str):
+        raise ValueError(f"prompt_text is {prompt_text!r}, expected a text, as training wrote it.")
+    return prompt_text
+
+
 # endregion
 
 
@@ -58,13 +69,15 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     model_input_names = ["input_ids", "attention_mask", "position_ids"]
     padding_side = "left"
 
-    def __init__(self, vocab_file=None, do_lower_case=False, remove_space=False, **kwargs):
+    def __init__(self, vocab_file=None, do_lower_case=False, remove_space=False, prompt_text="", **kwargs):
         """Load the vocabulary. The arguments are the fields of tokenizer_config.json.
 
         Args:
             vocab_file: path of `tokenizer.model`.
             do_lower_case: must be False, no released checkpoint uses it.
             remove_space: must be False, likewise.
+            prompt_text: what training put before every question; `encode_prompt` does so too. Published
+                checkpoints have none.
             **kwargs: passed to PreTrainedTokenizer.
 
         Raises:
@@ -73,6 +86,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         if do_lower_case or remove_space:
             raise ValueError("do_lower_case and remove_space must be false in tokenizer_config.json for ChatGLM2-6B.")
         self._vocab_bytes, self.sp = load_sentencepiece(vocab_file, VOCAB_NAME, kwargs.get("name_or_path", ""))
+        self.prompt_text = check_prompt_text(prompt_text)
         self._pieces = [self.sp.id_to_piece(i) for i in range(self.sp.get_piece_size())]
         if "[gMASK]" in self._pieces:
             raise ValueError(f"{vocab_file} has a piece [gMASK]: it is not the vocabulary of ChatGLM2-6B.")
@@ -86,7 +100,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         kwargs.pop("auto_map", None)  # of the directory read from; saving writes its own
         for name, token in {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}.items():
             kwargs[name] = kwargs.get(name) or token
-        super().__init__(do_lower_case=False, remove_space=False, **kwargs)
+        super().__init__(do_lower_case=False, remove_space=False, prompt_text=prompt_text, **kwargs)
 
     @property
     def vocab_size(self) -> int:
@@ -142,6 +156,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def build_prompt(self, query: str, history: list[tuple[str, str]] | None = None) -> str:
         """Write a conversation as the model was trained to read it.
 
+        `prompt_text` leads every question, those of the history too: a turn keeps its tokens when it becomes history.
+
         Args:
             query: the question to be answered.
             history: earlier questions and answers, oldest first.
@@ -149,7 +165,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         Returns:
             The prompt; the template is used without a history too.
         """
-        turns = [*(history or []), (query, "")]
+        turns = [(self.prompt_text + ask, answer) for ask, answer in [*(history or []), (query, "")]]
         return "\n\n".join(f"[Round {n}]\n\n问：{ask}\n\n答：{answer}" for n, (ask, answer) in enumerate(turns, 1))
 
     def encode_prompt(self, query: str, history: list[tuple[str, str]] | None = None) -> list[int]:

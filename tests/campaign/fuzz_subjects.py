@@ -184,7 +184,7 @@ def fuzz_data(rng: random.Random, files: Files) -> None:
     rows = [rng.choice(ROWS)] * rng.randint(1, 5) if rng.random() < 0.8 else ROWS  # a file has one form
     files.train.write_bytes(mutations.mutate_lines(rng, rows, extra))
     examples = read_examples(files.train, needs_answer=rng.random() < 0.8)
-    limits = EncodingLimits(rng.choice((8, 64, 512)), rng.choice((1, 16, 1536)), "")
+    limits = EncodingLimits(rng.choice((8, 64, 512)), rng.choice((1, 16, 1536)))
     encode_examples(examples, files.tokenizer, limits, 2048)
 
 
