@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 def train_qlora(
     *,
     train_args_json: str | None = None,
-    model_name_or_path: str = "THUDM/chatglm2-6b",
+    model_name_or_path: str | None = None,
+    init_lora_path: str | None = None,
     train_data_path: str | None = None,
     eval_data_path: str | None = None,
     prompt_column: str | None = None,
@@ -35,13 +36,13 @@ def train_qlora(
     seed: int | None = None,
     max_input_length: int = 512,
     max_output_length: int = 1536,
-    lora_rank: int = 4,
-    lora_alpha: int = 32,
-    lora_dropout: float = 0.05,
+    lora_rank: int | None = None,
+    lora_alpha: int | None = None,
+    lora_dropout: float | None = None,
     resume_from_checkpoint: str | bool | None = None,
-    prompt_text: str = "",
+    prompt_text: str | None = None,
     compute_dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto",
-    lora_targets: str | list[str] = "query_key_value",
+    lora_targets: str | list[str] | None = None,
     packing: bool = True,
     log_samples: int = 0,
     dry_run: bool = False,
@@ -51,7 +52,10 @@ def train_qlora(
 
     Args:
         train_args_json: JSON file of TrainingArguments, today's keys or those of 2023. Default: the one of the family.
-        model_name_or_path: Directory of the base model, or its hub id.
+        model_name_or_path: Directory of the base model, or its hub id. Default: that of init_lora_path, else
+            THUDM/chatglm2-6b.
+        init_lora_path: Adapter to go on from with new data, an output_dir or a checkpoint-N: its weights, rank, alpha,
+            targets, prompt_text and base, a new optimizer and schedule. Default: new LoRA weights.
         train_data_path: JSONL or JSON file of training examples. Default: the project's sample, data/train.jsonl.
         eval_data_path: The same for evaluation. Default: data/dev.jsonl with the sample, else no evaluation.
         prompt_column: Key or column of the question. Default: by the form of the file.
@@ -61,14 +65,15 @@ def train_qlora(
         seed: Seed of LoRA weights, data order and dropout. Default: the JSON file's, else 42.
         max_input_length: Longest prompt in tokens; a longer one loses its oldest turns, then the end of the question.
         max_output_length: Longest answer in tokens; a longer one is truncated and keeps its end token.
-        lora_rank: Rank of the LoRA matrices.
-        lora_alpha: LoRA scale; the update is multiplied by lora_alpha / lora_rank.
-        lora_dropout: Dropout before the LoRA matrices, from 0 to below 1.
+        lora_rank: Rank of the LoRA matrices. Default: that of init_lora_path, else 4.
+        lora_alpha: LoRA scale; the update is multiplied by lora_alpha / lora_rank. Default: likewise, else 32.
+        lora_dropout: Dropout before the LoRA matrices, from 0 to below 1. Default: likewise, else 0.05.
         resume_from_checkpoint: A checkpoint-N directory, latest for the newest complete one of output_dir, or auto
             for the same where there is one, else from scratch: one command for the first start and every restart.
-        prompt_text: Text put before every question.
+        prompt_text: Text put before every question. Default: that of init_lora_path, else none.
         compute_dtype: Dtype of the matmuls: fp32, fp16, bf16, or auto (bf16 on a GPU that supports it, else fp32).
-        lora_targets: Modules that get LoRA: query_key_value, all-linear, or names joined by commas.
+        lora_targets: Modules that get LoRA: query_key_value, all-linear, or names joined by commas. Default: those of
+            init_lora_path, else query_key_value.
         packing: Pack the examples of a batch into one sequence instead of padding them; the gradients are the same.
         log_samples: Evaluation examples whose answers TensorBoard's text tab shows at each evaluation.
         dry_run: Report trained weights, steps and memory, then stop before training.
@@ -94,7 +99,9 @@ def train_qlora(
             leave_process_group()
             return
         encoded = encode_data(settings)
-        model = make_lora_model(settings.base, settings.compute_dtype, settings.lora_config, settings.training_args)
+        model = make_lora_model(
+            settings.base, settings.compute_dtype, settings.lora_config, settings.training_args, settings.init_adapter
+        )
         plan = plan_run(settings, model, encoded["train"])
         if dry_run:
             logger.info("dry run: nothing was trained or written")

@@ -163,6 +163,16 @@ def find_base(adapter: Adapter) -> Checkpoint:
     base.require_unquantized(
         f"a LoRA update cannot be added to integer weights (base_model_name_or_path of {adapter.directory})"
     )
+    check_trained_on(adapter, base)
+    return base
+
+
+def check_trained_on(adapter: Adapter, base: Checkpoint) -> None:
+    """Check that an adapter was trained on a base; one without a record is believed, with a warning.
+
+    Raises:
+        UserError: It was trained on another one, or another revision.
+    """
     trained_on = adapter.run_config.get("identity", {}).get("base_fingerprint")
     if trained_on and trained_on != base.fingerprint:
         raise UserError(
@@ -174,7 +184,6 @@ def find_base(adapter: Adapter) -> Checkpoint:
         logger.warning(
             f"{adapter.directory} has no run_config.json: assuming that its base is {base.directory}, unchanged"
         )
-    return base
 
 
 def read_pairs(adapter_dir: Path, config: AdapterConfig) -> dict[str, LoraPair]:

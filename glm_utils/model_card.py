@@ -37,7 +37,7 @@ def adapter_card(record: dict, results: dict, settings: dict) -> str:
     text = f"""# LoRA adapter for {markdown_text(base)}
 
 A LoRA adapter for {record["base"]["family"]}, trained by `train_qlora.py` on the base in 4-bit NF4 with double
-quantization. Load it on the base with `peft.PeftModel.from_pretrained(base, adapter_directory)`.
+quantization. Load it on the base with `peft.PeftModel.from_pretrained(base, adapter_directory)`.{continued(record)}
 
 ## Data
 
@@ -57,6 +57,15 @@ quantization. Load it on the base with `peft.PeftModel.from_pretrained(base, ada
 
 {RUN_CONFIG_NAME} holds all arguments, package versions and the commit."""
     return _with_metadata(text, base, "peft", ["lora", "qlora", "chatglm"])
+
+
+def continued(record: dict) -> str:
+    """Return the paragraph about the adapter that a training went on from; empty if it began anew."""
+    path, digest = record["arguments"].get("init_lora_path"), record["identity"].get("init_lora_sha256")
+    if not digest:
+        return ""
+    name = markdown_text(Path(path).resolve().name)
+    return f"\n\nContinued from the adapter {name} (SHA-256 of its weights: {digest}); all figures are of this run."
 
 
 def merged_card(base_name: str, kind: str, properties: dict[str, str], usage: str, library_name: str) -> str:

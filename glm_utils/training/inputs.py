@@ -9,9 +9,10 @@ from loguru import logger
 from glm_utils.cli import UserError
 from glm_utils.data import Example, read_examples
 from glm_utils.data.forms import Columns
-from glm_utils.early_checks import check_model_dir, project_path
+from glm_utils.early_checks import project_path
 from glm_utils.limits import EncodingLimits
 from glm_utils.training.argument_keys import SEEDS
+from glm_utils.training.lora_flags import check_init_apart, resolve_lora_flags
 from glm_utils.training.training_args import TrainArgsFile, read_train_args
 
 SAMPLE_TRAIN_PATH, SAMPLE_EVAL_PATH = "data/train.jsonl", "data/dev.jsonl"
@@ -22,7 +23,7 @@ class RunInputs:
     """What the flags name besides the base model, read and checked.
 
     Attributes:
-        arguments: The script's flags by name.
+        arguments: The script's flags by name, those of LoRA and its base resolved.
         limits: Limits of the prompt and the answer.
         data_paths: Data files under "train" and, optionally, "eval".
         examples: Their examples under the same keys.
@@ -45,33 +46,20 @@ def read_inputs(arguments: dict) -> RunInputs:
     Raises:
         UserError: A flag, the JSON file or the data is wrong.
     """
+    arguments = resolve_lora_flags(arguments)
     flags = SimpleNamespace(**arguments)
-    check_lora_settings(flags.lora_rank, flags.lora_alpha, flags.lora_dropout)
     if flags.seed is not None and flags.seed not in SEEDS:
         raise UserError(f"--seed {flags.seed}: expected {SEEDS}")
     limits = EncodingLimits(flags.max_input_length, flags.max_output_length, flags.prompt_text)
-    check_model_dir(flags.model_name_or_path)
     args_file = read_train_args(project_path(flags.train_args_json)) if flags.train_args_json else None
+    if args_file:
+        check_init_apart(flags.init_lora_path, args_file.values["output_dir"])
     data_paths = find_data(flags.train_data_path, flags.eval_data_path)
     columns = Columns(flags.prompt_column, flags.response_column, flags.history_column, flags.sheet)
     examples = {name: read_examples(path, columns=columns) for name, path in data_paths.items()}
     if flags.evaluate_after and "eval" not in data_paths:
         raise UserError("--evaluate_after true: no evaluation data. Give --eval_data_path")
     return RunInputs(arguments, limits, data_paths, examples, args_file)
-
-
-def check_lora_settings(rank: int, alpha: int, dropout: float) -> None:
-    """Check the numbers for `make_lora_config`.
-
-    Raises:
-        UserError: A value out of range.
-    """
-    if rank < 1:
-        raise UserError(f"--lora_rank={rank}: expected 1 or more")
-    if alpha < 1:
-        raise UserError(f"--lora_alpha={alpha}: expected 1 or more")
-    if not 0 <= dropout < 1:
-        raise UserError(f"--lora_dropout={dropout}: expected 0 to below 1")
 
 
 def find_data(train_data_path: str | None, eval_data_path: str | None) -> dict[str, Path]:

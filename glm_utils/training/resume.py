@@ -23,6 +23,12 @@ RESULT_NAMES = ("train_results.json", "eval_results.json", "all_results.json", "
 REPLACED_NAMES = (RUN_CONFIG_NAME, *ADAPTER_NAMES, *RESULT_NAMES, "README.md", "tokenizer_config.json")
 REPLACED_NAMES += tuple(family.tokenizer_file for family in FAMILIES)
 LORA_KEYS = {"r": "lora_rank", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
+REMEDIES = {  # what to do about a setting that differs from the run that is to be resumed; else, `OTHER_REMEDY`
+    "init_lora_sha256": "Give --init_lora_path as the run did that wrote the checkpoint, or leave it out as that did",
+    "train_data_sha256": "Resume with the checkpoint's data; to train its adapter further on other data, give "
+    "--init_lora_path {directory} in place of --resume_from_checkpoint, and another output_dir",
+}
+OTHER_REMEDY = "Resume with the checkpoint's settings, or start from scratch with another output_dir"
 Log = Callable[[str], None]
 
 
@@ -106,6 +112,11 @@ def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: Path,
         warn(f"passed over: {fault}")
     if resume_from_checkpoint == "auto":
         return None
+    if (path / "adapter_config.json").is_file() and not by_word:
+        raise UserError(
+            f"--resume_from_checkpoint {path}: an adapter without the states of a run. To go on from it, give "
+            f"--init_lora_path {path} instead"
+        )
     there = "" if path.is_dir() else "; the directory does not exist"
     none = (
         f"no complete checkpoint in {path}: {checkpoint_fault(found[-1])}" if found else f"no checkpoint-N in {path}"
@@ -133,7 +144,7 @@ def check_same_run(directory: Path, identity: dict) -> None:
     """
     adapter_config, recorded = read_adapter_config(directory).values, peek_json_object(directory / RUN_CONFIG_NAME)
     before = {name: adapter_config.get(key) for key, name in LORA_KEYS.items()}
-    before["lora_targets"] = adapter_config.get("target_modules")
+    before |= {"lora_targets": adapter_config.get("target_modules"), "init_lora_sha256": None}
     before |= recorded["identity"] if isinstance(recorded.get("identity"), dict) else {}
     for name, value in identity.items():
         old = before.get(name, value)
@@ -141,8 +152,8 @@ def check_same_run(directory: Path, identity: dict) -> None:
         if old != value:
             raise UserError(
                 f"{directory}: {name} is {json.dumps(old, ensure_ascii=False)} in the checkpoint and "
-                f"{json.dumps(value, ensure_ascii=False)} now. Resume with the checkpoint's settings, or start "
-                "from scratch with another output_dir"
+                f"{json.dumps(value, ensure_ascii=False)} now. "
+                f"{REMEDIES.get(name, OTHER_REMEDY).format(directory=directory)}"
             )
 
 
@@ -173,8 +184,8 @@ def check_unfinished(checkpoint: Path, num_steps: int, output_dir: Path) -> None
     is_written = (output_dir / "adapter_config.json").exists() or not is_checkpoint_of(checkpoint, output_dir)
     if num_done > num_steps or (num_done == num_steps and is_written):
         raise UserError(
-            f"{checkpoint}: all {num_steps:,} steps are done. Use it as it is (--lora_path {checkpoint}), or raise "
-            "num_train_epochs or max_steps"
+            f"{checkpoint}: all {num_steps:,} steps are done. Use it as it is (--lora_path {checkpoint}), raise "
+            f"num_train_epochs or max_steps, or train it further on other data with --init_lora_path {checkpoint}"
         )
 
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import peft
 from transformers import TrainingArguments
 
+from glm_utils.adapter import Adapter
 from glm_utils.checkpoint import Checkpoint, open_checkpoint
 from glm_utils.cli import UserError
 from glm_utils.data import Example
@@ -16,10 +17,13 @@ from glm_utils.early_checks import project_path
 from glm_utils.encoding import Collator, PackingCollator
 from glm_utils.family import resolve_lora_targets
 from glm_utils.limits import EncodingLimits
+from glm_utils.model_files.checkpoint_files import adapter_weights
 from glm_utils.run_record import sha256
 from glm_utils.training.build_args import make_training_args, try_training_args
+from glm_utils.training.init_adapter import continued_targets, read_init_adapter
 from glm_utils.training.inputs import RunInputs
-from glm_utils.training.lora_model import make_lora_config
+from glm_utils.training.lora_flags import check_init_apart
+from glm_utils.training.lora_model import continued_lora_config, make_lora_config
 from glm_utils.training.precision import resolve_compute_dtype
 from glm_utils.training.sample_answers import check_log_samples
 from glm_utils.training.training_args import TrainArgsFile, read_train_args
@@ -41,6 +45,7 @@ class TrainingSettings:
         examples: Their examples under the same keys.
         limits: Limits of the prompt and the answer.
         lora_config: Settings of LoRA.
+        init_adapter: The adapter whose weights the run begins with; None: new weights.
         compute_dtype: fp32, fp16 or bf16.
         packing: Whether the examples of a batch are packed into one sequence instead of padded.
         args_file: The TrainingArguments file.
@@ -53,6 +58,7 @@ class TrainingSettings:
     examples: dict[str, list[Example]]
     limits: EncodingLimits
     lora_config: peft.LoraConfig
+    init_adapter: Adapter | None
     compute_dtype: str
     packing: bool
     args_file: TrainArgsFile
@@ -88,7 +94,9 @@ class TrainingSettings:
     @cached_property
     def identity(self) -> dict:
         """Settings that a resumed run must share: they fix the weights' shapes, the data order and the randomness."""
+        init = self.init_adapter
         return {
+            "init_lora_sha256": sha256(adapter_weights(init.directory)) if init else None,
             "base_fingerprint": self.base.fingerprint,
             "lora_targets": sorted(self.lora_config.target_modules),
             "train_data_sha256": sha256(self.data_paths["train"]),
@@ -112,21 +120,38 @@ def resolve_settings(inputs: RunInputs) -> TrainingSettings:
     resolved = resolve_training_args(inputs, inputs.args_file) if inputs.args_file else None
     base = open_checkpoint(flags.model_name_or_path)
     base.require_unquantized("QLoRA quantizes by itself")
-    targets = resolve_lora_targets(base.family, flags.lora_targets)
     args_file = inputs.args_file or read_train_args(project_path(base.family.train_args_json))
+    check_init_apart(flags.init_lora_path, args_file.values["output_dir"])
+    init_adapter = read_init_adapter(inputs.arguments, base)
+    lora_config = resolve_lora(flags, base, init_adapter)
+    targets = flags.lora_targets or sorted(lora_config.target_modules)
     compute_dtype, training_args = resolved or resolve_training_args(inputs, args_file)
     return TrainingSettings(
-        arguments={**inputs.arguments, "compute_dtype": compute_dtype},
+        arguments={**inputs.arguments, "compute_dtype": compute_dtype, "lora_targets": targets},
         base=base,
         data_paths=inputs.data_paths,
         examples=inputs.examples,
         limits=inputs.limits,
-        lora_config=make_lora_config(flags.lora_rank, flags.lora_alpha, flags.lora_dropout, targets),
+        lora_config=lora_config,
+        init_adapter=init_adapter,
         compute_dtype=compute_dtype,
         packing=flags.packing,
         args_file=args_file,
         training_args=training_args,
     )
+
+
+def resolve_lora(flags: SimpleNamespace, base: Checkpoint, init_adapter: Adapter | None) -> peft.LoraConfig:
+    """Return the settings of LoRA: those of the flags, or of the adapter from which the run goes on.
+
+    Raises:
+        UserError: --lora_targets names no module of the family, or others than the adapter has.
+    """
+    if init_adapter:
+        targets = continued_targets(init_adapter, base, flags.lora_targets)
+        return continued_lora_config(init_adapter, flags.lora_dropout, targets)
+    targets = resolve_lora_targets(base.family, flags.lora_targets)
+    return make_lora_config(flags.lora_rank, flags.lora_alpha, flags.lora_dropout, targets)
 
 
 def resolve_training_args(inputs: RunInputs, args_file: TrainArgsFile) -> tuple[str, TrainingArguments]:
