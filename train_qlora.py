@@ -44,6 +44,7 @@ def train_qlora(
     compute_dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto",
     lora_targets: str | list[str] | None = None,
     packing: bool = True,
+    early_stopping_patience: int | None = None,
     log_samples: int = 0,
     dry_run: bool = False,
     evaluate_after: bool = False,
@@ -75,6 +76,8 @@ def train_qlora(
         lora_targets: Modules that get LoRA: query_key_value, all-linear, or names joined by commas. Default: those of
             init_lora_path, else query_key_value.
         packing: Pack the examples of a batch into one sequence instead of padding them; the gradients are the same.
+        early_stopping_patience: Stop when eval_loss has not improved for so many evaluations, and keep the best step
+            (load_best_model_at_end). Default: train to the end.
         log_samples: Evaluation examples whose answers TensorBoard's text tab shows at each evaluation.
         dry_run: Report trained weights, steps and memory, then stop before training.
         evaluate_after: Judge the adapter on the evaluation data when it is written, as evaluate_adapter.py does; the

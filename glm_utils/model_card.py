@@ -45,6 +45,8 @@ quantization. Load it on the base with `peft.PeftModel.from_pretrained(base, ada
 
 ## Losses
 
+The weights are those of step {results["kept_step"]} of {results["last_step"]}{best_of(results)}.
+
 | | |
 |---|---|
 {table_rows(losses)}
@@ -57,6 +59,11 @@ quantization. Load it on the base with `peft.PeftModel.from_pretrained(base, ada
 
 {RUN_CONFIG_NAME} holds all arguments, package versions and the commit."""
     return _with_metadata(text, base, "peft", ["lora", "qlora", "chatglm"])
+
+
+def best_of(results: dict) -> str:
+    """Say why the weights are not those of the last step; empty if they are."""
+    return "" if results["kept_step"] == results["last_step"] else ", where eval_loss was lowest"
 
 
 def continued(record: dict) -> str:

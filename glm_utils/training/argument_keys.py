@@ -221,7 +221,7 @@ FLAGS = (  # of train_qlora.py, which people write into the file; tests/test_tra
     ),
     *("prompt_column", "response_column", "history_column", "sheet"),
     *("max_output_length", "lora_rank", "lora_alpha", "lora_dropout", "prompt_text", "compute_dtype", "lora_targets"),
-    *("packing", "log_samples", "dry_run", "evaluate_after"),
+    *("packing", "early_stopping_patience", "log_samples", "dry_run", "evaluate_after"),
 )
 JSON_ONLY = dict.fromkeys(  # what people give as a flag, with what they should do
     [key for key in ARGUMENTS if key not in ("seed", "resume_from_checkpoint")],

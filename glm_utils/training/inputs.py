@@ -6,12 +6,13 @@ from types import SimpleNamespace
 
 from loguru import logger
 
-from glm_utils.cli import UserError
+from glm_utils.cli import UserError, check_minimums
 from glm_utils.data import Example, read_examples
 from glm_utils.data.forms import Columns
 from glm_utils.early_checks import project_path
 from glm_utils.limits import EncodingLimits
 from glm_utils.training.argument_keys import SEEDS
+from glm_utils.training.argument_rules import patience_settings
 from glm_utils.training.lora_flags import check_init_apart, resolve_lora_flags
 from glm_utils.training.training_args import TrainArgsFile, read_train_args
 
@@ -50,15 +51,21 @@ def read_inputs(arguments: dict) -> RunInputs:
     flags = SimpleNamespace(**arguments)
     if flags.seed is not None and flags.seed not in SEEDS:
         raise UserError(f"--seed {flags.seed}: expected {SEEDS}")
+    check_minimums(arguments, {"early_stopping_patience": 1})
     limits = EncodingLimits(flags.max_input_length, flags.max_output_length, flags.prompt_text)
     args_file = read_train_args(project_path(flags.train_args_json)) if flags.train_args_json else None
     if args_file:
         check_init_apart(flags.init_lora_path, args_file.values["output_dir"])
+        patience_settings(args_file, flags.early_stopping_patience)
     data_paths = find_data(flags.train_data_path, flags.eval_data_path)
     columns = Columns(flags.prompt_column, flags.response_column, flags.history_column, flags.sheet)
     examples = {name: read_examples(path, columns=columns) for name, path in data_paths.items()}
     if flags.evaluate_after and "eval" not in data_paths:
         raise UserError("--evaluate_after true: no evaluation data. Give --eval_data_path")
+    if flags.early_stopping_patience and "eval" not in data_paths:
+        raise UserError(
+            f"--early_stopping_patience {flags.early_stopping_patience}: no evaluation data. Give --eval_data_path"
+        )
     return RunInputs(arguments, limits, data_paths, examples, args_file)
 
 

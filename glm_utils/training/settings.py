@@ -163,7 +163,9 @@ def resolve_training_args(inputs: RunInputs, args_file: TrainArgsFile) -> tuple[
     flags = SimpleNamespace(**inputs.arguments)
     has_eval = "eval" in inputs.examples
     compute_dtype = resolve_compute_dtype(flags.compute_dtype, args_file)
-    training_args = make_training_args(args_file, flags.seed, compute_dtype, has_eval, flags.packing)
+    training_args = make_training_args(
+        args_file, flags.seed, compute_dtype, has_eval, flags.packing, flags.early_stopping_patience
+    )
     check_log_samples(flags.log_samples, has_eval, training_args)
     try_training_args(args_file, training_args, num_steps(len(inputs.examples["train"]), training_args))
     return compute_dtype, training_args
