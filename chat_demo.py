@@ -13,6 +13,7 @@ from loguru import logger
 
 from glm_utils.cli import UserError, run_cli
 from glm_utils.early_checks import check_device_name, check_model_choice, check_sampling, check_seed
+from glm_utils.hub import Hub, check_hub
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -25,6 +26,7 @@ def chat_demo(
     *,
     model_path: str | None = None,
     lora_path: str | None = None,
+    hub: Hub = "huggingface",
     load_in_4bit: bool = False,
     temperature: float | None = None,
     top_p: float | None = None,
@@ -39,6 +41,7 @@ def chat_demo(
     Args:
         model_path: Directory or hub id of a base or merged model.
         lora_path: Directory of an adapter, instead of model_path; it names its base.
+        hub: Hub that a model is downloaded from: huggingface, or modelscope (pip install '.[modelscope]').
         load_in_4bit: Quantize the layers to NF4 while loading.
         temperature: Divides the logits; 0: always the most probable token. Default: the model's own.
         top_p: Nucleus probability. Default: the model's own.
@@ -53,6 +56,7 @@ def chat_demo(
     check_sampling(temperature, top_p)
     check_seed(seed)
     check_device_name(device)
+    check_hub(hub)
     check_model_choice(model_path, lora_path)
 
     import torch
@@ -60,7 +64,7 @@ def chat_demo(
     from glm_utils.inference.chat import ChatSession, chat_settings
     from glm_utils.inference.terminal import converse, print_answers, tolerate_any_text
 
-    model, tokenizer = load_chat_model(model_path, lora_path, load_in_4bit, device, merge_adapter=not compare)
+    model, tokenizer = load_chat_model(model_path, lora_path, load_in_4bit, device, not compare, hub)
     settings = chat_settings(model, max_length, temperature, top_p)
     uses_adapter = {"without the adapter": False, "with the adapter": True} if compare else {"": True}
     sessions = {title: ChatSession(model, tokenizer, settings, use) for title, use in uses_adapter.items()}
@@ -74,7 +78,7 @@ def chat_demo(
 
 
 def load_chat_model(
-    model_path: str | None, lora_path: str | None, load_in_4bit: bool, device: str, merge_adapter: bool
+    model_path: str | None, lora_path: str | None, load_in_4bit: bool, device: str, merge_adapter: bool, hub: Hub
 ) -> "tuple[PreTrainedModel | PeftModel, PreTrainedTokenizer]":
     """Load a model, in fp16 on a GPU and in fp32 on the CPU, and its tokenizer.
 
@@ -84,6 +88,7 @@ def load_chat_model(
         load_in_4bit: Quantize the layers to NF4 while loading.
         device: auto, cpu or cuda:N.
         merge_adapter: False keeps the adapter separate, so that it can be disabled.
+        hub: Where to download a model from that is no directory.
 
     Raises:
         UserError: Neither path is given or both are, or the model cannot be opened, is already quantized although
@@ -95,7 +100,7 @@ def load_chat_model(
     from glm_utils.load_model import ModelSource, find_model
 
     place = resolve_device(device)
-    checkpoint, adapter = find_model(model_path, lora_path)
+    checkpoint, adapter = find_model(model_path, lora_path, hub)
     dtype = torch.float16 if place.type == "cuda" else torch.float32
     source = ModelSource(str(checkpoint.directory), checkpoint, adapter, load_in_4bit, dtype, place)
     source.check_fits(1, MIN_TOKENS, "an int4 model or --load_in_4bit")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from loguru import logger
 
 from glm_utils.cli import run_cli
+from glm_utils.hub import Hub
 from glm_utils.signals import note_if_interrupted, release_signals
 from glm_utils.training.argument_keys import JSON_ONLY
 from glm_utils.training.inputs import read_inputs
@@ -26,6 +27,7 @@ def train_qlora(
     *,
     train_args_json: str | None = None,
     model_name_or_path: str | None = None,
+    hub: Hub = "huggingface",
     init_lora_path: str | None = None,
     train_data_path: str | None = None,
     eval_data_path: str | None = None,
@@ -55,6 +57,7 @@ def train_qlora(
         train_args_json: JSON file of TrainingArguments, today's keys or those of 2023. Default: the one of the family.
         model_name_or_path: Directory of the base model, or its hub id. Default: that of init_lora_path, else
             THUDM/chatglm2-6b.
+        hub: Hub that a model is downloaded from: huggingface, or modelscope (pip install '.[modelscope]').
         init_lora_path: Adapter to go on from with new data, an output_dir or a checkpoint-N: its weights, rank, alpha,
             targets, prompt_text and base, a new optimizer and schedule. Default: new LoRA weights.
         train_data_path: JSONL or JSON file of training examples. Default: the project's sample, data/train.jsonl.
@@ -138,7 +141,9 @@ def evaluate_run(settings: "TrainingSettings") -> None:
     if args.process_index == 0:
         device = resolve_device("cpu" if args.use_cpu else "auto")
         data_path, examples = settings.data_paths["eval"], settings.examples["eval"]
-        evaluate_output(out, out, data_path, examples, device, load_in_4bit=True, seed=args.seed)
+        evaluate_output(
+            out, out, data_path, examples, device, load_in_4bit=True, seed=args.seed, hub=settings.arguments["hub"]
+        )
 
 
 if __name__ == "__main__":

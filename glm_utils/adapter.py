@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from glm_utils.checkpoint import Checkpoint, open_checkpoint
 from glm_utils.cli import UserError
+from glm_utils.hub import Hub
 from glm_utils.model_files.adapter_config import MERGE_ELSEWHERE, AdapterConfig, base_name, check_plain_lora
 from glm_utils.model_files.checkpoint_files import adapter_weights, check_adapter_files
 from glm_utils.model_files.links import check_inside
@@ -147,14 +148,18 @@ def read_training_record(adapter_dir: Path) -> dict:
     return record
 
 
-def find_base(adapter: Adapter) -> Checkpoint:
+def find_base(adapter: Adapter, hub: Hub = "huggingface") -> Checkpoint:
     """Open the base model that an adapter names, and check that the adapter was trained on it.
+
+    Args:
+        adapter: The adapter.
+        hub: Where to download its base from, if that is no directory.
 
     Raises:
         UserError: The base cannot be found, is broken or quantized, or is another revision.
     """
     try:
-        base = open_checkpoint(adapter.base_name)
+        base = open_checkpoint(adapter.base_name, hub)
     except UserError as error:
         raise UserError(
             f"the base model of {adapter.directory} cannot be opened. {error}. If the base has moved, write its path "

@@ -18,6 +18,7 @@ from glm_utils.evaluation.attributes import AttributeVocabulary, read_vocabulary
 from glm_utils.evaluation.metrics import check_packages
 from glm_utils.evaluation.probe import ProbeQuestion, read_probe, thin_out
 from glm_utils.files import check_apart, check_writable
+from glm_utils.hub import Hub
 from glm_utils.inference.batch import GenerationSettings
 from glm_utils.inference.request import auto_dtype, short_name
 from glm_utils.limits import EncodingLimits
@@ -86,7 +87,11 @@ class EvaluationJob:
 
 
 def find_sides(
-    model_path: str | list[str] | None, lora_path: str | None, load_in_4bit: bool, device: torch.device
+    model_path: str | list[str] | None,
+    lora_path: str | None,
+    load_in_4bit: bool,
+    device: torch.device,
+    hub: Hub = "huggingface",
 ) -> tuple[Side, Side]:
     """Open an adapter with its base, two models, or an adapter on its base and the model it was merged to.
 
@@ -95,6 +100,7 @@ def find_sides(
         lora_path: Directory of an adapter.
         load_in_4bit: Quantize the layers to NF4 while loading.
         device: Where they run.
+        hub: Where to download a model from that is no directory.
 
     Raises:
         UserError: A number of models other than two in all, or one cannot be opened.
@@ -103,7 +109,7 @@ def find_sides(
     check_number_of_models(paths, lora_path)
 
     def open_source(path: str | None, adapter_dir: str | None, in_4bit: bool) -> ModelSource:
-        checkpoint, adapter = find_model(path, adapter_dir)
+        checkpoint, adapter = find_model(path, adapter_dir, hub)
         dtype = auto_dtype(checkpoint.config, checkpoint.config_path, device)
         label = short_name(adapter.base_name if adapter else path or "")
         return ModelSource(label, checkpoint, adapter, in_4bit, dtype, device)

@@ -10,6 +10,7 @@ from glm_utils.cli import UserError, check_minimums
 from glm_utils.data import Example, read_examples
 from glm_utils.data.forms import Columns
 from glm_utils.early_checks import project_path
+from glm_utils.hub import check_hub
 from glm_utils.limits import EncodingLimits
 from glm_utils.training.argument_keys import SEEDS
 from glm_utils.training.argument_rules import patience_settings
@@ -47,6 +48,7 @@ def read_inputs(arguments: dict) -> RunInputs:
     Raises:
         UserError: A flag, the JSON file or the data is wrong.
     """
+    check_hub(arguments["hub"])
     arguments = resolve_lora_flags(arguments)
     flags = SimpleNamespace(**arguments)
     if flags.seed is not None and flags.seed not in SEEDS:

@@ -118,7 +118,7 @@ def resolve_settings(inputs: RunInputs) -> TrainingSettings:
     """
     flags = SimpleNamespace(**inputs.arguments)
     resolved = resolve_training_args(inputs, inputs.args_file) if inputs.args_file else None
-    base = open_checkpoint(flags.model_name_or_path)
+    base = open_checkpoint(flags.model_name_or_path, flags.hub)
     base.require_unquantized("QLoRA quantizes by itself")
     args_file = inputs.args_file or read_train_args(project_path(base.family.train_args_json))
     check_init_apart(flags.init_lora_path, args_file.values["output_dir"])
