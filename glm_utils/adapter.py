@@ -149,11 +149,7 @@ def read_training_record(adapter_dir: Path) -> dict:
 
 
 def find_base(adapter: Adapter, hub: Hub = "huggingface") -> Checkpoint:
-    """Open the base model that an adapter names, and check that the adapter was trained on it.
-
-    Args:
-        adapter: The adapter.
-        hub: Where to download its base from, if that is no directory.
+    """Open the base model that an adapter names, a directory or an id of a hub; check that it was trained on that.
 
     Raises:
         UserError: The base cannot be found, is broken or quantized, or is another revision.

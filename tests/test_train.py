@@ -20,6 +20,7 @@ from glm_utils.cli import UserError, run_cli
 from glm_utils.family import FAMILIES, PROJECT_DIR
 from glm_utils.load_model import load_adapter, load_base_model
 from glm_utils.training import preflight, run, settings
+from glm_utils.training.lora_flags import DEFAULTS
 from tests.conftest import write_quantized
 
 COLORS, CLOTHES = "白黑红蓝绿", ("上衣", "裤子", "裙子")
@@ -675,11 +676,17 @@ def test_the_base_is_not_fetched_before_flags_are_right(train, monkeypatch, flag
 
 def test_flags_are_the_issues():
     parameters = inspect.signature(stage.train_qlora).parameters
-    expected = "train_args_json model_name_or_path train_data_path eval_data_path prompt_column response_column "
+    expected = "train_args_json model_name_or_path hub init_lora_path train_data_path eval_data_path prompt_column response_column "
     expected += "history_column sheet seed max_input_length "
     expected += "max_output_length lora_rank lora_alpha lora_dropout resume_from_checkpoint prompt_text compute_dtype "
-    assert " ".join(parameters) == expected + "lora_targets packing log_samples dry_run evaluate_after"
+    expected += "lora_targets packing early_stopping_patience log_samples dry_run evaluate_after"
+    assert " ".join(parameters) == expected
     defaults = {name: parameter.default for name, parameter in parameters.items()}
+    followers = {name: defaults.pop(name) for name in DEFAULTS}  # they follow the adapter of init_lora_path, if any
+    assert set(followers.values()) == {None}
+    help_text = " ".join(stage.train_qlora.__doc__.split())
+    assert all(f"else {value or 'none'}" in help_text for value in DEFAULTS.values())
+    defaults |= DEFAULTS
     assert defaults["model_name_or_path"] == FAMILIES[1].hub_ids[0] == "THUDM/chatglm2-6b"
     assert (defaults["max_input_length"], defaults["max_output_length"]) == (512, 1536)
     assert (defaults["lora_rank"], defaults["lora_alpha"], defaults["lora_dropout"]) == (4, 32, 0.05)
