@@ -156,7 +156,7 @@ def check_record(out, family):
     assert record["data"]["train"]["num_rows"] == len(EXAMPLES)
     assert {"torch", "transformers", "peft", "bitsandbytes", "python", "device"} <= record["versions"].keys()
     assert "commit" in record
-    assert (out / "checkpoint-2" / "run_config.json").read_text() == (out / "run_config.json").read_text()
+    assert {**json.loads((out / "checkpoint-2" / "run_config.json").read_text()), "kept_step": 4} == record
     card = (out / "README.md").read_text()
     metrics = json.loads((out / "all_results.json").read_text())
     for text in ("base_model:", "train.jsonl, 15 examples", "lora_rank | 4", "learning_rate | 0.01"):
@@ -676,8 +676,8 @@ def test_the_base_is_not_fetched_before_flags_are_right(train, monkeypatch, flag
 
 def test_flags_are_the_issues():
     parameters = inspect.signature(stage.train_qlora).parameters
-    expected = "train_args_json model_name_or_path hub init_lora_path train_data_path eval_data_path prompt_column response_column "
-    expected += "history_column sheet seed max_input_length "
+    expected = "train_args_json model_name_or_path hub init_lora_path train_data_path eval_data_path "
+    expected += "prompt_column response_column history_column sheet seed max_input_length "
     expected += "max_output_length lora_rank lora_alpha lora_dropout resume_from_checkpoint prompt_text compute_dtype "
     expected += "lora_targets packing early_stopping_patience log_samples dry_run evaluate_after"
     assert " ".join(parameters) == expected
