@@ -78,7 +78,12 @@ def chat_demo(
 
 
 def load_chat_model(
-    model_path: str | None, lora_path: str | None, load_in_4bit: bool, device: str, merge_adapter: bool, hub: Hub
+    model_path: str | None,
+    lora_path: str | None,
+    load_in_4bit: bool,
+    device: str,
+    merge_adapter: bool,
+    hub: Hub = "huggingface",
 ) -> "tuple[PreTrainedModel | PeftModel, PreTrainedTokenizer]":
     """Load a model, in fp16 on a GPU and in fp32 on the CPU, and its tokenizer.
 

@@ -237,6 +237,18 @@ def test_adapters_that_cannot_be_trained_further(go_on, copied, settings, messag
 
 
 @pytest.mark.parametrize("family_name", ["chatglm2-6b"])
+def test_a_checkpoint_with_noise_in_its_weights_is_refused(go_on, copied, adapter_dir):
+    """As long as a file is a checkpoint's own: what was deleted beside it does not matter."""
+    source = shutil.copytree(adapter_dir / "checkpoint-1", copied() + "/noisy")
+    (source / "optimizer.pt").unlink()
+    go_on({"max_steps": 1}, init_lora_path=str(source))
+    path = source / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(UserError, match="adapter_model.safetensors: its content differs from manifest.json"):
+        go_on({"output_dir": f"{source}-out"}, init_lora_path=str(source))
+
+
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"])
 def test_an_adapter_among_several_is_named(go_on, adapter_dir, tmp_path):
     shutil.copytree(adapter_dir, tmp_path / "several/default", ignore=shutil.ignore_patterns("checkpoint-*"))
     with pytest.raises(UserError, match=r"give one of them, --init_lora_path .*several/default"):

@@ -54,7 +54,7 @@ class Patience(TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Stop the run if the last evaluations were no better than one before them."""
-        if not self.is_over(state) or not state.global_step:
+        if not self.is_over(state) or not state.global_step or control.should_training_stop:  # ends anyway
             return
         control.should_training_stop = True
         control.should_save = args.save_strategy != "no"  # from which it goes on with more patience

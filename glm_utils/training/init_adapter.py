@@ -6,9 +6,11 @@ from loguru import logger
 
 from glm_utils.adapter import Adapter, check_trained_on, read_updates
 from glm_utils.checkpoint import Checkpoint
+from glm_utils.cli import UserError
 from glm_utils.family import resolve_lora_targets
-from glm_utils.model_files.checkpoint_files import stored_tensors
+from glm_utils.model_files.checkpoint_files import adapter_weights, stored_tensors
 from glm_utils.training.lora_flags import contradiction
+from glm_utils.training.manifest import adapter_weights_fault
 
 
 def read_init_adapter(arguments: dict, base: Checkpoint) -> Adapter | None:
@@ -24,6 +26,8 @@ def read_init_adapter(arguments: dict, base: Checkpoint) -> Adapter | None:
     if arguments["init_lora_path"] is None:
         return None
     adapter = read_updates(Path(arguments["init_lora_path"]).expanduser())
+    if fault := adapter_weights_fault(adapter.directory, adapter_weights(adapter.directory)):
+        raise UserError(f"--init_lora_path: {fault}. Give an older checkpoint, or the output_dir")
     check_trained_on(adapter, base)
     adapter.check_fit(linear_shapes(base), f"{base.directory} ({base.family.title})")
     logger.info(f"going on from the weights of {adapter.directory}, with a new optimizer and schedule")
