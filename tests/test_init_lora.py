@@ -237,9 +237,9 @@ def test_adapters_that_cannot_be_trained_further(go_on, copied, settings, messag
 
 
 @pytest.mark.parametrize("family_name", ["chatglm2-6b"])
-def test_a_checkpoint_with_noise_in_its_weights_is_refused(go_on, copied, adapter_dir):
+def test_a_checkpoint_with_noise_in_its_weights_is_refused(go_on, adapter_dir, tmp_path):
     """As long as a file is a checkpoint's own: what was deleted beside it does not matter."""
-    source = shutil.copytree(adapter_dir / "checkpoint-1", copied() + "/noisy")
+    source = shutil.copytree(adapter_dir / "checkpoint-1", tmp_path / "noisy")
     (source / "optimizer.pt").unlink()
     go_on({"max_steps": 1}, init_lora_path=str(source))
     path = source / "adapter_model.safetensors"
