@@ -10,12 +10,14 @@ import sys
 
 from glm_utils.cli import UserError, run_cli
 from glm_utils.early_checks import check_device_name, check_model_choice, check_sampling, check_seed
+from glm_utils.hub import Hub, check_hub
 
 
 def chat_demo(
     *,
     model_path: str | None = None,
     lora_path: str | None = None,
+    hub: Hub = "huggingface",
     load_in_4bit: bool = False,
     temperature: float | None = None,
     top_p: float | None = None,
@@ -31,6 +33,7 @@ def chat_demo(
     Args:
         model_path: Directory or hub id of a base or merged model.
         lora_path: Directory of an adapter, instead of model_path; it names its base.
+        hub: Hub that a model is downloaded from: huggingface, or modelscope (pip install '.[modelscope]').
         load_in_4bit: Quantize the layers to NF4 while loading.
         temperature: Divides the logits; 0: always the most probable token. Default: the model's own.
         top_p: Nucleus probability. Default: the model's own.
@@ -47,6 +50,7 @@ def chat_demo(
     check_sampling(temperature, top_p)
     check_seed(seed)
     check_device_name(device)
+    check_hub(hub)
     check_model_choice(model_path, lora_path)
 
     import torch
@@ -55,7 +59,7 @@ def chat_demo(
     from glm_utils.inference.chat import ChatSession, chat_settings
     from glm_utils.inference.terminal import converse, print_answers, tolerate_any_text
 
-    model, tokenizer = load_chat_model(model_path, lora_path, load_in_4bit, device, merge_adapter=not compare)
+    model, tokenizer = load_chat_model(model_path, lora_path, load_in_4bit, device, not compare, hub)
     settings = chat_settings(model, max_length, temperature, top_p)
     uses_adapter = {"without the adapter": False, "with the adapter": True} if compare else {"": True}
     sessions = {title: ChatSession(model, tokenizer, settings, use) for title, use in uses_adapter.items()}

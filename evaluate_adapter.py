@@ -19,6 +19,7 @@ from glm_utils.data.forms import Columns
 from glm_utils.data.recorded import warn_of_recorded
 from glm_utils.early_checks import check_device_name, check_model_path, check_number_of_models, check_sampling
 from glm_utils.evaluation import MAX_NEW_TOKENS, NUM_SAMPLES
+from glm_utils.hub import Hub, check_hub
 from glm_utils.model_files.adapter_config import read_adapter_config
 from glm_utils.run_record import read_run_config
 
@@ -40,6 +41,7 @@ def evaluate_adapter(
     temperature: float = 0.0,
     seed: int = 42,
     batch_size: int | None = None,
+    hub: Hub = "huggingface",
     load_in_4bit: bool = False,
     prompt_text: str | None = None,
     probe: bool | int = True,
@@ -63,6 +65,7 @@ def evaluate_adapter(
         temperature: Divides the logits; 0: always the most probable token.
         seed: Seed of the draw of examples, of the sampling and of the intervals.
         batch_size: Answers at once. Default: what fits.
+        hub: Hub that a model is downloaded from: huggingface, or modelscope (pip install '.[modelscope]').
         load_in_4bit: Quantize the layers to NF4 while loading, as in training.
         prompt_text: Text in front of every question. Default: that of the training.
         probe: Ask the general questions of data/probe.jsonl too: true, false or how many of them.
@@ -77,12 +80,13 @@ def evaluate_adapter(
         warn_of_recorded(read_run_config(Path(lora_path).expanduser()), examples)
 
     from glm_utils.device import resolve_device
-    from glm_utils.evaluation.job import find_sides, make_job
+    from glm_utils.evaluation.job import make_job
     from glm_utils.evaluation.markdown_page import figure_table
+    from glm_utils.evaluation.two_models import find_sides
     from glm_utils.evaluation.write import evaluate
     from glm_utils.inference.batch import GenerationSettings
 
-    sides = find_sides(model_path, lora_path, load_in_4bit, resolve_device(device))
+    sides = find_sides(model_path, lora_path, load_in_4bit, resolve_device(device), hub)
     job = make_job(
         sides,
         examples=examples,
@@ -104,6 +108,7 @@ def check_arguments(arguments: dict) -> None:
     check_minimums(arguments, MIN_VALUES)
     check_sampling(arguments["temperature"], None)
     check_device_name(arguments["device"])
+    check_hub(arguments["hub"])
     model_paths = as_list(arguments["model_path"])
     check_number_of_models(model_paths, arguments["lora_path"])
     if arguments["lora_path"]:

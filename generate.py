@@ -13,6 +13,7 @@ from glm_utils.cli import UserError, check_minimums, run_cli
 from glm_utils.data.find_files import show_paths
 from glm_utils.data.forms import Columns
 from glm_utils.early_checks import check_device_name, check_model_choice, check_sampling, check_seed
+from glm_utils.hub import Hub, check_hub
 from glm_utils.inference.answer_file import (
     check_output_path,
     count_rows,
@@ -46,6 +47,7 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     num_samples: int = 1,
+    hub: Hub = "huggingface",
     load_in_4bit: bool = False,
     resume: bool = True,
     overwrite: bool = False,
@@ -68,6 +70,7 @@ def generate(
         top_p: Nucleus probability. Default: the model's own.
         seed: Seed of the sampling.
         num_samples: Answers to each prompt.
+        hub: Hub that a model is downloaded from: huggingface, or modelscope (pip install '.[modelscope]').
         load_in_4bit: Quantize the layers to NF4 while loading.
         resume: Go on with what a stopped run of the same job left; False: begin anew.
         overwrite: Replace an output that exists.
@@ -84,7 +87,7 @@ def generate(
     from glm_utils.inference.file_job import answer, find_source, identify
 
     settings = GenerationSettings(max_new_tokens, temperature, top_p, seed, num_samples)
-    source = find_source(model_path, lora_path, load_in_4bit, device)
+    source = find_source(model_path, lora_path, load_in_4bit, device, hub)
     rows, prompts = encode_prompts(read_rows, source.checkpoint)
     log_errors(rows)
     log_columns(rows, output)
@@ -106,6 +109,7 @@ def check_arguments(arguments: dict) -> None:
     check_sampling(arguments["temperature"], arguments["top_p"])
     check_seed(arguments["seed"])
     check_device_name(arguments["device"])
+    check_hub(arguments["hub"])
     check_model_choice(arguments["model_path"], arguments["lora_path"])
     if arguments["temperature"] == 0 and arguments["num_samples"] > 1:
         raise UserError(f"--num_samples {arguments['num_samples']}: at --temperature 0 all would be the same. Give 1")

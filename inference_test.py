@@ -15,6 +15,7 @@ from loguru import logger
 
 from glm_utils.cli import UserError, as_list, check_minimums, run_cli
 from glm_utils.early_checks import check_model_path
+from glm_utils.hub import Hub, check_hub
 from glm_utils.inference.report import write_report
 from glm_utils.model_files.adapter_config import read_adapter_config
 from glm_utils.report_file import check_report_path
@@ -38,6 +39,7 @@ def inference_test(
     prompt_tokens: int | None = None,
     batch_size: int = 1,
     dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto",
+    hub: Hub = "huggingface",
     load_in_4bit: bool = False,
     use_cuda_graph: bool = True,
     output_json: str | None = None,
@@ -54,12 +56,14 @@ def inference_test(
         prompt_tokens: Length to which the prompt is repeated or truncated. Default: the prompt as given.
         batch_size: Sequences generated at once, all from the same prompt.
         dtype: fp16, bf16, fp32, or auto: the checkpoint's dtype on a GPU, fp32 on the CPU.
+        hub: Hub that a model is downloaded from: huggingface, or modelscope (pip install '.[modelscope]').
         load_in_4bit: Quantize the layers to NF4 (bitsandbytes) while loading.
         use_cuda_graph: Use the fast decoding path.
         output_json: File to which the JSON object is written too.
     """
     arguments = dict(locals())
     check_minimums(arguments, MIN_VALUES)
+    check_hub(hub)
     check_report_path(output_json)
     if not model_path and not lora_path:
         raise UserError("nothing to test. Give --model_path DIR (or DIR1,DIR2,...) or --lora_path DIR, or both")
@@ -76,7 +80,7 @@ def inference_test(
     from glm_utils.inference.request import check_context, prompt_ids, resolve_sources
 
     device = resolve_device("auto")
-    sources = resolve_sources(as_list(model_path), as_list(lora_path), load_in_4bit, dtype, device)
+    sources = resolve_sources(as_list(model_path), as_list(lora_path), load_in_4bit, dtype, device, hub)
     prompts = [prompt_ids(source.checkpoint.tokenizer, instruction_text, prompt_tokens) for source in sources]
     for source, prompt in zip(sources, prompts, strict=True):
         check_context(source, len(prompt), new_tokens)

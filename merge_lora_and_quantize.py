@@ -21,6 +21,7 @@ from glm_utils.cli import UserError, run_cli
 from glm_utils.data import Example, read_examples
 from glm_utils.early_checks import check_device_name, project_path
 from glm_utils.files import check_apart, check_free_space
+from glm_utils.hub import Hub, check_hub
 from glm_utils.model_files.adapter_config import base_name, read_adapter_config
 from glm_utils.output_dir import atomic_directory, check_replaceable
 
@@ -34,6 +35,7 @@ def merge_lora_and_quantize(
     output_path: str,
     qbits: int = 4,
     device: str = "auto",
+    hub: Hub = "huggingface",
     remote_scripts_dir: str | None = None,
     merge_base: Literal["original", "nf4"] = "original",
     export_format: Literal["chatglm", "glm", "gguf"] = "chatglm",
@@ -47,6 +49,7 @@ def merge_lora_and_quantize(
         output_path: Directory to write: new, empty, or with --overwrite an earlier output of this command.
         qbits: Bits of the layers' weights: 0 (fp16), 8 or 4.
         device: auto (a GPU if there is one), cpu or cuda:N.
+        hub: Hub that a model is downloaded from: huggingface, or modelscope (pip install '.[modelscope]').
         remote_scripts_dir: Remote scripts to ship with the model. Default: this project's for the model's family.
         merge_base: Weights that the update is added to: original (fp16), or nf4 (the 4-bit weights that training saw).
         export_format: chatglm (loads with remote code), glm (plain transformers) or gguf (llama.cpp).
@@ -59,6 +62,7 @@ def merge_lora_and_quantize(
     if qbits not in QBITS:
         raise UserError(f"--qbits {qbits}: expected 0 (fp16), 8 or 4")
     check_device_name(device)
+    check_hub(hub)
     adapter_dir, output_dir = Path(lora_path).expanduser(), Path(output_path).expanduser()
     base_dir = project_path(base_name(read_adapter_config(adapter_dir)))
     check_replaceable(output_dir, overwrite, STAGE, [adapter_dir, base_dir])
@@ -72,7 +76,7 @@ def merge_lora_and_quantize(
     from glm_utils.merging.output import log_result, write_records
 
     adapter = read_adapter(adapter_dir)
-    base = find_base(adapter)
+    base = find_base(adapter, hub)
     check_apart(output_dir, [base.directory], "--output_path")
     job = make_job(adapter, base, qbits, resolve_device(device), remote_scripts_dir, merge_base)
     if evaluate_data_path:
@@ -87,7 +91,7 @@ def merge_lora_and_quantize(
         timed("reloaded and verified", export.verify, job, directory, reference)
     log_result(job, output_dir, time.monotonic() - start_seconds)
     if evaluate_data_path:
-        evaluate_output(output_dir, adapter.directory, evaluate_data_path, examples, job.device, output_dir)
+        evaluate_output(output_dir, adapter.directory, evaluate_data_path, examples, job.device, output_dir, hub=hub)
 
 
 def read_comparison(data_path: str, export_format: str) -> Sequence[Example]:

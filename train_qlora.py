@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Literal
 from loguru import logger
 
 from glm_utils.cli import run_cli
+from glm_utils.hub import Hub
 from glm_utils.signals import note_if_interrupted, release_signals
 from glm_utils.training.argument_keys import JSON_ONLY
-from glm_utils.training.inputs import DEFAULT_BASE, read_inputs
+from glm_utils.training.inputs import read_inputs
 
 if TYPE_CHECKING:
     from glm_utils.training.settings import TrainingSettings
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 def train_qlora(
     *,
     train_args_json: str | None = None,
-    model_name_or_path: str = DEFAULT_BASE,
+    model_name_or_path: str | None = None,
+    hub: Hub = "huggingface",
+    init_lora_path: str | None = None,
     train_data_path: str | None = None,
     eval_data_path: str | None = None,
     eval_ratio: float | None = None,
@@ -38,14 +41,15 @@ def train_qlora(
     max_output_length: int = 1536,
     truncated_answers: Literal["cut_and_end", "cut", "drop"] = "cut_and_end",
     loss_on: Literal["all", "last"] = "last",
-    lora_rank: int = 4,
-    lora_alpha: int = 32,
-    lora_dropout: float = 0.05,
+    lora_rank: int | None = None,
+    lora_alpha: int | None = None,
+    lora_dropout: float | None = None,
     resume_from_checkpoint: str | bool | None = None,
-    prompt_text: str = "",
+    prompt_text: str | None = None,
     compute_dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto",
-    lora_targets: str | list[str] = "query_key_value",
+    lora_targets: str | list[str] | None = None,
     packing: bool = True,
+    early_stopping_patience: int | None = None,
     log_samples: int = 0,
     dry_run: bool = False,
     output_json: str | None = None,
@@ -55,7 +59,11 @@ def train_qlora(
 
     Args:
         train_args_json: JSON file of TrainingArguments, today's keys or those of 2023. Default: the one of the family.
-        model_name_or_path: Directory of the base model, or its hub id.
+        model_name_or_path: Directory of the base model, or its hub id. Default: that of init_lora_path, else
+            THUDM/chatglm2-6b.
+        hub: Hub that a model is downloaded from: huggingface, or modelscope (pip install '.[modelscope]').
+        init_lora_path: Adapter to go on from with new data, an output_dir or a checkpoint-N: its weights, rank, alpha,
+            targets, prompt_text and base, a new optimizer and schedule. Default: new LoRA weights.
         train_data_path: JSON, CSV or XLSX files of training examples, several or globs joined by commas, perhaps with
             shares of a mixture: a.jsonl:0.8,b.jsonl:0.2. Default: the project's sample, data/train.jsonl.
         eval_data_path: Files of evaluation examples. Default: data/dev.jsonl with the sample, else no evaluation.
@@ -71,15 +79,18 @@ def train_qlora(
             end token, so that the model does not learn to stop in the middle; drop leaves the example out.
         loss_on: last trains the last answer of a conversation; all trains each of its answers, as an example with the
             turns before it. The evaluation data is measured in the same way.
-        lora_rank: Rank of the LoRA matrices.
-        lora_alpha: LoRA scale; the update is multiplied by lora_alpha / lora_rank.
-        lora_dropout: Dropout before the LoRA matrices, from 0 to below 1.
+        lora_rank: Rank of the LoRA matrices. Default: that of init_lora_path, else 4.
+        lora_alpha: LoRA scale; the update is multiplied by lora_alpha / lora_rank. Default: likewise, else 32.
+        lora_dropout: Dropout before the LoRA matrices, from 0 to below 1. Default: likewise, else 0.05.
         resume_from_checkpoint: A checkpoint-N directory, latest for the newest complete one of output_dir, or auto
             for the same where there is one, else from scratch: one command for the first start and every restart.
-        prompt_text: Text put before every question.
+        prompt_text: Text put before every question. Default: that of init_lora_path, else none.
         compute_dtype: Dtype of the matmuls: fp32, fp16, bf16, or auto (bf16 on a GPU that supports it, else fp32).
-        lora_targets: Modules that get LoRA: query_key_value, all-linear, or names joined by commas.
+        lora_targets: Modules that get LoRA: query_key_value, all-linear, or names joined by commas. Default: those of
+            init_lora_path, else query_key_value.
         packing: Pack the examples of a batch into one sequence instead of padding them; the gradients are the same.
+        early_stopping_patience: Stop when eval_loss has not improved for so many evaluations, and keep the best step
+            (load_best_model_at_end). Default: train to the end.
         log_samples: Evaluation examples whose answers TensorBoard's text tab shows at each evaluation.
         dry_run: Report the data, trained weights, steps and memory, then stop before training.
         output_json: File to which the report on the data is written too.
@@ -105,7 +116,9 @@ def train_qlora(
             leave_process_group()
             return
         encoded = encode_data(settings)
-        model = make_lora_model(settings.base, settings.compute_dtype, settings.lora_config, settings.training_args)
+        model = make_lora_model(
+            settings.base, settings.compute_dtype, settings.lora_config, settings.training_args, settings.init_adapter
+        )
         plan = plan_run(settings, model, encoded["train"])
         if dry_run:
             logger.info("dry run: nothing was trained or written" + (f" but {output_json}" if output_json else ""))
@@ -139,7 +152,9 @@ def evaluate_run(settings: "TrainingSettings") -> None:
     if args.process_index == 0:
         device = resolve_device("cpu" if args.use_cpu else "auto")
         data_path, examples = settings.data.source("eval"), settings.examples["eval"]
-        evaluate_output(out, out, data_path, examples, device, load_in_4bit=True, seed=args.seed)
+        evaluate_output(
+            out, out, data_path, examples, device, load_in_4bit=True, seed=args.seed, hub=settings.arguments["hub"]
+        )
 
 
 if __name__ == "__main__":

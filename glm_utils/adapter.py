@@ -13,26 +13,18 @@ import torch
 from loguru import logger
 from safetensors.torch import load_file
 
+from glm_utils.adapter_record import read_training_record
 from glm_utils.checkpoint import Checkpoint, open_checkpoint
 from glm_utils.cli import UserError
+from glm_utils.hub import Hub
 from glm_utils.model_files.adapter_config import MERGE_ELSEWHERE, AdapterConfig, base_name, check_plain_lora
 from glm_utils.model_files.checkpoint_files import adapter_weights, check_adapter_files
-from glm_utils.model_files.links import check_inside
-from glm_utils.model_files.model_json import read_model_json, shown
+from glm_utils.model_files.model_json import shown
 from glm_utils.model_files.module_names import is_module_name, summarize
 from glm_utils.model_files.tensor_files import list_bin, list_tensors, load_bin
 from glm_utils.prompt_text import adapter_prompt_text, log_prompt_text
-from glm_utils.run_record import RUN_CONFIG_NAME
 
 LORA_KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
-RECORDED = {  # what is read of the run_config.json of a training: its kind, and the lowest number
-    ("identity", "base_fingerprint"): (str, None),
-    ("arguments", "compute_dtype"): (str, None),
-    ("arguments", "prompt_text"): (str, None),
-    ("arguments", "max_input_length"): (int, 1),
-    ("arguments", "max_output_length"): (int, 1),
-    ("training_args", "use_cpu"): (bool, None),
-}
 
 
 @dataclass(frozen=True)
@@ -126,30 +118,8 @@ def read_updates(adapter_dir: Path) -> Adapter:
     return Adapter(adapter_dir, "", read_pairs(adapter_dir, config), recorded, config)
 
 
-def read_training_record(adapter_dir: Path) -> dict:
-    """Return what train_qlora.py recorded beside an adapter, empty if it did not.
-
-    Raises:
-        UserError: run_config.json is a link out of the directory, no JSON object, or a value is of another type.
-    """
-    path = adapter_dir / RUN_CONFIG_NAME
-    check_inside(path)
-    record = read_model_json(path) if path.is_file() else {}
-    remedy = "Copy it again from the training's directory, or delete it: then the base is taken to be unchanged"
-    for (section, key), (kind, lowest) in RECORDED.items():
-        part = record.get(section, {})
-        if not isinstance(part, dict):
-            raise UserError(f"{path}: {section} is {shown(part)}, expected an object. {remedy}")
-        value = part.get(key)
-        is_right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-        if value is not None and not (is_right and (lowest is None or value >= lowest)):
-            expected = {str: "text", int: f"a whole number of at least {lowest}", bool: "true or false"}[kind]
-            raise UserError(f"{path}: {section}.{key} is {shown(value)}, expected {expected}. {remedy}")
-    return record
-
-
-def find_base(adapter: Adapter) -> Checkpoint:
-    """Open the base model that an adapter names, and check that the adapter was trained on it.
+def find_base(adapter: Adapter, hub: Hub = "huggingface") -> Checkpoint:
+    """Open the base model that an adapter names, a directory or an id of a hub; check that it was trained on that.
 
     Its tokenizer puts before every question what the training put there.
 
@@ -159,7 +129,7 @@ def find_base(adapter: Adapter) -> Checkpoint:
     """
     text = adapter_prompt_text(adapter.directory, adapter.run_config)
     try:
-        base = open_checkpoint(adapter.base_name)
+        base = open_checkpoint(adapter.base_name, hub)
     except UserError as error:
         raise UserError(
             f"the base model of {adapter.directory} cannot be opened. {error}. If the base has moved, write its path "
@@ -168,6 +138,17 @@ def find_base(adapter: Adapter) -> Checkpoint:
     base.require_unquantized(
         f"a LoRA update cannot be added to integer weights (base_model_name_or_path of {adapter.directory})"
     )
+    check_trained_on(adapter, base)
+    log_prompt_text(text)
+    return base.with_prompt_text(text, str(adapter.directory))
+
+
+def check_trained_on(adapter: Adapter, base: Checkpoint) -> None:
+    """Check that an adapter was trained on a base; one without a record is believed, with a warning.
+
+    Raises:
+        UserError: It was trained on another one, or another revision.
+    """
     trained_on = adapter.run_config.get("identity", {}).get("base_fingerprint")
     if trained_on and trained_on != base.fingerprint:
         raise UserError(
@@ -179,8 +160,6 @@ def find_base(adapter: Adapter) -> Checkpoint:
         logger.warning(
             f"{adapter.directory} has no run_config.json: assuming that its base is {base.directory}, unchanged"
         )
-    log_prompt_text(text)
-    return base.with_prompt_text(text, str(adapter.directory))
 
 
 def read_pairs(adapter_dir: Path, config: AdapterConfig) -> dict[str, LoraPair]:

@@ -27,24 +27,29 @@ def put_on(model: PreTrainedModel, adapter: Adapter) -> peft.PeftModel:
         if isinstance(module, torch.nn.Linear) and (module is not output_layer or path in adapter.pairs)
     }
     adapter.check_fit(shapes, model.name_or_path or type(model).__name__)
-    settings, rank, alpha = adapter.config, adapter.config.values["r"], adapter.config.values["lora_alpha"]
-    ranks = {path: settings.rank(path) for path in adapter.pairs if settings.rank(path) != rank}
-    alphas = {path: settings.alpha(path) for path in adapter.pairs if settings.alpha(path) != alpha}
-    peft_model = peft.get_peft_model(
-        model,
-        peft.LoraConfig(
-            r=rank,
-            lora_alpha=alpha,
-            use_rslora=bool(settings.values.get("use_rslora")),
-            rank_pattern=ranks,
-            alpha_pattern=alphas,
-            target_modules=list(adapter.pairs),
-            task_type="CAUSAL_LM",
-            inference_mode=True,
-        ),
+    config = peft.LoraConfig(
+        **lora_scales(adapter), target_modules=list(adapter.pairs), task_type="CAUSAL_LM", inference_mode=True
     )
+    peft_model = peft.get_peft_model(model, config)
+    copy_weights(adapter, peft_model)
+    return peft_model.eval()
+
+
+def lora_scales(adapter: Adapter) -> dict:
+    """Return the arguments of peft's LoraConfig for the ranks and scales of an adapter, exceptions by whole path."""
+    settings, rank, alpha = adapter.config, adapter.config.values["r"], adapter.config.values["lora_alpha"]
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "use_rslora": bool(settings.values.get("use_rslora")),
+        "rank_pattern": {path: settings.rank(path) for path in adapter.pairs if settings.rank(path) != rank},
+        "alpha_pattern": {path: settings.alpha(path) for path in adapter.pairs if settings.alpha(path) != alpha},
+    }
+
+
+def copy_weights(adapter: Adapter, peft_model: peft.PeftModel) -> None:
+    """Copy the matrices of an adapter into the LoRA layers of a model, which have its ranks."""
     for path, pair in adapter.pairs.items():
         layer = peft_model.get_base_model().get_submodule(path)
         layer.lora_A["default"].weight.data.copy_(pair.a)
         layer.lora_B["default"].weight.data.copy_(pair.b)
-    return peft_model.eval()

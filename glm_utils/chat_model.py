@@ -8,6 +8,7 @@ import torch
 from loguru import logger
 
 from glm_utils.device import resolve_device
+from glm_utils.hub import Hub
 from glm_utils.load_model import ModelSource, find_model
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def load_chat_model(
     load_in_4bit: bool = False,
     device: str = "auto",
     merge_adapter: bool = True,
+    hub: Hub = "huggingface",
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizer]:
     """Load a model, in fp16 on a GPU and in fp32 on the CPU, and its tokenizer.
 
@@ -33,6 +35,7 @@ def load_chat_model(
         device: auto, cpu or cuda:N.
         merge_adapter: Merge the adapter into floating-point weights, which is faster; False keeps it separate, so that
             peft can disable it. It stays separate from NF4 weights in any case.
+        hub: Where to download a model from that is no directory.
 
     Returns:
         The model, a PeftModel if the adapter is separate, and the tokenizer.
@@ -42,7 +45,7 @@ def load_chat_model(
             load_in_4bit is set, or does not fit into free memory.
     """
     place = resolve_device(device)
-    checkpoint, adapter = find_model(model_path, lora_path)
+    checkpoint, adapter = find_model(model_path, lora_path, hub)
     dtype = torch.float16 if place.type == "cuda" else torch.float32
     source = ModelSource(str(checkpoint.directory), checkpoint, adapter, load_in_4bit, dtype, place)
     source.check_fits(1, MIN_TOKENS, "an int4 model or --load_in_4bit")

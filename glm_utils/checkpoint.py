@@ -12,12 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import HfApi, snapshot_download
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizer
 
 from glm_utils.cli import UserError
 from glm_utils.early_checks import local_model_dir, project_path
 from glm_utils.family import Family, detect_family
+from glm_utils.hub import Hub, download
 from glm_utils.model_files.checkpoint_files import check_checkpoint_files, fingerprint, stored_tensors
 from glm_utils.model_files.config_checks import check_config
 from glm_utils.model_files.generation_checks import check_streamable, read_generation_settings
@@ -27,7 +27,6 @@ from glm_utils.model_files.weight_checks import check_stored_weights
 from glm_utils.prompt_text import recorded_prompt_text
 from glm_utils.remote_code import remote_code
 
-HUB_PATTERNS = ["*.json", "*.model", "*.safetensors", "pytorch_model*.bin"]  # never *.py
 MODEL_CLASS = "modeling_chatglm.ChatGLMForConditionalGeneration"
 TOKENIZER_CLASS = "tokenization_chatglm.ChatGLMTokenizer"
 
@@ -178,17 +177,18 @@ class Checkpoint:
             )
 
 
-def open_checkpoint(name_or_path: str | Path) -> Checkpoint:
+def open_checkpoint(name_or_path: str | Path, hub: Hub = "huggingface") -> Checkpoint:
     """Find a base or merged model, download it if it is a hub id, and check its files.
 
     Args:
         name_or_path: Directory, or hub id such as THUDM/chatglm2-6b.
+        hub: Where to download it from.
 
     Raises:
         UserError: Neither a directory nor a reachable hub id, an unknown family, or files that are missing, broken or
             do not belong together.
     """
-    directory = find_checkpoint_dir(name_or_path)
+    directory = find_checkpoint_dir(name_or_path, hub)
     config = read_config(directory)
     family = detect_family(config, directory / "config.json")
     check_checkpoint_files(directory, config, family)
@@ -200,37 +200,17 @@ def open_checkpoint(name_or_path: str | Path) -> Checkpoint:
     return checkpoint
 
 
-def find_checkpoint_dir(name_or_path: str | Path) -> Path:
+def find_checkpoint_dir(name_or_path: str | Path, hub: Hub = "huggingface") -> Path:
     """Find a model: a local directory, or a hub id, of which config, tokenizer and weights are downloaded.
 
     Args:
         name_or_path: Directory, or hub id such as THUDM/chatglm2-6b.
+        hub: Where to download it from.
 
     Raises:
         UserError: Neither a directory nor a reachable hub id.
     """
-    directory = local_model_dir(name_or_path)
-    if directory:
-        return directory
-    name_or_path = str(name_or_path)
-    try:
-        return _download(name_or_path)
-    except Exception as error:  # without a network, whatever huggingface_hub's HTTP library raises
-        raise UserError(
-            f"{name_or_path}: could not be downloaded ({type(error).__name__}: {str(error).partition(chr(10))[0]}). "
-            f"Without a network, copy the checkpoint here and give its directory; on a machine with one, run "
-            f"hf download {name_or_path} --local-dir DIR"
-        ) from error
-
-
-def _download(hub_id: str) -> Path:
-    """Download config, tokenizer and weights; only the safetensors if a repository holds both formats."""
-    try:
-        names = HfApi().list_repo_files(hub_id)
-    except Exception:
-        names = []  # no network: snapshot_download finds an earlier download, or raises
-    both = any(name.endswith(".safetensors") for name in names)
-    return Path(snapshot_download(hub_id, allow_patterns=HUB_PATTERNS, ignore_patterns=["*.bin"] if both else None))
+    return local_model_dir(name_or_path) or download(str(name_or_path), hub)
 
 
 def load_classes(family: Family) -> Classes:

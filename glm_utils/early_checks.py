@@ -39,7 +39,7 @@ def local_model_dir(name_or_path: str | Path) -> Path | None:
         return path.resolve()
     if path.is_file():
         raise UserError(f"{name}: not a model. {advice(path)}")
-    known = [hub_id for family in FAMILIES for hub_id in family.hub_ids]
+    known = [hub_id for family in FAMILIES for hub_id in (*family.hub_ids, *family.modelscope_ids)]
     is_hub_id = HUB_ID.fullmatch(name) and not path.exists() and not path.parent.is_dir()
     if is_hub_id or name in known:
         return None

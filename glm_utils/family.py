@@ -21,7 +21,8 @@ class Family:
         name: Short name, also the directory in remote_scripts.
         title: Name in messages and documentation.
         config_markers: Keys of config.json that only this family has.
-        hub_ids: Published repositories; the first one is the default.
+        hub_ids: Published repositories on Hugging Face; the first one is the default.
+        modelscope_ids: The same on ModelScope.
         tokenizer_file: Published name of the sentencepiece file.
         max_length_key: Key of config.json that holds the context length, in tokens.
         train_args_json: TrainingArguments file that ships for this family.
@@ -36,6 +37,7 @@ class Family:
     title: str
     config_markers: tuple[str, ...]
     hub_ids: tuple[str, ...]
+    modelscope_ids: tuple[str, ...]
     tokenizer_file: str
     max_length_key: str
     train_args_json: str
@@ -56,6 +58,7 @@ FAMILIES = (
         title="ChatGLM-6B",
         config_markers=("inner_hidden_size", "position_encoding_2d"),
         hub_ids=("THUDM/chatglm-6b", "zai-org/chatglm-6b"),
+        modelscope_ids=("ZhipuAI/chatglm-6b",),
         tokenizer_file="ice_text.model",
         max_length_key="max_sequence_length",
         train_args_json="chatGLM_6B_QLoRA.json",
@@ -65,6 +68,7 @@ FAMILIES = (
         title="ChatGLM2-6B",
         config_markers=("ffn_hidden_size", "multi_query_group_num"),
         hub_ids=("THUDM/chatglm2-6b", "zai-org/chatglm2-6b"),
+        modelscope_ids=("ZhipuAI/chatglm2-6b",),
         tokenizer_file="tokenizer.model",
         max_length_key="seq_length",
         train_args_json="chatGLM2_6B_QLoRA.json",

@@ -18,6 +18,7 @@ from glm_utils.checkpoint import Checkpoint, open_checkpoint
 from glm_utils.cli import UserError
 from glm_utils.device import as_dtype, dtype_name, free_bytes
 from glm_utils.early_checks import check_model_choice
+from glm_utils.hub import Hub
 from glm_utils.loading_bar import bar_of_long_loads
 from glm_utils.model_files.generation_checks import make_generation_config
 from glm_utils.model_files.weight_checks import check_weights
@@ -123,23 +124,26 @@ class ModelSource:
             )
 
 
-def find_model(model_path: str | None, lora_path: str | None) -> tuple[Checkpoint, Adapter | None]:
+def find_model(
+    model_path: str | None, lora_path: str | None, hub: Hub = "huggingface"
+) -> tuple[Checkpoint, Adapter | None]:
     """Open a base or merged model, or an adapter with the base that it names.
 
     Args:
         model_path: Directory or hub id of a base or merged model.
         lora_path: Directory of an adapter, instead.
+        hub: Where to download a model from that is no directory.
 
     Raises:
         UserError: Neither is given, both are, or the model or adapter cannot be opened.
     """
     check_model_choice(model_path, lora_path)
     if model_path:
-        checkpoint = open_checkpoint(model_path)
+        checkpoint = open_checkpoint(model_path, hub)
         log_prompt_text(recorded_prompt_text(checkpoint.directory))
         return checkpoint, None
     adapter = read_adapter(Path(str(lora_path)).expanduser())
-    return find_base(adapter), adapter
+    return find_base(adapter, hub), adapter
 
 
 def load_base_model(

@@ -56,13 +56,15 @@ def adapter_card(record: dict, results: dict, settings: dict) -> str:
 
 A LoRA adapter for {record["base"]["family"]}, trained by `train_qlora.py` on the base in 4-bit NF4 with double
 quantization. Load it with `load_chat_model(lora_path=adapter_directory, load_in_4bit=True)` of `glm_utils.chat_model`,
-or on the base with `peft.PeftModel.from_pretrained(base, adapter_directory)`.
+or on the base with `peft.PeftModel.from_pretrained(base, adapter_directory)`.{continued(record)}
 
 ## Data
 
 {data}
 
 ## Losses
+
+The weights are those of step {results["kept_step"]} of {results["last_step"]}{best_of(results)}.
 
 | | |
 |---|---|
@@ -76,6 +78,20 @@ or on the base with `peft.PeftModel.from_pretrained(base, adapter_directory)`.
 
 {RUN_CONFIG_NAME} holds all arguments, package versions and the commit."""
     return _with_metadata(text, base, "peft", ["lora", "qlora", "chatglm"])
+
+
+def best_of(results: dict) -> str:
+    """Say why the weights are not those of the last step; empty if they are."""
+    return "" if results["kept_step"] == results["last_step"] else ", where eval_loss was lowest"
+
+
+def continued(record: dict) -> str:
+    """Return the paragraph about the adapter that a training went on from; empty if it began anew."""
+    path, digest = record["arguments"].get("init_lora_path"), record["identity"].get("init_lora_sha256")
+    if not digest:
+        return ""
+    name = markdown_text(Path(path).resolve().name)
+    return f"\n\nContinued from the adapter {name} (SHA-256 of its weights: {digest}); all figures are of this run."
 
 
 def merged_card(base_name: str, kind: str, properties: dict[str, str], usage: str, library_name: str) -> str:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.utils.logging import is_progress_bar_enabled
 
-from glm_utils import checkpoint, loading_bar
+from glm_utils import loading_bar
 from glm_utils.checkpoint import find_checkpoint_dir, load_classes, open_checkpoint
 from glm_utils.cli import UserError
 from glm_utils.family import FAMILIES, PROJECT_DIR, detect_family, resolve_lora_targets
@@ -89,7 +89,7 @@ def test_lora_targets():
 
 
 def test_a_local_directory_is_taken_before_the_hub(base_dir, monkeypatch):
-    monkeypatch.setattr(checkpoint, "snapshot_download", lambda *args, **kwargs: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: pytest.fail("the hub was asked"))
     assert find_checkpoint_dir(str(base_dir)) == base_dir
 
 
@@ -113,8 +113,8 @@ def test_the_hub_gives_data_files_only(hub_id, with_safetensors, monkeypatch, tm
         assert sorted(wanted) == sorted(["config.json", "tokenizer.model", weights])
         return str(tmp_path)
 
-    monkeypatch.setattr(checkpoint.HfApi, "list_repo_files", lambda self, repo_id: names)
-    monkeypatch.setattr(checkpoint, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, repo_id: names)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert find_checkpoint_dir(hub_id) == tmp_path
 
 
@@ -127,8 +127,8 @@ def test_a_network_that_fails_in_its_own_way_names_the_remedy(monkeypatch):
     def fail(*args, **kwargs):
         raise ConnectError
 
-    monkeypatch.setattr(checkpoint.HfApi, "list_repo_files", fail)
-    monkeypatch.setattr(checkpoint, "snapshot_download", fail)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", fail)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(UserError, match=r"could not be downloaded \(ConnectError: \).*give its directory"):
         find_checkpoint_dir("THUDM/chatglm2-6b")
 
@@ -141,7 +141,7 @@ def test_offline_names_the_remedy():
 @pytest.mark.parametrize("name", ["/no/such/dir", "./nothing", "tests/nothing", "nothing"])
 def test_a_path_that_is_not_there_is_not_looked_up_on_the_hub(name, monkeypatch):
     monkeypatch.chdir(PROJECT_DIR)
-    monkeypatch.setattr(checkpoint, "snapshot_download", lambda *args, **kwargs: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: pytest.fail("the hub was asked"))
     with pytest.raises(UserError, match="no such directory"):
         find_checkpoint_dir(name)
 

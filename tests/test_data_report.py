@@ -182,7 +182,7 @@ def test_ten_lines_and_a_count():
 )
 def test_prompts_and_answers_are_listed_apart(tokenizer, truncated_answers, words):
     rows = [example("类型#裙" * 9, "白", line=1), example("裙", "白色的裙子百搭又时尚" * 3, line=2)]
-    limits = EncodingLimits(len(tokenizer.encode_prompt("类型#裙")), 4, "", truncated_answers)
+    limits = EncodingLimits(len(tokenizer.encode_prompt("类型#裙")), 4, truncated_answers)
     warnings = truncation_warnings("train", report_data(rows, encode_examples(rows, tokenizer, limits)), limits)
     assert len(warnings) == 2
     assert warnings[0].startswith(f"train: 1 of 2 prompts exceed --max_input_length {limits.max_input_length}")

@@ -145,13 +145,13 @@ def test_counts(tokenizer):
 def test_a_cut_answer_trains_no_end_token(tokenizer):
     complete = tokenizer.encode_answer(ANSWER)
     for limit in (2, len(complete) - 1):
-        encoded = encode_examples([example()], tokenizer, EncodingLimits(512, limit, "", "cut"))
+        encoded = encode_examples([example()], tokenizer, EncodingLimits(512, limit, "cut"))
         sample = encoded.dataset[0]
         assert sample["input_ids"] == tokenizer.encode_prompt(QUERY) + complete[:limit]
         assert [label for label in sample["labels"] if label != IGNORED_LABEL] == complete[:limit]
         assert tokenizer.eos_token_id not in sample["labels"]
         assert list(encoded.truncated_answers) == [0]
-    whole = encode_examples([example()], tokenizer, EncodingLimits(512, len(complete), "", "cut")).dataset[0]
+    whole = encode_examples([example()], tokenizer, EncodingLimits(512, len(complete), "cut")).dataset[0]
     assert whole["labels"][-1] == tokenizer.eos_token_id
 
 
@@ -160,7 +160,7 @@ def test_examples_with_long_answers_are_left_out(tokenizer):
     limit = len(tokenizer.encode_answer(ANSWER))
     rows = [example(answer=ANSWER * 3), example(), example(QUERY * 9, ANSWER * 2), example(QUERY * 2)]
     num_prompt = len(tokenizer.encode_prompt(QUERY))
-    encoded = encode_examples(rows, tokenizer, EncodingLimits(num_prompt, limit, "", "drop"), num_prompt + limit)
+    encoded = encode_examples(rows, tokenizer, EncodingLimits(num_prompt, limit, "drop"), num_prompt + limit)
     kept = encode_examples([rows[1], rows[3]], tokenizer, EncodingLimits(num_prompt, limit))
     assert list(encoded.dataset) == list(kept.dataset)
     assert encoded.counts == {**kept.counts, "num_dropped": 2}
@@ -170,7 +170,7 @@ def test_examples_with_long_answers_are_left_out(tokenizer):
         [0, 2],
     )
     with pytest.raises(UserError, match=r"^all answers, 1 from data.jsonl:1 on, are longer .* drop leaves them out"):
-        encode_examples(rows[:1], tokenizer, EncodingLimits(512, limit, "", "drop"))
+        encode_examples(rows[:1], tokenizer, EncodingLimits(512, limit, "drop"))
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -18,7 +18,7 @@ from glm_utils import visible_text
 from glm_utils.checkpoint import open_checkpoint
 from glm_utils.cli import UserError, run_cli
 from glm_utils.data import read_examples
-from glm_utils.evaluation import attributes, bootstrap, job, losses, metrics, verdict
+from glm_utils.evaluation import attributes, bootstrap, job, losses, metrics, two_models, verdict
 from glm_utils.evaluation import write as writing
 from glm_utils.evaluation.bootstrap import Difference
 from glm_utils.evaluation.figures import FIGURES, GROUPS, Comparison
@@ -495,14 +495,14 @@ def test_training_settings_are_those_of_the_adapter(tmp_path):
     adapter_dir = make_adapter(PROJECT_DIR / "models/chatglm2-tiny", tmp_path / "adapter")
     arguments = {"prompt_text": "写：", "max_input_length": 64, "max_output_length": 99}
     (adapter_dir / "run_config.json").write_text(json.dumps({"arguments": arguments}), "utf-8")
-    sides = job.find_sides(None, str(adapter_dir), False, torch.device("cpu"))
+    sides = two_models.find_sides(None, str(adapter_dir), False, torch.device("cpu"))
     assert job.find_limits(sides) == EncodingLimits(64, 99)
     for given, expected in ((None, "写："), ("写：", "写："), ("", "")):
-        before, after = job.with_prompt_text(sides, given)
+        before, after = two_models.with_prompt_text(sides, given)
         assert before.source is after.source
         assert after.source.checkpoint.tokenizer.prompt_text == expected
     with pytest.raises(UserError, match="--prompt_text '答：': the training put '写：' for .* before every question"):
-        job.with_prompt_text(sides, "答：")
+        two_models.with_prompt_text(sides, "答：")
 
 
 def test_an_adapter_equals_its_merged_model(tiny_dir, tmp_path):

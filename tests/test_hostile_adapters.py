@@ -17,7 +17,8 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
 import merge_lora_and_quantize as merge_stage
-from glm_utils.adapter import find_base, read_adapter, read_training_record, read_updates
+from glm_utils.adapter import find_base, read_adapter, read_updates
+from glm_utils.adapter_record import read_training_record
 from glm_utils.checkpoint import open_checkpoint
 from glm_utils.cli import UserError
 from glm_utils.evaluation.job import find_limits
@@ -488,11 +489,12 @@ def test_a_card_quotes_names_as_text(name):
     counts = {"num_rows": 1, "num_tokens": 1, "num_trained_tokens": 1}
     record = {
         "base": {"name": name, "family": "chatglm2-6b"},
-        "arguments": {"train_data_path": name.replace("/", "")},
+        "arguments": {"train_data_path": name.replace("/", ""), "init_lora_path": name.replace("/", "")},
+        "identity": {"init_lora_sha256": "0" * 64},
         "data": {"train": counts},
     }
     for card in (
-        adapter_card(record, {"train_loss": 1.0}, {"prompt_text": name}),
+        adapter_card(record, {"train_loss": 1.0, "kept_step": 1, "last_step": 2}, {"prompt_text": name}),
         merged_card(name, "fp16", {"family": name}, "Load it.", "transformers"),
     ):
         assert not re.search(r"[\x00-\x08\x0b-\x1f\u202e]|(?<!\\)<img|(?<!\\)!\[|(?<!\\)`a`", card.split("---", 2)[2])

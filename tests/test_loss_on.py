@@ -96,7 +96,7 @@ def test_limits_hold_for_each_turn(base, truncated_answers):
     """An inner answer that is too long is treated as a last one, and named with its turn."""
     tokenizer = base[0].tokenizer
     limit = len(tokenizer.encode_answer("有的。"))
-    encoded = encode_examples(AnsweredTurns([TALK]), tokenizer, EncodingLimits(512, limit, "", truncated_answers))
+    encoded = encode_examples(AnsweredTurns([TALK]), tokenizer, EncodingLimits(512, limit, truncated_answers))
     places = encoded.dropped if truncated_answers == "drop" else encoded.truncated_answers
     assert [AnsweredTurns([TALK])[place].where for place in places] == ["a.jsonl:7, turn 4"]
     assert len(encoded.dataset) == (2 if truncated_answers == "drop" else 3)

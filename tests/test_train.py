@@ -24,6 +24,7 @@ from glm_utils.family import FAMILIES, PROJECT_DIR
 from glm_utils.load_model import load_adapter, load_base_model
 from glm_utils.training import inputs, preflight, resume, run, settings
 from glm_utils.training.inputs import read_inputs
+from glm_utils.training.lora_flags import DEFAULTS
 from glm_utils.training.manifest import write_manifest
 from glm_utils.training.shipped_args import shipped_args
 from glm_utils.training.training_args import read_train_args
@@ -162,7 +163,7 @@ def check_record(out, family):
     assert record["data"]["train"]["num_rows"] == len(EXAMPLES)
     assert {"torch", "transformers", "peft", "bitsandbytes", "python", "device"} <= record["versions"].keys()
     assert "commit" in record
-    assert (out / "checkpoint-2" / "run_config.json").read_text() == (out / "run_config.json").read_text()
+    assert {**json.loads((out / "checkpoint-2" / "run_config.json").read_text()), "kept_step": 4} == record
     card = (out / "README.md").read_text()
     metrics = json.loads((out / "all_results.json").read_text())
     for text in ("base_model:", "train.jsonl, 15 examples", "lora_rank | 4", "learning_rate | 0.01"):
@@ -746,13 +747,18 @@ def test_the_base_is_not_fetched_before_flags_are_right(train, monkeypatch, flag
 
 def test_flags_are_the_issues():
     parameters = inspect.signature(stage.train_qlora).parameters
-    expected = "train_args_json model_name_or_path train_data_path eval_data_path eval_ratio prompt_column "
-    expected += "response_column "
-    expected += "history_column sheet seed max_input_length "
+    expected = "train_args_json model_name_or_path hub init_lora_path train_data_path eval_data_path eval_ratio "
+    expected += "prompt_column response_column history_column sheet seed max_input_length "
     expected += "max_output_length truncated_answers loss_on "
     expected += "lora_rank lora_alpha lora_dropout resume_from_checkpoint prompt_text compute_dtype "
-    assert " ".join(parameters) == expected + "lora_targets packing log_samples dry_run output_json evaluate_after"
+    expected += "lora_targets packing early_stopping_patience log_samples dry_run output_json evaluate_after"
+    assert " ".join(parameters) == expected
     defaults = {name: parameter.default for name, parameter in parameters.items()}
+    followers = {name: defaults.pop(name) for name in DEFAULTS}  # they follow the adapter of init_lora_path, if any
+    assert set(followers.values()) == {None}
+    help_text = " ".join(stage.train_qlora.__doc__.split())
+    assert all(f"else {value or 'none'}" in help_text for value in DEFAULTS.values())
+    defaults |= DEFAULTS
     assert defaults["model_name_or_path"] == FAMILIES[1].hub_ids[0] == "THUDM/chatglm2-6b"
     assert (defaults["max_input_length"], defaults["max_output_length"]) == (512, 1536)
     assert (defaults["lora_rank"], defaults["lora_alpha"], defaults["lora_dropout"]) == (4, 32, 0.05)

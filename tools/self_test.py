@@ -31,6 +31,7 @@ from glm_utils.evaluation.probe import SUBJECTS_OF_2023, read_probe, thin_out
 from glm_utils.evaluation.sides import release_memory
 from glm_utils.family import PROJECT_DIR
 from glm_utils.files import check_apart, check_writable, write_json
+from glm_utils.hub import Hub
 from glm_utils.inference.batch import GenerationSettings, generate_answers
 from glm_utils.inference.request import auto_dtype
 from glm_utils.limits import EncodingLimits
@@ -47,6 +48,7 @@ REMEDY = "a GPU with more memory"
 def self_test(
     *,
     model_path: str,
+    hub: Hub = "huggingface",
     output_dir: str = "saved_files/self_test",
     num_steps: int = 20,
     max_new_tokens: int = 256,
@@ -56,12 +58,13 @@ def self_test(
 
     Args:
         model_path: Directory or hub id of a base model with floating-point weights.
+        hub: Hub that it is downloaded from: huggingface, or modelscope (pip install '.[modelscope]').
         output_dir: Where the report and the adapter of the training go.
         num_steps: Steps of the training.
         max_new_tokens: Most tokens of an answer.
         device: Where to work: auto (a GPU when there is one), cpu or cuda:N.
     """
-    checkpoint = open_checkpoint(model_path)
+    checkpoint = open_checkpoint(model_path, hub)
     checkpoint.require_unquantized("the self test quantizes it itself and trains on it")
     place, directory = resolve_device(device), Path(output_dir).expanduser()
     check_apart(directory, [checkpoint.directory], "--output_dir")

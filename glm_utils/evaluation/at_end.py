@@ -8,10 +8,12 @@ from loguru import logger
 
 from glm_utils.data import Example
 from glm_utils.evaluation import MAX_NEW_TOKENS, NUM_SAMPLES
-from glm_utils.evaluation.job import check_output_dir, find_sides, make_job
+from glm_utils.evaluation.job import check_output_dir, make_job
 from glm_utils.evaluation.metrics import check_packages
 from glm_utils.evaluation.sides import release_memory
+from glm_utils.evaluation.two_models import find_sides
 from glm_utils.evaluation.write import evaluate
+from glm_utils.hub import Hub
 from glm_utils.inference.batch import GenerationSettings
 
 
@@ -39,6 +41,7 @@ def evaluate_output(
     merged_dir: Path | None = None,
     load_in_4bit: bool = False,
     seed: int = 42,
+    hub: Hub = "huggingface",
 ) -> None:
     """Write the report and log its verdict.
 
@@ -52,9 +55,10 @@ def evaluate_output(
             the base without and with the adapter.
         load_in_4bit: Quantize the base to NF4 while loading.
         seed: Seed of the draw of examples and of the intervals.
+        hub: Where to download the base from, if that is no directory.
     """
     release_memory()
-    sides = find_sides(str(merged_dir) if merged_dir else None, str(lora_dir), load_in_4bit, device)
+    sides = find_sides(str(merged_dir) if merged_dir else None, str(lora_dir), load_in_4bit, device, hub)
     arguments = {"lora_path": str(lora_dir), "model_path": merged_dir and str(merged_dir), "data_path": data_path}
     job = make_job(
         sides,

@@ -8,8 +8,9 @@ import numpy as np
 from glm_utils.data import Example
 from glm_utils.evaluation import attributes, metrics
 from glm_utils.evaluation.bootstrap import Difference, LeftOut, compare_left_out, compare_sums
-from glm_utils.evaluation.job import EvaluationJob, Side
+from glm_utils.evaluation.job import EvaluationJob
 from glm_utils.evaluation.sides import SideResult
+from glm_utils.evaluation.two_models import Side
 from glm_utils.inference.batch import Answer
 
 Scores = np.ndarray | LeftOut  # a row per example, or a figure of all answers together

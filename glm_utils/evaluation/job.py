@@ -5,45 +5,25 @@ Nothing here reads a weight of a base model.
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from glm_utils.cli import UserError, as_list
+from glm_utils.cli import UserError
 from glm_utils.data import Example
 from glm_utils.disk import hidden_sibling
-from glm_utils.early_checks import check_number_of_models
 from glm_utils.evaluation.attributes import AttributeVocabulary, read_vocabulary
 from glm_utils.evaluation.metrics import check_packages
 from glm_utils.evaluation.probe import ProbeQuestion, read_probe, thin_out
+from glm_utils.evaluation.two_models import Side, with_prompt_text
 from glm_utils.files import check_apart, check_writable
 from glm_utils.inference.batch import GenerationSettings
-from glm_utils.inference.request import auto_dtype, short_name
 from glm_utils.limits import EncodingLimits
-from glm_utils.load_model import ModelSource, find_model
 from glm_utils.output_dir import find_place
-from glm_utils.prompt_text import agree_on
 from glm_utils.run_record import RUN_CONFIG_NAME, read_run_config
 
 STAGE = "evaluate_adapter"
 DEFAULT_LIMITS = {"max_input_length": 512, "max_output_length": 1536}  # those of train_qlora.py
 REMEDY = "an int4 model, --load_in_4bit, or a smaller --batch_size"
-
-
-@dataclass(frozen=True)
-class Side:
-    """One of the two models that are compared.
-
-    Attributes:
-        label: Its name in the report.
-        source: What is loaded.
-        use_adapter: Whether the source's adapter is on.
-    """
-
-    label: str
-    source: ModelSource
-    use_adapter: bool
 
 
 @dataclass(frozen=True)
@@ -84,61 +64,6 @@ class EvaluationJob:
         """Whether losses per token can be compared: both models read the same vocabulary."""
         paths = [side.source.checkpoint.vocabulary_path for side in (self.before, self.after)]
         return self.is_adapter or paths[0].read_bytes() == paths[1].read_bytes()
-
-
-def find_sides(
-    model_path: str | list[str] | None, lora_path: str | None, load_in_4bit: bool, device: torch.device
-) -> tuple[Side, Side]:
-    """Open an adapter with its base, two models, or an adapter on its base and the model it was merged to.
-
-    Args:
-        model_path: Two directories or hub ids of base or merged models; with an adapter, one or none.
-        lora_path: Directory of an adapter.
-        load_in_4bit: Quantize the layers to NF4 while loading.
-        device: Where they run.
-
-    Raises:
-        UserError: A number of models other than two in all, or one cannot be opened.
-    """
-    paths = as_list(model_path)
-    check_number_of_models(paths, lora_path)
-
-    def open_source(path: str | None, adapter_dir: str | None, in_4bit: bool) -> ModelSource:
-        checkpoint, adapter = find_model(path, adapter_dir)
-        dtype = auto_dtype(checkpoint.config, checkpoint.config_path, device)
-        label = short_name(adapter.base_name if adapter else path or "")
-        return ModelSource(label, checkpoint, adapter, in_4bit, dtype, device)
-
-    if lora_path:
-        source = open_source(None, lora_path, load_in_4bit)
-        adapted = Side(f"{source.label} + {short_name(lora_path)}", source, True)
-        if not paths:
-            return Side(source.label, source, False), adapted
-        merged = open_source(paths[0], None, False)
-        return adapted, Side(merged.label, merged, True)
-    sources = [open_source(path, None, load_in_4bit) for path in paths]
-    labels = paths if sources[0].label == sources[1].label else [source.label for source in sources]
-    before, after = (Side(label, source, True) for label, source in zip(labels, sources, strict=True))
-    return before, after
-
-
-def with_prompt_text(sides: tuple[Side, Side], prompt_text: str | None) -> tuple[Side, Side]:
-    """Return the two sides so that both put the same text before every question of the data.
-
-    Args:
-        sides: The models.
-        prompt_text: The text; None: that of the training, which the adapter or a merged model records.
-
-    Raises:
-        UserError: See `agree_on`.
-    """
-    recorded = {side.source.checkpoint.tokenizer.prompt_text: side.label for side in sides}
-    text = agree_on(recorded, prompt_text)
-    sources = {id(side.source): side.source for side in sides}
-    for key, source in sources.items():
-        sources[key] = replace(source, checkpoint=replace(source.checkpoint, prompt_text=text))
-    before, after = (replace(side, source=sources[id(side.source)]) for side in sides)
-    return before, after
 
 
 def find_limits(sides: Sequence[Side]) -> EncodingLimits:

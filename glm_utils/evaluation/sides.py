@@ -16,8 +16,9 @@ from glm_utils.cli import UserError
 from glm_utils.data import Example
 from glm_utils.device import out_of_memory_explained
 from glm_utils.encoding import truncate_prompt
-from glm_utils.evaluation.job import REMEDY, EvaluationJob, Side
+from glm_utils.evaluation.job import REMEDY, EvaluationJob
 from glm_utils.evaluation.losses import example_losses
+from glm_utils.evaluation.two_models import Side
 from glm_utils.inference.batch import Answer, generate_answers
 
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from glm_utils.cli import UserError
 from glm_utils.data.forms import Columns
 from glm_utils.device import out_of_memory_explained, resolve_device
+from glm_utils.hub import Hub
 from glm_utils.inference.batch import GenerationSettings, PendingAnswer, generate_pending
 from glm_utils.inference.partial_answers import PartialAnswers
 from glm_utils.load_model import ModelSource, find_model
@@ -20,10 +21,12 @@ from glm_utils.run_record import sha256, sha256_of_files
 from glm_utils.signals import Terminated, note_if_interrupted
 
 
-def find_source(model_path: str | None, lora_path: str | None, load_in_4bit: bool, device: str) -> ModelSource:
+def find_source(
+    model_path: str | None, lora_path: str | None, load_in_4bit: bool, device: str, hub: Hub
+) -> ModelSource:
     """Find the model, in fp16 on a GPU and in fp32 on the CPU; nothing is loaded."""
     place = resolve_device(device)
-    checkpoint, adapter = find_model(model_path, lora_path)
+    checkpoint, adapter = find_model(model_path, lora_path, hub)
     dtype = torch.float16 if place.type == "cuda" else torch.float32
     return ModelSource(str(checkpoint.directory), checkpoint, adapter, load_in_4bit, dtype, place)
 

@@ -12,11 +12,17 @@ from transformers import PreTrainedTokenizer
 
 from glm_utils.cli import UserError
 from glm_utils.device import DTYPES
+from glm_utils.hub import Hub
 from glm_utils.load_model import ModelSource, find_model
 
 
 def resolve_sources(
-    model_paths: list[str], lora_paths: list[str], load_in_4bit: bool, dtype: str, device: torch.device
+    model_paths: list[str],
+    lora_paths: list[str],
+    load_in_4bit: bool,
+    dtype: str,
+    device: torch.device,
+    hub: Hub = "huggingface",
 ) -> list[ModelSource]:
     """Find and check every model that is to be tested.
 
@@ -26,13 +32,14 @@ def resolve_sources(
         load_in_4bit: Quantize the layers to NF4.
         dtype: fp16, bf16, fp32, or auto: the checkpoint's dtype on a GPU, fp32 on the CPU.
         device: Where they run.
+        hub: Where to download a model from that is no directory.
 
     Raises:
         UserError: A directory is not a model or an adapter, or load_in_4bit is given with a
             model that is already quantized.
     """
-    found = [(path, *find_model(path, None)) for path in model_paths]
-    found += [(path, *find_model(None, path)) for path in lora_paths]
+    found = [(path, *find_model(path, None, hub)) for path in model_paths]
+    found += [(path, *find_model(None, path, hub)) for path in lora_paths]
     names = Counter(short_name(path) for path, _, _ in found)
     sources = []
     for path, checkpoint, adapter in found:

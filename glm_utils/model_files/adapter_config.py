@@ -12,7 +12,7 @@ from loguru import logger
 
 from glm_utils.cli import UserError
 from glm_utils.model_files.adapter_keys import KEYS
-from glm_utils.model_files.directory_kind import advice, directory_kind
+from glm_utils.model_files.directory_kind import USE_FLAGS, PathFlags, advice, directory_kind
 from glm_utils.model_files.links import check_inside
 from glm_utils.model_files.model_json import read_model_json, shown
 from glm_utils.model_files.module_names import ModuleNames, PatternTable, endings_of, read_names
@@ -94,19 +94,23 @@ class AdapterConfig:
         return False
 
 
-def read_adapter_config(adapter_dir: Path) -> AdapterConfig:
+def read_adapter_config(adapter_dir: Path, flags: PathFlags = USE_FLAGS) -> AdapterConfig:
     """Read adapter_config.json.
+
+    Args:
+        adapter_dir: Directory of the adapter.
+        flags: Those of the command, for messages.
 
     Raises:
         UserError: Not an adapter, not LoRA, a link out of the directory, or a value of another type or out of range.
     """
     path = adapter_dir / "adapter_config.json"
     if not adapter_dir.is_dir():
-        raise UserError(f"{adapter_dir}: no such directory. {advice(adapter_dir)}")
+        raise UserError(f"{adapter_dir}: no such directory. {advice(adapter_dir, flags)}")
     if not path.is_file():
-        raise UserError(f"{path} is missing: not a LoRA adapter. {advice(adapter_dir)}")
+        raise UserError(f"{path} is missing: not a LoRA adapter. {advice(adapter_dir, flags)}")
     if directory_kind(adapter_dir) == "glm adapter":
-        raise UserError(f"{adapter_dir}: not an adapter for this project's models. {advice(adapter_dir)}")
+        raise UserError(f"{adapter_dir}: not an adapter for this project's models. {advice(adapter_dir, flags)}")
     check_inside(path)
     values = read_model_json(path)
     if values.get("peft_type") != "LORA":

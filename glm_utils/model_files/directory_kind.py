@@ -2,13 +2,24 @@
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from glm_utils.files import peek_json_object
 
 Kind = Literal["adapter", "model", "glm adapter", "glm model", "gguf model", "unfinished training", "file", "unknown"]
 MAX_JSON_BYTES = 10_000_000
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+class PathFlags(NamedTuple):
+    """The flags of a command that take an adapter and a model."""
+
+    adapter: str
+    model: str
+
+
+USE_FLAGS = PathFlags("--lora_path", "--model_path")
+TRAINING_FLAGS = PathFlags("--init_lora_path", "--model_name_or_path")
 
 
 def directory_kind(path: Path) -> Kind:
@@ -25,15 +36,20 @@ def directory_kind(path: Path) -> Kind:
     return "unfinished training" if newest_checkpoint(path) or record.get("stage") == "train_qlora" else "unknown"
 
 
-def advice(path: Path) -> str:
-    """Say what a path holds and what to do with it; what it is not, the caller says."""
+def advice(path: Path, flags: PathFlags = USE_FLAGS) -> str:
+    """Say what a path holds and what to do with it; what it is not, the caller says.
+
+    Args:
+        path: The path.
+        flags: Those of the command that it was given to.
+    """
     kind, source = directory_kind(path), _made_from(path)
     if kind == "file":
         return f"It is a file: give its directory, {path.parent}"
     if kind == "adapter":
-        return f"It is a LoRA adapter. Give it as --lora_path {path}"
+        return f"It is a LoRA adapter. Give it as {flags.adapter} {path}"
     if kind == "model":
-        return f"It is a model: give it as --model_path {path}"
+        return f"It is a model: give it as {flags.model} {path}"
     if kind == "glm model":
         loader = f"AutoModelForCausalLM.from_pretrained({str(path)!r})"
         return f"It is a model for transformers' GlmForCausalLM, which {loader} loads. {source}"
@@ -46,7 +62,9 @@ def advice(path: Path) -> str:
         finish = "repeat the training's command with --resume_from_checkpoint latest"
         if checkpoint is None:
             return "It is a training that was interrupted before its first checkpoint. Start it again"
-        return f"It is a training that has not finished: {finish}, or use its checkpoint, --lora_path {checkpoint}"
+        return f"It is a training that has not finished: {finish}, or use its checkpoint, {flags.adapter} {checkpoint}"
+    if inner := sorted(path.glob("*/adapter_config.json")):
+        return f"It holds adapters in directories of their own: give one of them, {flags.adapter} {inner[0].parent}"
     return "Give the output_dir of a training run"
 
 

@@ -211,10 +211,11 @@ KEPT_KEYS = {"overwrite_output_dir": bool, "logging_dir": str | None}
 OTHER_KEYS = ("warmup_ratio", "adafactor", *RENAMED_KEYS, *DROPPED_KEYS, *KEPT_KEYS)
 CHECKPOINTING_KEYS = ("activation_checkpointing", "gradient_checkpointing")  # 5.23 and later, before
 FLAGS = (  # of train_qlora.py, which people write into the file; tests/test_training_args.py compares them
-    *("train_args_json", "model_name_or_path", "train_data_path", "eval_data_path", "eval_ratio"),
-    *("max_input_length", "prompt_column", "response_column", "history_column", "sheet"),
+    *("train_args_json", "model_name_or_path", "hub", "init_lora_path", "train_data_path", "eval_data_path"),
+    *("eval_ratio", "max_input_length", "prompt_column", "response_column", "history_column", "sheet"),
     *("max_output_length", "lora_rank", "lora_alpha", "lora_dropout", "prompt_text", "compute_dtype", "lora_targets"),
-    *("truncated_answers", "loss_on", "packing", "log_samples", "dry_run", "output_json", "evaluate_after"),
+    *("truncated_answers", "loss_on", "packing", "early_stopping_patience", "log_samples", "dry_run", "output_json"),
+    "evaluate_after",
 )
 JSON_ONLY = dict.fromkeys(  # what people give as a flag, with what they should do
     [key for key in ARGUMENTS if key not in ("seed", "resume_from_checkpoint")],

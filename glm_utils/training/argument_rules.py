@@ -36,6 +36,7 @@ OPTIMIZERS = (
     *("ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit"),
     *("schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd"),
 )
+DEFAULT_STEPS = 500  # of transformers, between logs, evaluations and checkpoints
 ACCELERATOR_KEYS = ("non_blocking", "use_seedable_sampler", "even_batches")
 
 
@@ -70,8 +71,57 @@ def check_best(file: TrainArgsFile) -> None:
         raise UserError(f"{file.at(key)} needs evaluations. Set eval_strategy to steps or epoch, or delete the line")
     if key == "save_strategy" and not values.get("metric_for_best_model"):
         raise UserError(f'{file.at(key)} is best: by which figure? Add "metric_for_best_model": "eval_loss"')
-    if values.get("load_best_model_at_end") and values.get("save_strategy") == "no":
-        raise UserError(f"{file.at('load_best_model_at_end')} needs checkpoints. Set save_strategy to steps or epoch")
+    if values.get("load_best_model_at_end"):
+        check_kept(file, file.at("load_best_model_at_end"))
+
+
+def check_kept(file: TrainArgsFile, what: str) -> None:
+    """Refuse to keep the best step where checkpoints and evaluations do not meet; transformers asks for that.
+
+    Args:
+        file: The file; it evaluates.
+        what: The setting or flag that keeps the best step.
+
+    Raises:
+        UserError: There are no checkpoints, or save_strategy or save_steps do not go with the evaluations.
+    """
+    values, evaluates = file.values, file.values["eval_strategy"]
+    saves = values.get("save_strategy", "steps")
+    if saves == "no":
+        raise UserError(f"{what} needs checkpoints. Set save_strategy to {evaluates} in {file.path}")
+    if saves not in ("best", evaluates):
+        raise UserError(
+            f"{what} needs checkpoints and evaluations at the same moments: eval_strategy is {evaluates}, "
+            f"save_strategy {saves}. Set save_strategy to {evaluates} in {file.path}"
+        )
+    eval_steps = values.get("eval_steps") or values.get("logging_steps", DEFAULT_STEPS)
+    save_steps = values.get("save_steps", DEFAULT_STEPS)
+    if saves == "steps" and min(eval_steps, save_steps) >= 1 and save_steps % eval_steps:
+        raise UserError(
+            f"{what} needs a save_steps that is a multiple of eval_steps: they are {save_steps} and {eval_steps}. Set "
+            f"save_steps to {eval_steps} in {file.path}"
+        )
+
+
+def patience_settings(file: TrainArgsFile, patience: int | None) -> dict:
+    """Return what --early_stopping_patience adds to a file: the best step is kept, unless the file says it is not.
+
+    Args:
+        file: The checked file.
+        patience: The flag; None: not given.
+
+    Raises:
+        UserError: The file does not evaluate, or saves no checkpoints that could be kept.
+    """
+    if patience is None:
+        return {}
+    flag = f"--early_stopping_patience {patience}"
+    if file.values.get("eval_strategy", "no") == "no":
+        raise UserError(f"{flag} needs evaluations. Set eval_strategy to steps or epoch in {file.path}")
+    if file.values.get("load_best_model_at_end") is False:
+        return {}
+    check_kept(file, flag)
+    return {"load_best_model_at_end": True}
 
 
 def check_needs(file: TrainArgsFile) -> None:

@@ -14,6 +14,7 @@ from transformers.optimization import get_scheduler
 
 from glm_utils.cli import UserError
 from glm_utils.training.argument_keys import CHECKPOINTING_KEYS
+from glm_utils.training.argument_rules import patience_settings
 from glm_utils.training.json_faults import as_json
 from glm_utils.training.precision import precision_settings
 from glm_utils.training.restart import join_after_restart
@@ -70,7 +71,12 @@ def error_text(error: Exception) -> str:
 
 
 def make_training_args(
-    file: TrainArgsFile, seed: int | None, compute_dtype: str, has_eval: bool, packing: bool
+    file: TrainArgsFile,
+    seed: int | None,
+    compute_dtype: str,
+    has_eval: bool,
+    packing: bool,
+    patience: int | None = None,
 ) -> TrainingArguments:
     """Make the TrainingArguments of a run.
 
@@ -80,11 +86,12 @@ def make_training_args(
         compute_dtype: fp32, fp16 or bf16.
         has_eval: Whether there is evaluation data.
         packing: Whether batches are packed; if not, they are made of examples of similar length.
+        patience: --early_stopping_patience.
 
     Raises:
         UserError: Settings that contradict each other or the hardware.
     """
-    values, overrides = file.values, precision_settings(file, compute_dtype)
+    values, overrides = file.values, precision_settings(file, compute_dtype) | patience_settings(file, patience)
     for key in ("eval_strategy", "eval_on_start"):
         if not has_eval and values.get(key, "no") not in ("no", False):
             raise UserError(

@@ -68,7 +68,8 @@ def num_at_once(args: TrainingArguments, num_steps: int) -> int:
     strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
     if strategy == "no":
         return 0
-    interval = args.eval_steps if strategy == "best" else args.save_steps
+    saves_best = strategy == "best" or args.load_best_model_at_end  # at any evaluation, see trainer.py
+    interval = args.eval_steps if saves_best else args.save_steps
     if strategy == "epoch" or not interval:
         num_saves = math.ceil(args.num_train_epochs)
     else:

@@ -6,20 +6,22 @@ from types import SimpleNamespace
 
 from loguru import logger
 
-from glm_utils.cli import UserError
+from glm_utils.cli import UserError, check_minimums
 from glm_utils.data.find_files import find_files, find_parts
 from glm_utils.data.forms import Columns
 from glm_utils.data.training_data import TrainingData, read_training_data
-from glm_utils.early_checks import check_model_dir, local_model_dir, project_path
+from glm_utils.early_checks import local_model_dir, project_path
 from glm_utils.family import Family
+from glm_utils.hub import check_hub
 from glm_utils.limits import EncodingLimits
 from glm_utils.prompt_text import check_only_one, check_prompt_text
 from glm_utils.report_file import check_report_path
 from glm_utils.training.argument_keys import SEEDS
+from glm_utils.training.argument_rules import patience_settings
+from glm_utils.training.lora_flags import DEFAULTS, check_base_dir, check_init_apart, resolve_lora_flags
 from glm_utils.training.shipped_args import check_args_family
 from glm_utils.training.training_args import TrainArgsFile, read_train_args
 
-DEFAULT_BASE = "THUDM/chatglm2-6b"
 SAMPLE_TRAIN_PATH, SAMPLE_EVAL_PATH = "data/train.jsonl", "data/dev.jsonl"
 
 
@@ -28,7 +30,7 @@ class RunInputs:
     """What the flags name besides the base model, read and checked.
 
     Attributes:
-        arguments: The script's flags by name.
+        arguments: The script's flags by name, those of LoRA and its base resolved.
         limits: Limits of the prompt and the answer.
         data: Data files and their examples, before the seed chooses among them.
         args_file: The TrainingArguments file; None: the one shipped for the base's family.
@@ -51,14 +53,19 @@ def read_inputs(arguments: dict) -> RunInputs:
     Raises:
         UserError: A flag, the JSON file or the data is wrong.
     """
+    check_hub(arguments["hub"])
+    given, arguments = arguments, resolve_lora_flags(arguments)
     flags = SimpleNamespace(**arguments)
-    check_lora_settings(flags.lora_rank, flags.lora_alpha, flags.lora_dropout)
     if flags.seed is not None and flags.seed not in SEEDS:
         raise UserError(f"--seed {flags.seed}: expected {SEEDS}")
+    check_minimums(arguments, {"early_stopping_patience": 1})
     limits = EncodingLimits(flags.max_input_length, flags.max_output_length, flags.truncated_answers)
     check_prompt_text(flags.prompt_text)
     args_file = read_train_args(project_path(flags.train_args_json)) if flags.train_args_json else None
-    family = check_base(flags.model_name_or_path, flags.prompt_text, args_file)
+    family = check_base(given, flags, args_file)
+    if args_file:
+        check_init_apart(flags.init_lora_path, args_file.values["output_dir"])
+        patience_settings(args_file, flags.early_stopping_patience)
     columns = Columns(flags.prompt_column, flags.response_column, flags.history_column, flags.sheet)
     train_data_path, eval_data_path = find_data(flags.train_data_path, flags.eval_data_path, flags.eval_ratio)
     if flags.output_json is not None:
@@ -67,40 +74,34 @@ def read_inputs(arguments: dict) -> RunInputs:
         read += [path for part in find_parts(train_data_path) for path in part.paths]
         check_report_path(flags.output_json, [*read, *(find_files(eval_data_path) if eval_data_path else [])])
     data = read_training_data(train_data_path, eval_data_path, flags.eval_ratio, columns)
-    if flags.evaluate_after and not data.has_eval:
-        raise UserError("--evaluate_after true: no evaluation data. Give --eval_data_path or --eval_ratio")
+    for name, value in (("evaluate_after", "true"), ("early_stopping_patience", flags.early_stopping_patience)):
+        if getattr(flags, name) and not data.has_eval:
+            raise UserError(f"--{name} {value}: no evaluation data. Give --eval_data_path or --eval_ratio")
     return RunInputs(arguments, limits, data, args_file, family)
 
 
-def check_base(name_or_path: str, prompt_text: str, args_file: TrainArgsFile | None) -> Family | None:
+def check_base(given: dict, flags: SimpleNamespace, args_file: TrainArgsFile | None) -> Family | None:
     """Check that the base is there, and what other flags say of it; return its family, None if only a download tells.
+
+    Args:
+        given: The flags as they were given.
+        flags: The same with what was left out.
+        args_file: The TrainingArguments file; None: the family's.
 
     Raises:
         UserError: It is not there, has a prompt_text of its own beside the flag's, or the JSON file ships for another
             family.
     """
-    family = check_model_dir(name_or_path)
-    if directory := local_model_dir(name_or_path):
-        check_only_one(prompt_text, directory)
+    name, init = flags.model_name_or_path, flags.init_lora_path
+    family = check_base_dir(name, None if given["model_name_or_path"] else init)
+    directory = local_model_dir(name)
+    if directory and init is None:
+        check_only_one(flags.prompt_text, directory)
     if args_file and family:
-        check_args_family(args_file, family, name_or_path)
-    if name_or_path == DEFAULT_BASE:
-        logger.info(f"base model: {DEFAULT_BASE}, the default of --model_name_or_path")
+        check_args_family(args_file, family, name)
+    if name == DEFAULTS["model_name_or_path"] and init is None:
+        logger.info(f"base model: {name}, the default of --model_name_or_path")
     return family
-
-
-def check_lora_settings(rank: int, alpha: int, dropout: float) -> None:
-    """Check the numbers for `make_lora_config`.
-
-    Raises:
-        UserError: A value out of range.
-    """
-    if rank < 1:
-        raise UserError(f"--lora_rank={rank}: expected 1 or more")
-    if alpha < 1:
-        raise UserError(f"--lora_alpha={alpha}: expected 1 or more")
-    if not 0 <= dropout < 1:
-        raise UserError(f"--lora_dropout={dropout}: expected 0 to below 1")
 
 
 def find_data(

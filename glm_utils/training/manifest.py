@@ -74,6 +74,19 @@ def manifest_fault(checkpoint: Path) -> str | None:
     return None
 
 
+def adapter_weights_fault(directory: Path, weights: Path) -> str | None:
+    """Say that an adapter's weights are not those that its checkpoint was written with; None without a manifest.
+
+    Args:
+        directory: A checkpoint; other files of it may have been deleted since.
+        weights: The file in it.
+    """
+    files = peek_json_object(directory / MANIFEST_NAME).get("files")
+    entry = files.get(weights.name) if isinstance(files, dict) else None
+    is_other = isinstance(entry, dict) and entry.get("sha256") != sha256(weights)
+    return f"{weights}: its content differs from {MANIFEST_NAME}" if is_other else None
+
+
 def is_entry(item: tuple[str, object]) -> bool:
     """Return whether a name and its value are an entry of a manifest: a file inside, its size, its hash."""
     name, entry = item

@@ -13,6 +13,7 @@ from glm_utils.files import peek_json_object
 from glm_utils.model_files.adapter_config import read_adapter_config
 from glm_utils.model_files.checkpoint_files import ADAPTER_WEIGHT_NAMES
 from glm_utils.run_record import FORMAT_VERSION, RUN_CONFIG_NAME, git_commit, versions
+from glm_utils.training.best_step import has_stopped_early
 from glm_utils.training.checkpoints import list_checkpoints, remove_checkpoint, step_of
 from glm_utils.training.curves import CURVES
 from glm_utils.training.manifest import MANIFEST_NAME, checkpoint_fault, is_own
@@ -23,6 +24,12 @@ RESULT_NAMES = ("train_results.json", "eval_results.json", "all_results.json", "
 REPLACED_NAMES = (RUN_CONFIG_NAME, *ADAPTER_NAMES, *RESULT_NAMES, "README.md", "tokenizer_config.json")
 REPLACED_NAMES += tuple(family.tokenizer_file for family in FAMILIES)
 LORA_KEYS = {"r": "lora_rank", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
+REMEDIES = {  # what to do about a setting that differs from the run that is to be resumed; else, `OTHER_REMEDY`
+    "init_lora_sha256": "Give --init_lora_path as the run did that wrote the checkpoint, or leave it out as that did",
+    "train_data_sha256": "Resume with the checkpoint's data; to train its adapter further on other data, give "
+    "--init_lora_path {directory} in place of --resume_from_checkpoint, and another output_dir",
+}
+OTHER_REMEDY = "Resume with the checkpoint's settings, or start from scratch with another output_dir"
 Log = Callable[[str], None]
 
 
@@ -54,15 +61,15 @@ def choose_start(settings: TrainingSettings) -> Start:
             earlier run without that checkpoint.
     """
     output_dir, given, num_steps, notes = settings.output_dir, settings.resume_from, settings.num_steps, []
-    done = num_finished_steps(output_dir)
-    if given == "auto" and done is not None and done >= num_steps:
+    done, patience = num_finished_steps(output_dir), settings.arguments["early_stopping_patience"]
+    if given == "auto" and done is not None and (done >= num_steps or has_stopped_early(output_dir, patience)):
         check_same_run(output_dir, settings.identity)
         note = f"{output_dir}: finished already, {done:,} steps are done and the adapter is written; nothing to do"
         return Start(is_finished=True, notes=[("INFO", note)])
     checkpoint = find_checkpoint(given, output_dir, lambda note: notes.append(("WARNING", note)))
     if checkpoint:
         check_same_run(checkpoint, settings.identity)
-        check_unfinished(checkpoint, num_steps, output_dir)
+        check_unfinished(checkpoint, num_steps, output_dir, patience)
         notes += [("INFO", note) for note in (f"going on from {checkpoint}", *differences(checkpoint))]
     if checkpoint is None or not is_checkpoint_of(checkpoint, output_dir):
         check_free_of_runs(output_dir, settings.args_file.overwrite_output_dir)
@@ -106,6 +113,11 @@ def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: Path,
         warn(f"passed over: {fault}")
     if resume_from_checkpoint == "auto":
         return None
+    if (path / "adapter_config.json").is_file() and not by_word:
+        raise UserError(
+            f"--resume_from_checkpoint {path}: an adapter without the states of a run. To go on from it, give "
+            f"--init_lora_path {path} instead"
+        )
     there = "" if path.is_dir() else "; the directory does not exist"
     none = (
         f"no complete checkpoint in {path}: {checkpoint_fault(found[-1])}" if found else f"no checkpoint-N in {path}"
@@ -141,8 +153,8 @@ def check_same_run(directory: Path, identity: dict) -> None:
         if old != value:
             raise UserError(
                 f"{directory}: {name} is {json.dumps(old, ensure_ascii=False)} in the checkpoint and "
-                f"{json.dumps(value, ensure_ascii=False)} now. Resume with the checkpoint's settings, or start "
-                "from scratch with another output_dir"
+                f"{json.dumps(value, ensure_ascii=False)} now. "
+                f"{REMEDIES.get(name, OTHER_REMEDY).format(directory=directory)}"
             )
 
 
@@ -158,23 +170,28 @@ def differences(checkpoint: Path) -> list[str]:
     return [f"{checkpoint}: written by another version: {', '.join(changed)}"] if changed else []
 
 
-def check_unfinished(checkpoint: Path, num_steps: int, output_dir: Path) -> None:
+def check_unfinished(checkpoint: Path, num_steps: int, output_dir: Path, patience: int | None) -> None:
     """Refuse to resume a run that is finished; one whose adapter is still to be written goes on.
 
     Args:
         checkpoint: A complete checkpoint.
         num_steps: Optimizer steps of the run, those before the checkpoint included.
         output_dir: The run's output directory.
+        patience: See `has_stopped_early`.
 
     Raises:
         UserError: No step is left, and the adapter is written or would not be that of this many steps.
     """
     num_done = peek_json_object(checkpoint / "trainer_state.json")["global_step"]
     is_written = (output_dir / "adapter_config.json").exists() or not is_checkpoint_of(checkpoint, output_dir)
-    if num_done > num_steps or (num_done == num_steps and is_written):
+    is_early = has_stopped_early(checkpoint, patience)
+    if num_done > num_steps or ((num_done == num_steps or is_early) and is_written):
+        done, more = f"all {num_steps:,} steps are done", "num_train_epochs or max_steps"
+        if is_early and num_done < num_steps:
+            done, more = f"the run stopped early, at step {num_done:,}", "--early_stopping_patience"
         raise UserError(
-            f"{checkpoint}: all {num_steps:,} steps are done. Use it as it is (--lora_path {checkpoint}), or raise "
-            "num_train_epochs or max_steps"
+            f"{checkpoint}: {done}. Use it as it is (--lora_path {checkpoint}), raise {more}, or train it further on "
+            f"other data with --init_lora_path {checkpoint}"
         )
 
 

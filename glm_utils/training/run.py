@@ -1,6 +1,6 @@
 """The parts of a run: encode the data, train and evaluate, write the adapter."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -9,8 +9,9 @@ from loguru import logger
 from glm_utils.data.indexed import read_first
 from glm_utils.encoding import EncodedExamples, show_example
 from glm_utils.file_modes import give_usual_modes
-from glm_utils.files import atomic_files
+from glm_utils.files import atomic_files, write_json
 from glm_utils.report_file import write_report_file
+from glm_utils.run_record import RUN_CONFIG_NAME
 from glm_utils.training.curves import write_curves
 from glm_utils.training.data_page import data_page, print_page, report_document, truncation_warnings
 from glm_utils.training.data_report import BatchFigures, TrainingDataReport, report_data
@@ -63,6 +64,7 @@ def run_trainer(trainer: LoraTrainer, checkpoint: Path | None) -> dict:
     metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
     if trainer.state.global_step == trainer.run_log.first_step:  # only the end was due
         metrics.pop("train_loss")
+    metrics |= {"kept_step": trainer.kept_step, "last_step": trainer.state.global_step}
     metrics["train_tokens_per_second"] = trainer.run_log.tokens_per_second(trainer.state)
     if torch.cuda.is_available():
         metrics["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
@@ -94,6 +96,7 @@ def save_adapter(trainer: LoraTrainer, record: TrainingRecord, results: dict) ->
         trainer.model.save_pretrained(temporary_dir, save_embedding_layers=False)
         trainer.processing_class.save_pretrained(temporary_dir)
         (temporary_dir / "README.md").write_text(record.card(results), encoding="utf-8")
+        write_json(temporary_dir / RUN_CONFIG_NAME, {**asdict(record), "kept_step": trainer.kept_step})
         give_usual_modes(temporary_dir)
     losses = ", ".join(f"{key} {value:.4f}" for key, value in results.items() if key.endswith("loss"))
     num_bytes = (output_dir / "adapter_model.safetensors").stat().st_size

@@ -5,7 +5,6 @@ import functools
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from loguru import logger
@@ -13,6 +12,7 @@ from torch import nn
 from transformers import ProgressCallback, TrainerCallback, TrainerState, TrainingArguments
 
 from glm_utils.cli import UserError
+from glm_utils.training.best_step import find_best_again
 
 NUM_TIMED_STEPS = 10  # after the first one, before the time per epoch is logged
 
@@ -65,9 +65,7 @@ class RunCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control, **kwargs) -> None:
         """Start the clock."""
         self.begin()
-        best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
-        if state.best_model_checkpoint is None and best.is_dir():  # the output directory was moved
-            state.best_model_checkpoint = str(best)
+        find_best_again(args, state)
         self.first_step, self.start_seconds = state.global_step, time.monotonic()
         self.warm_seconds, self.warm_tokens = self.start_seconds, state.num_input_tokens_seen
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import peft
 from transformers import TrainingArguments
 
+from glm_utils.adapter import Adapter
 from glm_utils.checkpoint import Checkpoint, open_checkpoint
 from glm_utils.cli import UserError
 from glm_utils.collators import Collator, PackingCollator
@@ -22,11 +23,14 @@ from glm_utils.data.turns import AnsweredTurns
 from glm_utils.encoding import EncodedExamples, encode_examples
 from glm_utils.family import resolve_lora_targets
 from glm_utils.limits import EncodingLimits
+from glm_utils.model_files.checkpoint_files import adapter_weights
 from glm_utils.prompt_text import check_only_one, log_prompt_text
-from glm_utils.run_record import sha256_of_files
+from glm_utils.run_record import sha256, sha256_of_files
 from glm_utils.training.build_args import make_training_args, try_training_args
+from glm_utils.training.init_adapter import continued_targets, read_init_adapter
 from glm_utils.training.inputs import RunInputs
-from glm_utils.training.lora_model import make_lora_config
+from glm_utils.training.lora_flags import check_init_apart
+from glm_utils.training.lora_model import continued_lora_config, make_lora_config
 from glm_utils.training.precision import resolve_compute_dtype
 from glm_utils.training.sample_answers import check_log_samples
 from glm_utils.training.shipped_args import check_args_family, shipped_args
@@ -38,7 +42,7 @@ IDENTITY_ARGUMENTS += ("max_output_length", "prompt_text", "compute_dtype", "pac
 IDENTITY_ARGUMENTS += ("prompt_column", "response_column", "history_column", "sheet")
 IDENTITY_ARGUMENTS += ("truncated_answers", "loss_on")
 IDENTITY_DEFAULTS = {  # of runs that did not record them yet
-    **dict.fromkeys(("eval_ratio", "train_mixture")),
+    **dict.fromkeys(("eval_ratio", "train_mixture", "init_lora_sha256")),
     "truncated_answers": "cut_and_end",
     "loss_on": "last",
 }
@@ -56,6 +60,7 @@ class TrainingSettings:
         loss_examples: What the loss covers, under the same keys: these examples, or one for each answered turn.
         limits: Limits of the prompt and the answer.
         lora_config: Settings of LoRA.
+        init_adapter: The adapter whose weights the run begins with; None: new weights.
         compute_dtype: fp32, fp16 or bf16.
         packing: Whether the examples of a batch are packed into one sequence instead of padded.
         args_file: The TrainingArguments file.
@@ -68,6 +73,7 @@ class TrainingSettings:
     loss_examples: Mapping[str, Sequence[Example]]
     limits: EncodingLimits
     lora_config: peft.LoraConfig
+    init_adapter: Adapter | None
     compute_dtype: str
     packing: bool
     args_file: TrainArgsFile
@@ -125,7 +131,9 @@ class TrainingSettings:
     @cached_property
     def identity(self) -> dict:
         """Settings that a resumed run must share: they fix the weights' shapes, the data order and the randomness."""
+        init = self.init_adapter
         return {
+            "init_lora_sha256": sha256(adapter_weights(init.directory)) if init else None,
             "base_fingerprint": self.base.fingerprint,
             "lora_targets": sorted(self.lora_config.target_modules),
             "train_data_sha256": sha256_of_files(self.data.paths("train")),
@@ -148,24 +156,32 @@ def resolve_settings(inputs: RunInputs) -> TrainingSettings:
     """
     flags = SimpleNamespace(**inputs.arguments)
     early = resolve_training_args(inputs, inputs.args_file) if inputs.args_file else None
-    base = open_checkpoint(flags.model_name_or_path)
+    base = open_checkpoint(flags.model_name_or_path, flags.hub)
     base.require_unquantized("QLoRA quantizes by itself")
-    check_only_one(flags.prompt_text, base.directory)
-    base = base.with_prompt_text(flags.prompt_text or None, "--prompt_text")
+    if flags.init_lora_path is None:  # an adapter of a base with a text recorded that text
+        check_only_one(flags.prompt_text, base.directory)
+    base = base.with_prompt_text(flags.prompt_text or None, flags.init_lora_path or "--prompt_text")
     log_prompt_text(base.tokenizer.prompt_text)
-    targets = resolve_lora_targets(base.family, flags.lora_targets)
     args_file = inputs.args_file or shipped_args(base.family)
     if inputs.family is None:  # a hub id that told nothing before it was downloaded
         check_args_family(args_file, base.family, base.name)
+    check_init_apart(flags.init_lora_path, args_file.values["output_dir"])
+    init_adapter = read_init_adapter(inputs.arguments, base)
+    lora_config = resolve_lora(flags, base, init_adapter)
     resolved = early or resolve_training_args(inputs, args_file)
-    decided = {"compute_dtype": resolved.compute_dtype, "prompt_text": base.tokenizer.prompt_text}
+    decided = {
+        "compute_dtype": resolved.compute_dtype,
+        "prompt_text": base.tokenizer.prompt_text,
+        "lora_targets": flags.lora_targets or sorted(lora_config.target_modules),
+    }
     return TrainingSettings(
         arguments={**inputs.arguments, **decided},
         base=base,
         data=resolved.data,
         loss_examples=resolved.loss_examples,
         limits=inputs.limits,
-        lora_config=make_lora_config(flags.lora_rank, flags.lora_alpha, flags.lora_dropout, targets),
+        lora_config=lora_config,
+        init_adapter=init_adapter,
         compute_dtype=resolved.compute_dtype,
         packing=flags.packing,
         args_file=args_file,
@@ -182,6 +198,19 @@ class Resolved(NamedTuple):
     loss_examples: Mapping[str, Sequence[Example]]
 
 
+def resolve_lora(flags: SimpleNamespace, base: Checkpoint, init_adapter: Adapter | None) -> peft.LoraConfig:
+    """Return the settings of LoRA: those of the flags, or of the adapter from which the run goes on.
+
+    Raises:
+        UserError: --lora_targets names no module of the family, or others than the adapter has.
+    """
+    if init_adapter:
+        targets = continued_targets(init_adapter, base, flags.lora_targets)
+        return continued_lora_config(init_adapter, flags.lora_dropout, targets)
+    targets = resolve_lora_targets(base.family, flags.lora_targets)
+    return make_lora_config(flags.lora_rank, flags.lora_alpha, flags.lora_dropout, targets)
+
+
 def resolve_training_args(inputs: RunInputs, args_file: TrainArgsFile) -> Resolved:
     """Make the TrainingArguments of a run, try them, and draw its data.
 
@@ -191,7 +220,9 @@ def resolve_training_args(inputs: RunInputs, args_file: TrainArgsFile) -> Resolv
     flags = SimpleNamespace(**inputs.arguments)
     has_eval = inputs.data.has_eval
     compute_dtype = resolve_compute_dtype(flags.compute_dtype, args_file)
-    training_args = make_training_args(args_file, flags.seed, compute_dtype, has_eval, flags.packing)
+    training_args = make_training_args(
+        args_file, flags.seed, compute_dtype, has_eval, flags.packing, flags.early_stopping_patience
+    )
     check_log_samples(flags.log_samples, has_eval, training_args)
     data = inputs.data.draw(training_args.seed)
     check_streamable(data.examples, args_file, training_args, flags.loss_on)

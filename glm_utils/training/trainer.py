@@ -16,6 +16,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from glm_utils.encoding import EncodedExamples
 from glm_utils.files import write_json
+from glm_utils.training.best_step import Patience, best_checkpoint, kept_step
 from glm_utils.training.checkpoints import hidden_dir, make_hidden_dir, publish_checkpoint, rotate_checkpoints
 from glm_utils.training.memory_plan import MemoryPlan
 from glm_utils.training.preflight import memory_advice, memory_explained
@@ -38,6 +39,7 @@ class LoraTrainer(Trainer):
         all_metrics: The metrics of all splits so far.
         save_limit: Checkpoints that stay; None: all. The Trainer's own rotation is off.
         saving_dir: Where the Trainer makes the directory checkpoint-N while it saves; None: in output_dir.
+        patience: Stops a run that no longer improves, set by make_trainer.
         stop_request: Saves a checkpoint and ends the run when a signal arrives, set by make_trainer.
         eval_sums: Summed loss and number of trained tokens of an evaluation, in this process.
     """
@@ -47,6 +49,7 @@ class LoraTrainer(Trainer):
     all_metrics: Mapping = MappingProxyType({})
     save_limit: int | None = None
     saving_dir: Path | None = None
+    patience: Patience
     stop_request: StopRequest
     eval_sums: torch.Tensor
 
@@ -97,7 +100,7 @@ class LoraTrainer(Trainer):
 
         The Trainer would take one more step.
         """
-        if self.state.global_step >= self.state.max_steps:
+        if self.state.global_step >= self.state.max_steps or self.patience.is_over(self.state):
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
@@ -115,7 +118,7 @@ class LoraTrainer(Trainer):
         output_dir, step, is_first = Path(self.args.output_dir), self.state.global_step, self.is_world_process_zero()
         if is_first:
             make_hidden_dir(output_dir, step)
-        best_dir, best_before = self.best_checkpoint(), self.state.best_model_checkpoint
+        best_dir, best_before = best_checkpoint(self.state, output_dir), self.state.best_model_checkpoint
         self.accelerator.wait_for_everyone()
         try:
             self.saving_dir = hidden_dir(output_dir, step)
@@ -134,17 +137,17 @@ class LoraTrainer(Trainer):
             self.saving_dir = None
         self.accelerator.wait_for_everyone()
 
-    def best_checkpoint(self) -> str | None:
-        """Return the path of the best checkpoint in output_dir, also if it is the one that is due; None: no such."""
-        best = self.state.best_global_step
-        path = Path(self.args.output_dir) / f"checkpoint-{best}"
-        return str(path) if best and (best == self.state.global_step or path.is_dir()) else None
+    def _determine_best_metric(self, metrics, trial):
+        """Note the best evaluation, and give it a checkpoint, so that it is what is kept."""
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        return is_best
 
     @property
     def kept_step(self) -> int:
         """The step after which the weights were as they are at the end: the last one, or the best checkpoint's."""
-        is_best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
-        return self.state.best_global_step if is_best else self.state.global_step
+        return kept_step(self.args, self.state)
 
     def save_metrics(self, split, metrics, combined=True):
         """Write metrics to <split>_results.json, and those of all splits of this process to all_results.json."""
@@ -237,6 +240,8 @@ def make_trainer(
     if settings.num_log_samples:
         trainer.add_callback(SampleAnswers(trainer, encoded["eval"], settings.num_log_samples))
     trainer.add_callback(UnusableReport(trainer.train_dataset, trainer.eval_dataset))
+    trainer.patience = Patience(settings.arguments["early_stopping_patience"])
+    trainer.add_callback(trainer.patience)
     trainer.stop_request = StopRequest()
     trainer.add_callback(trainer.stop_request)  # the last one: what others do behind a checkpoint is done by then
     return trainer
