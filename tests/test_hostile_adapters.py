@@ -492,6 +492,7 @@ def test_a_card_quotes_names_as_text(name):
         "arguments": {"train_data_path": name.replace("/", ""), "init_lora_path": name.replace("/", "")},
         "identity": {"init_lora_sha256": "0" * 64},
         "data": {"train": counts},
+        "data_files": {"train": [{"path": name.replace("/", ""), "num_rows": 1, "num_used": 1, "share": None}]},
     }
     for card in (
         adapter_card(record, {"train_loss": 1.0, "kept_step": 1, "last_step": 2}, {"prompt_text": name}),

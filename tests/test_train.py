@@ -22,7 +22,7 @@ from glm_utils.data.training_data import read_training_data
 from glm_utils.evaluation import at_end
 from glm_utils.family import FAMILIES, PROJECT_DIR
 from glm_utils.load_model import load_adapter, load_base_model
-from glm_utils.training import inputs, preflight, resume, run, settings
+from glm_utils.training import inputs, lora_flags, preflight, resume, run, settings
 from glm_utils.training.inputs import read_inputs
 from glm_utils.training.lora_flags import DEFAULTS
 from glm_utils.training.manifest import write_manifest
@@ -224,7 +224,7 @@ def test_the_other_familys_json(train, no_training, write, family, model_dir, tr
 
 
 def test_what_was_left_out_is_named(model_dir, train_path, family, log_lines, monkeypatch):
-    monkeypatch.setattr(inputs, "check_model_dir", lambda name: None)
+    monkeypatch.setattr(lora_flags, "check_model_dir", lambda name: None)
     inputs.check_base("THUDM/chatglm2-6b", "", None)
     assert any("base model: THUDM/chatglm2-6b, the default of --model_name_or_path" in line for line in log_lines)
     file = shipped_args(family)
