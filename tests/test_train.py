@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -225,7 +226,8 @@ def test_the_other_familys_json(train, no_training, write, family, model_dir, tr
 
 def test_what_was_left_out_is_named(model_dir, train_path, family, log_lines, monkeypatch):
     monkeypatch.setattr(lora_flags, "check_model_dir", lambda name: None)
-    inputs.check_base("THUDM/chatglm2-6b", "", None)
+    flags = SimpleNamespace(model_name_or_path="THUDM/chatglm2-6b", init_lora_path=None, prompt_text="")
+    inputs.check_base({"model_name_or_path": None}, flags, None)
     assert any("base model: THUDM/chatglm2-6b, the default of --model_name_or_path" in line for line in log_lines)
     file = shipped_args(family)
     assert file.path.name == family.train_args_json
