@@ -143,14 +143,14 @@ def test_scores_and_cache(load, tiny_dir, reference_kernels):
 
 
 def test_sampling_has_the_same_distribution(load, tiny_dir, reference_kernels):
-    """The second token of 4,000 draws, by the decode path and by transformers' loop."""
+    """The first two tokens of 400 draws, by the decode path and by transformers' loop."""
     model, tokenizer = load("float16", "cpu"), open_checkpoint(tiny_dir).tokenizer
     ids, mask = prompts(tokenizer, [TEXTS[2]] * 16)
     asked = {"attention_mask": mask, "do_sample": True, "temperature": 1.5, "top_k": 6, "max_new_tokens": 2}
     torch.manual_seed(0)
     counts = []
     for custom in (None, GenerationMixin._sample):
-        drawn = [model.generate(ids, custom_generate=custom, **asked)[:, -2:] for _ in range(60)]
+        drawn = [model.generate(ids, custom_generate=custom, **asked)[:, -2:] for _ in range(25)]
         counts.append(torch.cat(drawn).unique(dim=0, return_counts=True))
     total = sum(int(number.sum()) for _, number in counts) // 2
     found = [

@@ -15,12 +15,12 @@ from torch import nn
 import inference_test as stage
 from benchmarks import bench_inference as bench
 from benchmarks.harness.checkpoints import write_random_adapter
-from glm_utils import load_model
+from glm_utils import load_model, report_file
 from glm_utils.checkpoint import open_checkpoint
 from glm_utils.cli import UserError, run_cli
 from glm_utils.family import PROJECT_DIR
 from glm_utils.inference import memory as inference_memory
-from glm_utils.inference import report, request, timer
+from glm_utils.inference import request, timer
 from glm_utils.inference.measure import Workload, measure_model, stream_generate, time_run
 from glm_utils.inference.memory import (
     bytes_read_per_step,
@@ -421,7 +421,7 @@ def test_what_was_measured_is_shown_though_its_file_cannot_be_written(model_dir,
     def fail(path, value):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(report, "write_json", fail)
+    monkeypatch.setattr(report_file, "write_json", fail)
     with pytest.raises(UserError, match="the disk is full. Free some space, or choose another --output_json"):
         stage.inference_test(
             model_path=str(model_dir), loop_number=1, new_tokens=2, output_json=str(tmp_path / "x.json")
