@@ -113,6 +113,8 @@ def train_qlora(
         check_evaluation_after(settings)
     with claim_output(settings, dry_run) as start:
         if start.is_finished:
+            if output_json:
+                logger.warning(f"--output_json {output_json}: not written, as the run is finished")
             leave_process_group()
             return
         encoded = encode_data(settings)
@@ -131,7 +133,8 @@ def train_qlora(
         save_adapter(trainer, record, results)
         trainer.end_processes()
         if evaluate_after:
-            del model, trainer  # their memory is needed by the model that is judged, read from the adapter's files
+            # their memory is needed by the model that is judged, read from the adapter's files
+            del model, trainer, plan
             evaluate_run(settings)
 
 
@@ -144,6 +147,7 @@ def check_evaluation_after(settings: "TrainingSettings") -> None:
 
 def evaluate_run(settings: "TrainingSettings") -> None:
     """Judge the adapter that was written, on the 4-bit base it was trained on, in the first process."""
+    from glm_utils.data.indexed import checked_examples
     from glm_utils.device import resolve_device
     from glm_utils.evaluation.at_end import evaluate_output
 
@@ -151,7 +155,7 @@ def evaluate_run(settings: "TrainingSettings") -> None:
     release_signals("the adapter is written, but not evaluated")
     if args.process_index == 0:
         device = resolve_device("cpu" if args.use_cpu else "auto")
-        data_path, examples = settings.data.source("eval"), settings.examples["eval"]
+        data_path, examples = settings.data.source("eval"), checked_examples(settings.examples["eval"])
         evaluate_output(
             out, out, data_path, examples, device, load_in_4bit=True, seed=args.seed, hub=settings.arguments["hub"]
         )

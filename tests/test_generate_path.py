@@ -4,6 +4,7 @@ The reference kernels stand in for the CUDA kernels on a CPU; the same tests run
 """
 # ruff: noqa: F811  # fixtures of another file are arguments here
 
+import functools
 import logging
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from glm_utils.checkpoint import open_checkpoint
@@ -229,3 +231,79 @@ def test_ids_on_a_gpu(load, tiny_dir, weights):
     ends = torch.cumsum(fast[:, ids.shape[1] :] == model.config.eos_token_id, dim=1)
     is_answer = torch.nn.functional.pad(ends[:, :-1] == 0, (1, 0), value=True)
     assert torch.equal(picked[is_answer], fast[:, ids.shape[1] :][is_answer])
+
+
+@pytest.mark.parametrize("family_name", ["chatglm2-6b"], indirect=True)
+def test_a_stream_behind_a_cache_counts_its_positions_on(load, tiny_dir, monkeypatch):
+    """The new tokens alone, with no mask, one of them, or one of all tokens."""
+    model, tokenizer = load("float16", "cpu"), open_checkpoint(tiny_dir).tokenizer
+    ids, _ = prompts(tokenizer, TEXTS[:1])
+    num_past, seen, forward = ids.shape[1] - 3, [], type(model).forward
+
+    @functools.wraps(forward)  # `generate` looks at the signature
+    def note(model, *args, position_ids=None, **kwargs):
+        seen.append(position_ids.tolist())
+        return forward(model, *args, position_ids=position_ids, **kwargs)
+
+    for width in (None, ids.shape[1]):
+        cache = model(ids[:, :num_past], use_cache=True).past_key_values
+        mask = {} if width is None else {"attention_mask": torch.ones(1, width, dtype=torch.long)}
+        with monkeypatch.context() as patch:
+            patch.setattr(type(model), "forward", note)
+            list(model.stream_generate(ids[:, num_past:], past_key_values=cache, max_new_tokens=2, **mask))
+        assert seen == [[[num_past, num_past + 1, num_past + 2]], [[num_past + 3]]]
+        seen.clear()
+
+
+def test_criteria_of_the_callers_class(load, tiny_dir, reference_kernels):
+    """A length of the caller's stands above max_length, and classes derived from transformers' own are asked."""
+    model, tokenizer = load("float16", "cpu"), open_checkpoint(tiny_dir).tokenizer
+
+    class Never(EosTokenCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.full((len(input_ids),), input_ids.shape[1] >= width + 7)
+
+    width = prompts(tokenizer, TEXTS[:1])[0].shape[1]
+    for criterion, num_new in ((MaxLengthCriteria(width + 3), 3), (Never(5), 7)):
+        settings = {"stopping_criteria": StoppingCriteriaList([criterion]), "eos_token_id": None}
+        fast, slow = pair(model, tokenizer, TEXTS[:1], lambda ids, settings=settings: settings, reference_kernels)
+        assert fast.shape == slow.shape == (1, width + num_new)
+
+
+def test_ids_of_32_bits_and_contiguous_results(load, tiny_dir, reference_kernels):
+    model, tokenizer = load("float16", "cpu"), open_checkpoint(tiny_dir).tokenizer
+    ids, mask = prompts(tokenizer, TEXTS)
+    asked = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 60}
+    wide, narrow = model.generate(ids, **asked), model.generate(ids.int(), **asked)
+    assert torch.equal(wide, narrow)
+    assert narrow.dtype == torch.long
+    assert wide.is_contiguous()
+    assert wide.untyped_storage().nbytes() == wide.numel() * 8
+
+
+def test_a_static_cache_is_left_to_the_forward_pass(load, tiny_dir, reference_kernels):
+    model, tokenizer = load("float16", "cpu"), open_checkpoint(tiny_dir).tokenizer
+    ids, _ = prompts(tokenizer, TEXTS[:1])
+    reference_kernels.DecodeGraph.forget(model)
+    asked = {"do_sample": False, "max_new_tokens": 4}
+    *_, streamed = model.stream_generate(ids, cache_implementation="static", **asked)
+    assert model not in reference_kernels.DecodeGraph._idle
+    assert streamed.shape[1] > ids.shape[1]
+
+
+def test_nan_that_a_setting_repairs_is_no_error(load, tiny_dir):
+    model, tokenizer = load("float16", "cpu"), open_checkpoint(tiny_dir).tokenizer
+    ids, _ = prompts(tokenizer, TEXTS[:1])
+    model.get_output_embeddings().weight.data[7] = float("nan")
+    asked = {"do_sample": True, "max_new_tokens": 2}
+    with pytest.raises(FloatingPointError):
+        model.generate(ids, **asked)
+    assert model.generate(ids, remove_invalid_values=True, **asked).shape[1] == ids.shape[1] + 2
+
+
+@pytest.mark.gpu
+def test_ids_on_the_cpu_for_a_model_on_a_gpu(load, tiny_dir):
+    model, tokenizer = load("float16", "cuda"), open_checkpoint(tiny_dir).tokenizer
+    ids, mask = prompts(tokenizer, TEXTS[:1])
+    given = {"do_sample": False, "max_new_tokens": 8}
+    assert model.generate(ids, attention_mask=mask, **given).shape[1] > ids.shape[1]

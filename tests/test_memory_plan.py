@@ -20,7 +20,7 @@ from glm_utils.collators import PackingCollator
 from glm_utils.load_model import load_base_model
 from glm_utils.training.memory_plan import count_saved_bytes, make_plan
 from glm_utils.training.preflight import batch_tokens, memory_advice
-from glm_utils.training.settings import num_steps
+from glm_utils.training.steps import num_steps
 from glm_utils.training.trainer import LoraTrainer
 
 

@@ -16,7 +16,9 @@ from glm_utils.cli import UserError
 from glm_utils.data import indexed as indexed_module
 from glm_utils.data import read_data, read_examples
 from glm_utils.data.indexed import IndexedExamples, LineIndex, UnusableRow, is_blank, is_streamed
+from glm_utils.data.training_data import read_training_data
 from glm_utils.encoding import EncodedExample
+from glm_utils.evaluation import at_end
 from glm_utils.family import PROJECT_DIR
 from glm_utils.training.sampling import CompactOrder
 from glm_utils.training.stop_request import StopRequest
@@ -344,3 +346,29 @@ def test_orders_are_those_of_accelerate():
             sampler.set_epoch(epoch)
         assert list(usual) == list(compact)
         assert list(usual) == list(compact)  # both moved on to the next epoch
+
+
+def test_what_is_held_out_does_not_depend_on_the_path(limits, write, tmp_path, monkeypatch):
+    """Of a file with rows of no use, named in two ways: a resumed run must have the same examples."""
+    lines = [as_line(row(number)) for number in range(40)]
+    for number in range(12, 40, 3):
+        lines[number] = "{broken\n"
+    path = write("bad.jsonl", "".join(lines))
+    monkeypatch.chdir(path.parent)
+    sides = [
+        {name: part.indices.tolist() for name, part in draw.examples.items()}
+        for draw in (read_training_data(str(name), eval_ratio=0.2).draw(3) for name in (path, path.name))
+    ]
+    assert sides[0] == sides[1]
+
+
+def test_an_evaluation_at_the_end_judges_what_can_be_read(limits, train, write, monkeypatch):
+    """Streamed evaluation data with rows of no use behind the checked ones."""
+    judged, lines = [], [as_line(row(number)) for number in range(40)]
+    lines[30] = "{broken\n"
+    path = write("bad.jsonl", "".join(lines))
+    monkeypatch.setattr(at_end, "check_evaluation", lambda *args: None)
+    monkeypatch.setattr(at_end, "evaluate_output", lambda *args, **kwargs: judged.append(args[3]))
+    args = {"max_steps": 1, "save_strategy": "no", "eval_strategy": "no"}
+    train("out", args, eval_data_path=str(path), evaluate_after=True)
+    assert [example.query for example in judged[0]] == [row(number)["content"] for number in range(10)]

@@ -936,3 +936,34 @@ def test_without_data_the_sample_is_split():
     assert inputs.find_data(None, None, 0.01) == ("data/train.jsonl", None)
     assert inputs.find_data(None, None, None) == ("data/train.jsonl", "data/dev.jsonl")
     assert inputs.find_data("x", None, None) == ("x", None)
+
+
+def test_what_peft_makes_of_the_targets_is_not_recorded(train, monkeypatch):
+    """It shortens long lists in place; a resumed run, which compares them before, would find others."""
+    make = peft.get_peft_model
+
+    def shortening(model, config):
+        made = make(model, config)
+        config.target_modules = {"shortened"}
+        return made
+
+    monkeypatch.setattr(peft, "get_peft_model", shortening)
+    out = train(args={"max_steps": 1, "save_strategy": "no"})
+    assert json.loads((out / "run_config.json").read_text("utf-8"))["identity"]["lora_targets"] == ["query_key_value"]
+
+
+def test_the_best_step_is_that_of_one_evaluation_file(train, write):
+    """Where the loss decides which step is kept, a resumed run must be evaluated on the same data."""
+    best = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
+    paths = [str(write(name, EXAMPLES[:number])) for name, number in (("easy.json", 2), ("hard.json", 3))]
+    out = train(args={**best, "max_steps": 2}, eval_data_path=paths[0])
+    with pytest.raises(UserError, match="eval_data_sha256 is .* in the checkpoint and .* now"):
+        train(args={**best, "max_steps": 3}, eval_data_path=paths[1], resume_from_checkpoint=str(out / "checkpoint-1"))
+
+
+def test_files_that_a_report_must_not_replace(tmp_path, model_dir, write):
+    (tmp_path / "adapter").mkdir()
+    config = write("adapter/adapter_config.json", {})
+    flags = SimpleNamespace(model_name_or_path=str(model_dir), init_lora_path=str(config.parent))
+    found = {path.resolve() for path in inputs.files_of(flags, None)}
+    assert {config, model_dir / "config.json", PROJECT_DIR / FAMILIES[0].train_args_json} <= found

@@ -202,6 +202,11 @@ def is_streamed(examples: Sequence[Example]) -> bool:
     return getattr(examples, "is_streamed", False)
 
 
+def checked_examples(examples: Sequence[Example]) -> Sequence[Example]:
+    """Return examples of which each can be read: the first of streamed ones, else all."""
+    return read_first(examples) if is_streamed(examples) else examples
+
+
 def read_first(examples: Sequence[Example]) -> list[Example]:
     """Return the first examples of many, as many as are checked of a file, without those that cannot be used.
 

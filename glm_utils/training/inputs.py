@@ -11,7 +11,7 @@ from glm_utils.data.find_files import find_files, find_parts
 from glm_utils.data.forms import Columns
 from glm_utils.data.training_data import TrainingData, read_training_data
 from glm_utils.early_checks import local_model_dir, project_path
-from glm_utils.family import Family
+from glm_utils.family import FAMILIES, Family
 from glm_utils.hub import check_hub
 from glm_utils.limits import EncodingLimits
 from glm_utils.prompt_text import check_only_one, check_prompt_text
@@ -69,15 +69,26 @@ def read_inputs(arguments: dict) -> RunInputs:
     columns = Columns(flags.prompt_column, flags.response_column, flags.history_column, flags.sheet)
     train_data_path, eval_data_path = find_data(flags.train_data_path, flags.eval_data_path, flags.eval_ratio)
     if flags.output_json is not None:
-        read = [args_file.path] if args_file else []
-        read += Path(flags.model_name_or_path).expanduser().glob("*")  # none if it is the name of a hub
-        read += [path for part in find_parts(train_data_path) for path in part.paths]
-        check_report_path(flags.output_json, [*read, *(find_files(eval_data_path) if eval_data_path else [])])
+        data_paths = [path for part in find_parts(train_data_path) for path in part.paths]
+        data_paths += find_files(eval_data_path) if eval_data_path else []
+        check_report_path(flags.output_json, [*data_paths, *files_of(flags, args_file)])
     data = read_training_data(train_data_path, eval_data_path, flags.eval_ratio, columns)
     for name, value in (("evaluate_after", "true"), ("early_stopping_patience", flags.early_stopping_patience)):
         if getattr(flags, name) and not data.has_eval:
             raise UserError(f"--{name} {value}: no evaluation data. Give --eval_data_path or --eval_ratio")
     return RunInputs(arguments, limits, data, args_file, family)
+
+
+def files_of(flags: SimpleNamespace, args_file: TrainArgsFile | None) -> list[Path]:
+    """Return the files that a run reads beside its data, as far as they are there."""
+    found = [args_file.path] if args_file else [project_path(family.train_args_json) for family in FAMILIES]
+    for directory in (flags.model_name_or_path, flags.init_lora_path):
+        found += project_path(directory).glob("*") if directory else []  # none if it is the name of a hub
+    if args_file:
+        output_dir = Path(args_file.values["output_dir"]).expanduser()
+        found += [output_dir / name for name in ("run_config.json", "trainer_state.json", "adapter_config.json")]
+        found += output_dir.glob("checkpoint-*/*")
+    return found
 
 
 def check_base(given: dict, flags: SimpleNamespace, args_file: TrainArgsFile | None) -> Family | None:

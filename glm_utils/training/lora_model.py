@@ -1,5 +1,6 @@
 """The model that QLoRA trains: LoRA weights, new or those of an adapter, on a 4-bit base."""
 
+import copy
 import os
 
 import peft
@@ -76,7 +77,7 @@ def make_lora_model(
     model = load_base_model(base, True, compute_dtype, device, dtype=None if on_gpu else "fp32")
     model.name_or_path = base.name  # peft writes it into adapter_config.json
     set_seed(training_args.seed)
-    peft_model = peft.get_peft_model(model, lora_config)
+    peft_model = peft.get_peft_model(model, copy.deepcopy(lora_config))  # peft shortens long lists of targets in place
     if init_adapter:
         copy_weights(init_adapter, peft_model)
     use_lean_matmuls(peft_model)

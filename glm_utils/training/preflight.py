@@ -16,7 +16,8 @@ from glm_utils.encoding import EncodedExamples
 from glm_utils.training.data_report import BatchFigures
 from glm_utils.training.disk_space import check_disk_space
 from glm_utils.training.memory_plan import MemoryPlan, make_plan
-from glm_utils.training.settings import TrainingSettings, examples_per_step, num_steps
+from glm_utils.training.settings import TrainingSettings
+from glm_utils.training.steps import examples_per_step, num_steps
 
 GIB = 1 << 30
 NUM_PLAN_EXAMPLES = 4  # in the batch that is measured

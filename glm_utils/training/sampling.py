@@ -7,7 +7,7 @@ from torch.utils.data import RandomSampler, Sampler
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from glm_utils.training.settings import examples_per_step
+from glm_utils.training.steps import examples_per_step
 from glm_utils.training.streamed import StreamedDataset
 
 CHUNK = 1 << 16  # indices that are Python numbers at a time

@@ -1,6 +1,5 @@
 """Resolve and check the settings of a training run before its model is loaded: flags, JSON file, base, data."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +12,6 @@ from transformers import TrainingArguments
 
 from glm_utils.adapter import Adapter
 from glm_utils.checkpoint import Checkpoint, open_checkpoint
-from glm_utils.cli import UserError
 from glm_utils.collators import Collator, PackingCollator
 from glm_utils.data import Example
 from glm_utils.data.drawn import DrawnData
@@ -34,6 +32,7 @@ from glm_utils.training.lora_model import continued_lora_config, make_lora_confi
 from glm_utils.training.precision import resolve_compute_dtype
 from glm_utils.training.sample_answers import check_log_samples
 from glm_utils.training.shipped_args import check_args_family, shipped_args
+from glm_utils.training.steps import examples_per_step, num_steps
 from glm_utils.training.streamed import check_streamable, encode_streamed
 from glm_utils.training.training_args import TrainArgsFile
 
@@ -138,10 +137,18 @@ class TrainingSettings:
             "lora_targets": sorted(self.lora_config.target_modules),
             "train_data_sha256": sha256_of_files(self.data.paths("train")),
             **self.data.identity,
+            **self._evaluation_identity(),
             **{key: self.arguments[key] for key in IDENTITY_ARGUMENTS},
             **{key: getattr(self.training_args, key) for key in IDENTITY_TRAINING_ARGS},
             "rows_per_step": examples_per_step(self.training_args),
         }
+
+    def _evaluation_identity(self) -> dict:
+        """Return the hash of the evaluation data where it decides which step is kept, or where the run stops."""
+        decides = self.training_args.load_best_model_at_end or self.arguments["early_stopping_patience"]
+        if not decides or self.data.held_out or "eval" not in self.data.files:
+            return {}
+        return {"eval_data_sha256": sha256_of_files(self.data.paths("eval"))}
 
 
 def resolve_settings(inputs: RunInputs) -> TrainingSettings:
@@ -231,29 +238,3 @@ def resolve_training_args(inputs: RunInputs, args_file: TrainArgsFile) -> Resolv
     }
     try_training_args(args_file, training_args, num_steps(len(loss_examples["train"]), training_args))
     return Resolved(compute_dtype, training_args, data, loss_examples)
-
-
-def examples_per_step(training_args: TrainingArguments) -> int:
-    """Return the examples per optimizer step, on all GPUs together."""
-    return training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
-
-
-def num_steps(num_examples: int, training_args: TrainingArguments) -> int:
-    """Return the number of optimizer steps of a run, as the Trainer counts them.
-
-    Raises:
-        UserError: dataloader_drop_last drops the only batch, as it is not full.
-    """
-    batch_size = training_args.per_device_train_batch_size * training_args.world_size
-    drop_last = training_args.dataloader_drop_last
-    num_batches = num_examples // batch_size if drop_last else math.ceil(num_examples / batch_size)
-    if not num_batches:
-        raise UserError(
-            f"{num_examples} training examples do not fill a batch of {batch_size}, and dataloader_drop_last drops a "
-            "batch that is not full: nothing would be trained. Delete dataloader_drop_last, or lower "
-            "per_device_train_batch_size"
-        )
-    if training_args.max_steps > 0:
-        return training_args.max_steps
-    per_epoch = max(1, math.ceil(num_batches / training_args.gradient_accumulation_steps))
-    return math.ceil(training_args.num_train_epochs * per_epoch)

@@ -119,12 +119,14 @@ class TokenSampler:
         self.do_sample, self.processors = config.do_sample, processors
         pad = getattr(config, "_pad_token_tensor", None)  # where `generate` leaves it, the end token if there is none
         self.pad = 0 if pad is None else int(pad)
-        self.all_ids = torch.cat((input_ids, input_ids.new_zeros(batch, num_new)), dim=1)
+        self.all_ids = torch.cat((input_ids, input_ids.new_zeros(batch, num_new)), dim=1).long()
         self.column = torch.tensor([self.num_ids], device=device)
-        ends = [item.eos_token_id.to(device).view(-1) for item in criteria if isinstance(item, EosTokenCriteria)]
+        ends = [item.eos_token_id.to(device).view(-1) for item in criteria if type(item) is EosTokenCriteria]
         self.eos = torch.cat(ends) if ends else torch.empty(0, dtype=torch.long, device=device)
-        known = (EosTokenCriteria, MaxLengthCriteria)
-        self.host_criteria = StoppingCriteriaList(item for item in criteria if not isinstance(item, known))
+        known = (EosTokenCriteria, MaxLengthCriteria)  # the latter is num_new; classes of the caller's may differ
+        self.host_criteria = StoppingCriteriaList(item for item in criteria if type(item) not in known)
+        # as in transformers: without an end token, a sequence that a criterion ended goes on with the others
+        self.pads = any(hasattr(item, "eos_token_id") for item in criteria)
         self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
         is_kept = config.return_dict_in_generate
         self.scores = [] if is_kept and config.output_scores else None
@@ -145,8 +147,7 @@ class TokenSampler:
             scores = scores.softmax(-1)
             scores = scores / torch.empty_like(scores).exponential_()
         token = scores.argmax(-1, keepdim=True)
-        # as in transformers, sequences that other criteria ended are padded only where there is an end token too
-        self.token = token.masked_fill(self.finished[:, None], self.pad) if len(self.eos) else token
+        self.token = token.masked_fill(self.finished[:, None], self.pad) if self.pads else token
         self.all_ids.index_copy_(1, self.column, self.token)
         self.column += 1
         self.finished |= (self.token == self.eos).any(-1)
@@ -454,9 +455,12 @@ class ChatGLMGenerationMixin:
             raise ValueError(f"{', '.join(not_streamed)} cannot be streamed: use chat or generate, or leave it out")
         if "eos_token_id" in settings and not _as_list(settings["eos_token_id"]):
             settings["eos_token_id"] = None  # which is what `generate` takes an empty list for
+        attention_mask, num_past = self._token_mask(attention_mask), _num_cached(settings)
+        if num_past and settings.get("position_ids") is None:  # `generate` takes input_ids for the whole sequence
+            settings["position_ids"] = self._prompt_positions(input_ids, attention_mask, num_past)
         return self.generate(
             input_ids,
-            attention_mask=self._token_mask(attention_mask),
+            attention_mask=attention_mask,
             custom_generate=ChatGLMGenerationMixin._stream,
             on_host=on_host,
             **settings,
@@ -471,6 +475,7 @@ class ChatGLMGenerationMixin:
             raise ValueError(f"{mode.value.replace('_', ' ')} cannot be streamed: use chat or generate")
         num_past = _num_cached(model_kwargs)
         num_new = generation_config.max_new_tokens or generation_config.max_length - num_past - input_ids.shape[1]
+        num_new = min(num_new, _room(generation_config, stopping_criteria) - input_ids.shape[1])
         if num_new <= 0:
             raise ValueError(
                 f"the conversation has {num_past + input_ids.shape[1]} tokens and max_length is "
@@ -494,10 +499,13 @@ class ChatGLMGenerationMixin:
         The name and the arguments are transformers', which keeps them private: 5.17 to 5.23 were tried.
         """
         prepared = (input_ids, logits_processor, stopping_criteria, generation_config)
-        if reason := _why_ordinary(generation_config, synced_gpus, model_kwargs):
+        reason = _why_ordinary(generation_config, synced_gpus, model_kwargs)
+        if input_ids.device != self.device:
+            reason = reason or f"input_ids on {input_ids.device}, the model on {self.device}"
+        if reason:
             self._say_slow(reason)
             return super()._sample(*prepared, synced_gpus, streamer, **model_kwargs)
-        num_new = generation_config.max_length - input_ids.shape[1]
+        num_new = max(1, _room(generation_config, stopping_criteria) - input_ids.shape[1])  # one, as in transformers
         sampler = self._make_sampler(num_new, *prepared)
         is_dict, num_ids = generation_config.return_dict_in_generate, input_ids.shape[1]
         for ids, _ in self._steps(sampler, num_new, streamer is not None, keep_cache=is_dict, **model_kwargs):
@@ -506,7 +514,7 @@ class ChatGLMGenerationMixin:
                 streamer.put(ids[:, -1])
         if streamer is not None:
             streamer.end()
-        sequences = sampler.all_ids[:, :num_ids]
+        sequences = sampler.all_ids[:, :num_ids].clone()  # not a view of the buffer, which is max_length wide
         if not is_dict:
             return sequences
         num_steps = num_ids - input_ids.shape[1]  # the graph may be a step ahead
@@ -520,7 +528,8 @@ class ChatGLMGenerationMixin:
     @staticmethod
     def _make_sampler(num_new: int, input_ids, processors, criteria, config) -> TokenSampler:
         processors = LogitsProcessorList(processors)
-        if config.do_sample and not any(isinstance(item, InvalidScoreLogitsProcessor) for item in processors):
+        is_checked = any(isinstance(item, InvalidScoreLogitsProcessor) for item in processors)
+        if config.do_sample and not is_checked and not config.remove_invalid_values:
             processors.insert(0, InvalidScoreLogitsProcessor())  # a draw from NaN would be noise
         return TokenSampler(input_ids, num_new, processors, criteria, config)
 
@@ -556,7 +565,8 @@ class ChatGLMGenerationMixin:
         cache = DynamicCache(config=self.config) if past_key_values is None else past_key_values
         sampler.cache, num_past = cache, int(cache.get_seq_length())
         # a cache of the caller's must be filled; transformers marks it
-        use_cuda_graph = use_cuda_graph and not num_past and not getattr(cache, "_is_user_defined", False)
+        use_cuda_graph = use_cuda_graph and not num_past and type(cache) is DynamicCache
+        use_cuda_graph = use_cuda_graph and not getattr(cache, "_is_user_defined", False)
         if position_ids is None:
             position_ids = self._prompt_positions(step_ids, attention_mask, num_past)
         for num_left in reversed(range(num_new)):
@@ -657,6 +667,12 @@ class ChatGLMGenerationMixin:
 
 def _as_list(value) -> list[int]:
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _room(config, criteria) -> int:
+    """Return the most tokens of a sequence: a MaxLengthCriteria of the caller's stands above max_length."""
+    given = [item.max_length for item in criteria if type(item) is MaxLengthCriteria]
+    return min(given, default=config.max_length)
 
 
 def _num_cached(model_kwargs: dict) -> int:

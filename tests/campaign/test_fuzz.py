@@ -86,7 +86,7 @@ def run_case(subject, rng, files):
     except Exception as error:
         return "traceback", f"{place_of(error)}: {str(error)[:200]}"
     finally:
-        for _, timer, _ in timers:
+        for timer, _ in timers.values():
             signal.setitimer(timer, 0)
     return "read", ""
 
